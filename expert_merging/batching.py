@@ -1,0 +1,30 @@
+"""Which examples a step sees: rotation over epochs (paper, 4.1) and batches of similar length, as functions of the seed."""
+
+import numpy as np
+
+
+def epoch_examples(size: int, per_epoch: int, epoch: int, seed: int) -> np.ndarray:
+    """The `per_epoch` examples (indices below `size`) that epoch number `epoch` (from 0) sees, in random order.
+
+    Every pass over the data is a fresh permutation, and epochs cut the endless row of passes into equal pieces: the next
+    epoch goes on where the last one stopped, and every example gets used.
+    """
+    start, stop = epoch * per_epoch, (epoch + 1) * per_epoch
+    pieces = []
+    for number in range(start // size, (stop - 1) // size + 1):
+        permutation = np.random.default_rng([seed, number]).permutation(size)
+        pieces.append(permutation[max(start - number * size, 0) : stop - number * size])
+    return np.concatenate(pieces)
+
+
+def length_grouped(examples: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
+    """Cut `examples` into batches of `batch_size` (the last may be smaller), each of similar length, in random order.
+
+    Sorting happens inside windows of 50 batches, so that batches differ from epoch to epoch. Each example appears exactly
+    as often as in `examples`; inside a batch the longest comes first.
+    """
+    window = 50 * batch_size
+    rows = [examples[start : start + window] for start in range(0, len(examples), window)]
+    in_order = np.concatenate([row[np.argsort(-lengths[row], kind="stable")] for row in rows])
+    batches = [in_order[start : start + batch_size] for start in range(0, len(in_order), batch_size)]
+    return [batches[i] for i in np.random.default_rng(seed).permutation(len(batches))]
