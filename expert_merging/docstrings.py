@@ -195,7 +195,7 @@ def clean(raw: str) -> str:
     """A docstring as plain English: code, tables, links, directives and markup go; lines and indentation stay."""
     raw = unicodedata.normalize("NFKC", raw.replace("\r\n", "\n").replace("\r", "\n"))
     text = "\n".join(_prose_lines(inspect.cleandoc(raw).split("\n")))
-    text = _MATH.sub(_short_math, text)
+    text = "\n".join(line for line in map(_short_math, text.split("\n")) if line is not None)
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)
     text = re.sub(r"(?<=\S)[ ]{2,}", " ", text)
@@ -203,8 +203,14 @@ def clean(raw: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
-def _short_math(match: re.Match) -> str:
-    formula = match[1] or match[2] or ""
+def _short_math(line: str) -> str | None:
+    """The line with its short formulas spelt out and its long ones gone; None when too little is left to read."""
+    plain = _MATH.sub(lambda match: _plain_formula(match[1] or match[2] or ""), line)
+    lost = any(not _plain_formula(a or b) for a, b in _MATH.findall(line))
+    return None if lost and len(re.findall(r"[A-Za-z]{2,}", plain)) < 5 else plain
+
+
+def _plain_formula(formula: str) -> str:
     return formula if len(formula) <= 30 and not re.search(r"[\\{}]", formula) else ""
 
 
