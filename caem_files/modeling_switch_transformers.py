@@ -1,0 +1,1124 @@
+# Licensed under the Apache License, Version 2.0: see the LICENSE file, or http://www.apache.org/licenses/LICENSE-2.0
+"""
+Switch Transformers and CAEM, a drop-in for the file of the same name in transformers 4.46.3.
+
+The first part is the model: the same classes, checkpoint keys and numbers as the stock file, built from T5's blocks.
+What is Switch is here: a router that sends each token to one expert, up to a capacity; the expert layer; the stacks; the
+two router losses. The routers can count how often each expert is used.
+
+The second part is CAEM (complexity-aware expert merging), as functions on named tensors: `normalized_entropy`,
+`allocate_experts`, `merge`.
+"""
+
+import contextlib
+import copy
+import warnings
+from typing import Iterator, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from ...generation import GenerationMixin
+from ...modeling_outputs import (
+    MoEModelOutput,
+    MoEModelOutputWithPastAndCrossAttentions,
+    Seq2SeqMoEModelOutput,
+    Seq2SeqMoEOutput,
+)
+from ...modeling_utils import PreTrainedModel
+from ...utils import add_start_docstrings, add_start_docstrings_to_model_forward, logging
+from ..t5.modeling_t5 import (
+    T5Attention,
+    T5DenseActDense,
+    T5LayerCrossAttention,
+    T5LayerNorm,
+    T5LayerSelfAttention,
+    T5PreTrainedModel,
+    T5Stack,
+)
+from .configuration_switch_transformers import SwitchTransformersConfig
+
+
+logger = logging.get_logger(__name__)
+
+CAEM_PATCH = "1"  # read as text by install.py, to tell this file from the stock one
+
+# Layers that Switch shares with T5, weight for weight and number for number.
+SwitchTransformersLayerNorm = T5LayerNorm
+SwitchTransformersDenseActDense = T5DenseActDense
+SwitchTransformersAttention = T5Attention
+SwitchTransformersLayerSelfAttention = T5LayerSelfAttention
+SwitchTransformersLayerCrossAttention = T5LayerCrossAttention
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Router losses
+
+
+def router_z_loss_func(router_logits: torch.Tensor) -> torch.Tensor:
+    """
+    Router z-loss (ST-MoE, Zoph et al., 2022, equation 5): mean over tokens of the squared log-sum-exp of the logits.
+
+    Args:
+        router_logits: [batch, tokens, experts].
+
+    Returns:
+        A scalar.
+    """
+    return router_logits.logsumexp(dim=-1).square().mean()
+
+
+def load_balancing_loss_func(router_probs: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
+    """
+    Load-balancing loss (Switch Transformer, equations 4 to 6), computed in each sequence and averaged over sequences.
+
+    Args:
+        router_probs: [batch, tokens, experts].
+        expert_indices: the expert of each token, [batch, tokens] (or [batch, tokens, k] for k experts a token).
+
+    Returns:
+        A scalar; 1 when the load is perfectly even.
+    """
+    return _balance(router_probs, expert_indices, router_probs.new_ones(router_probs.shape[:-1]))
+
+
+def _balance(probs: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Balance loss over the positions of weight 1; sequences without any are left out of the mean."""
+    num_experts = probs.shape[-1]
+    indices = indices.long()
+    if indices.dim() == probs.dim() - 1:
+        indices = indices.unsqueeze(-1)
+    chosen = F.one_hot(indices, num_experts).amax(dim=-2).float()
+
+    tokens = weight.sum(dim=-1, keepdim=True)  # [batch, 1]
+    share = (chosen * weight.unsqueeze(-1)).sum(dim=-2) / tokens.clamp(min=1)
+    prob = (probs * weight.unsqueeze(-1)).sum(dim=-2) / tokens.clamp(min=1)
+    sequences = (tokens > 0).sum().clamp(min=1)
+    return (share * prob).sum() * num_experts / sequences
+
+
+def router_losses(
+    router_outputs: Sequence[Tuple[torch.Tensor, ...]], token_mask: Optional[torch.Tensor] = None
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    Z-loss and balance loss of one stack, over all its sparse layers together.
+
+    Args:
+        router_outputs: `encoder_router_logits` or `decoder_router_logits` of an output: a block each, either
+            (logits [batch, tokens, experts], expert index [batch, tokens]) or, for a dense block, a placeholder.
+        token_mask: [batch, tokens], non-zero at real tokens. `None` counts every position, padding included, which is
+            what `forward` adds to the cross-entropy. With a mask the value does not depend on how much padding there is.
+
+    Returns:
+        Two scalars, unweighted.
+
+    Raises:
+        ValueError: no block is sparse.
+    """
+    sparse = [output for output in router_outputs if output[0].dim() > 1]
+    if not sparse:
+        raise ValueError("router_losses: no sparse layer among the router outputs; this stack is dense")
+    # One after the other along the token axis, as in stock: the balance is that of all layers of a stack pooled.
+    logits = torch.cat([output[0] for output in sparse], dim=1)
+    indices = torch.cat([output[1] for output in sparse], dim=1)
+    probs = logits.softmax(dim=-1)
+    if token_mask is None:
+        return router_z_loss_func(logits), load_balancing_loss_func(probs, indices)
+
+    weight = token_mask.to(device=probs.device, dtype=probs.dtype).ne(0).to(probs.dtype).repeat(1, len(sparse))
+    z_loss = (logits.logsumexp(dim=-1).square() * weight).sum() / weight.sum().clamp(min=1)
+    return z_loss, _balance(probs, indices, weight)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The sparse feed-forward layer
+
+
+class SwitchTransformersTop1Router(nn.Module):
+    """
+    Sends each token to its most probable expert, first come first served up to `expert_capacity` tokens of a sequence.
+
+    It can count the tokens it sends to each expert (see `SwitchTransformersPreTrainedModel.set_usage_counting`). The
+    counts are a buffer of int64 that moves with the model and is no part of its state dict.
+    """
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.expert_capacity = config.expert_capacity
+        self.classifier = nn.Linear(config.hidden_size, self.num_experts, bias=config.router_bias)
+        self.jitter_noise = config.router_jitter_noise
+        self.ignore_padding_tokens = config.router_ignore_padding_tokens
+        self.dtype = getattr(torch, config.router_dtype)
+
+        self.usage_counting: Optional[str] = None
+        self.tokens_to_count: Optional[torch.Tensor] = None  # bool [batch, tokens], there during a counted forward
+        self.register_buffer("usage_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+
+    def _cast_classifier(self):
+        """Put the classifier in the router's precision, unless it is quantised (its weight is then of integers)."""
+        weight = self.classifier.weight
+        if weight.is_floating_point() and weight.dtype != self.dtype:
+            self.classifier.to(self.dtype)
+
+    def _compute_router_probabilities(self, hidden_states: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (in the dtype of the input) and logits (in `router_dtype`), both [batch, tokens, experts]."""
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(self.dtype)
+        if self.training and self.jitter_noise > 0:
+            # In place, as in stock: where no cast made a copy above, the experts see the jittered input as well.
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            hidden_states.mul_(noise)
+        self._cast_classifier()
+        router_logits = self.classifier(hidden_states)
+        router_probs = router_logits.softmax(dim=-1, dtype=self.dtype).to(input_dtype)
+        return router_probs, router_logits
+
+    def forward(self, hidden_states: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: [batch, tokens, d_model].
+
+        Returns:
+            One-hot expert of each token, all zero where the expert was full, int64 [batch, tokens, experts]; probability
+            of the chosen expert [batch, tokens, 1]; logits [batch, tokens, experts].
+        """
+        router_probs, router_logits = self._compute_router_probabilities(hidden_states)
+        top_prob, top_expert = router_probs.max(dim=-1, keepdim=True)
+        wanted = F.one_hot(top_expert.squeeze(-1), self.num_experts)
+        assigned = wanted
+        if wanted.shape[-2] > self.expert_capacity:  # a shorter sequence cannot overflow
+            assigned = wanted * (wanted.cumsum(dim=-2) <= self.expert_capacity)
+        if self.tokens_to_count is not None:
+            counted = wanted if self.usage_counting == "paper" else assigned
+            self.usage_counts += counted[self.tokens_to_count].sum(dim=0)
+        return assigned, top_prob, router_logits
+
+    def get_expert_usage_counts(self) -> torch.Tensor:
+        """Tokens counted for each expert since the last reset, int64 [experts]; a copy."""
+        return self.usage_counts.clone()
+
+    def reset_expert_usage_counts(self) -> None:
+        self.usage_counts.zero_()
+
+
+class SwitchTransformersSparseMLP(nn.Module):
+    """Experts behind a router. A token leaves as its router probability times what its expert makes of it."""
+
+    def __init__(self, config: SwitchTransformersConfig, expert_class: nn.Module = SwitchTransformersDenseActDense):
+        super().__init__()
+        self.router = SwitchTransformersTop1Router(config)
+        self.experts = nn.ModuleDict({f"expert_{i}": expert_class(config) for i in range(config.num_experts)})
+
+    def forward(self, hidden_states: torch.Tensor):
+        """
+        Args:
+            hidden_states: [batch, tokens, d_model].
+
+        Returns:
+            New states of that shape, and (router logits [batch, tokens, experts], expert index [batch, tokens]), where
+            tokens beyond capacity, which pass by the experts unchanged, have index 0.
+        """
+        assigned, top_prob, router_logits = self.router(hidden_states)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        choice = assigned.reshape(-1, assigned.shape[-1])
+
+        # Bring the tokens of each expert together. The one host synchronisation of the layer is `sizes`.
+        sizes = choice.sum(dim=0).tolist()
+        overflowed_last = torch.where(choice.any(dim=-1), choice.argmax(dim=-1), choice.shape[-1])
+        order = overflowed_last.argsort(stable=True)[: sum(sizes)]
+        if sizes and order.numel():
+            made = self._run_experts(tokens[order], sizes)
+            tokens = tokens.index_copy(0, order, made.to(tokens.dtype))  # autocast may have changed the dtype
+        return top_prob * tokens.view_as(hidden_states), (router_logits, assigned.argmax(dim=-1))
+
+    def _run_experts(self, tokens: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Tokens sorted by expert, `sizes[i]` of them for expert i: [sum(sizes), d_model] to the same shape."""
+        pairs = zip(self.experts.values(), tokens.split(sizes), strict=True)
+        return torch.cat([expert(part) for expert, part in pairs if len(part)])
+
+
+class SwitchTransformersLayerFF(nn.Module):
+    """Feed-forward sublayer: norm, dense or sparse feed-forward, dropout, residual."""
+
+    def __init__(self, config: SwitchTransformersConfig, is_sparse=False):
+        super().__init__()
+        self.is_sparse = is_sparse
+        self.mlp = SwitchTransformersSparseMLP(config) if is_sparse else SwitchTransformersDenseActDense(config)
+        self.layer_norm = SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_states, output_router_logits):
+        """States of the same shape; with `output_router_logits`, a sparse layer gives (states, router outputs)."""
+        normed = self.layer_norm(hidden_states)
+        if not self.is_sparse:
+            return hidden_states + self.dropout(self.mlp(normed))
+        update, router_outputs = self.mlp(normed)
+        hidden_states = hidden_states + self.dropout(update)
+        return (hidden_states, router_outputs) if output_router_logits else hidden_states
+
+
+def _clamp_fp16(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Infinities to a little under fp16's largest number, so that training in fp16 goes on; else unchanged."""
+    if hidden_states.dtype == torch.float16 and torch.isinf(hidden_states).any():
+        limit = torch.finfo(torch.float16).max - 1000
+        hidden_states = hidden_states.clamp(min=-limit, max=limit)
+    return hidden_states
+
+
+class SwitchTransformersBlock(nn.Module):
+    """Self-attention, cross-attention in a decoder, dense or sparse feed-forward."""
+
+    def __init__(self, config, has_relative_attention_bias=False, is_sparse=False, layer_idx: Optional[int] = None):
+        super().__init__()
+        self.is_decoder = config.is_decoder
+        self.is_sparse = is_sparse
+        self.layer = nn.ModuleList()
+        self.layer.append(SwitchTransformersLayerSelfAttention(config, has_relative_attention_bias, layer_idx))
+        if self.is_decoder:
+            self.layer.append(SwitchTransformersLayerCrossAttention(config, layer_idx))
+        self.layer.append(SwitchTransformersLayerFF(config, is_sparse=is_sparse))
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_bias=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        encoder_decoder_position_bias=None,
+        layer_head_mask=None,
+        cross_attn_layer_head_mask=None,
+        past_key_value=None,
+        use_cache=False,
+        output_attentions=False,
+        output_router_logits=True,
+        return_dict=True,
+        cache_position=None,
+    ):
+        """
+        Returns:
+            A tuple: states; the cache, if `use_cache`; self-attention bias and, if asked for, weights; the same of the
+            cross-attention, if there was one; last the router outputs, of a dense block a tuple of one zero.
+        """
+        hidden_states, past_key_value, *attention_outputs = self.layer[0](
+            hidden_states,
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+            layer_head_mask=layer_head_mask,
+            past_key_value=past_key_value,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            cache_position=cache_position,
+        )
+        hidden_states = _clamp_fp16(hidden_states)
+
+        if self.is_decoder and encoder_hidden_states is not None:
+            hidden_states, past_key_value, *cross_outputs = self.layer[1](
+                hidden_states,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                position_bias=encoder_decoder_position_bias,
+                layer_head_mask=cross_attn_layer_head_mask,
+                past_key_value=past_key_value,
+                query_length=cache_position[-1] + 1,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                cache_position=cache_position,
+            )
+            hidden_states = _clamp_fp16(hidden_states)
+            attention_outputs += cross_outputs
+
+        hidden_states = self.layer[-1](hidden_states, output_router_logits)
+        if isinstance(hidden_states, tuple):
+            hidden_states, router_outputs = hidden_states
+        else:
+            router_outputs = (torch.zeros(1, device=hidden_states.device, dtype=torch.int64),)
+        hidden_states = _clamp_fp16(hidden_states)
+
+        cache = (past_key_value,) if use_cache else ()
+        return (hidden_states, *cache, *attention_outputs, router_outputs)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stacks and models
+
+
+class SwitchTransformersPreTrainedModel(PreTrainedModel):
+    """What all Switch models share: initial weights, shifting of labels, counting of expert usage."""
+
+    config_class = SwitchTransformersConfig
+    base_model_prefix = "switch_transformers"
+    supports_gradient_checkpointing = True
+    _supports_cache_class = True
+    _supports_static_cache = False
+    _no_split_modules = ["SwitchTransformersBlock"]
+
+    dummy_inputs = T5PreTrainedModel.dummy_inputs
+    _shift_right = T5PreTrainedModel._shift_right
+
+    def _init_weights(self, module):
+        """Normal weights of Mesh TensorFlow's scales, in stock's order, so that a seed gives stock's weights."""
+        factor, d_model = self.config.initializer_factor, self.config.d_model
+        d_kv, num_heads = self.config.d_kv, self.config.num_heads
+
+        def normal(layer, std):
+            layer.weight.data.normal_(mean=0.0, std=factor * std)
+
+        if isinstance(module, SwitchTransformersLayerNorm):
+            module.weight.data.fill_(factor)
+        elif isinstance(module, (_SwitchTransformersSeq2Seq, SwitchTransformersEncoderModel)):
+            normal(module.shared, 1.0)
+            if hasattr(module, "lm_head") and not self.config.tie_word_embeddings:
+                normal(module.lm_head, 1.0)
+        elif isinstance(module, SwitchTransformersDenseActDense):
+            normal(module.wi, d_model**-0.5)
+            normal(module.wo, self.config.d_ff**-0.5)
+        elif isinstance(module, SwitchTransformersAttention):
+            normal(module.q, (d_model * d_kv) ** -0.5)
+            normal(module.k, d_model**-0.5)
+            normal(module.v, d_model**-0.5)
+            normal(module.o, (num_heads * d_kv) ** -0.5)
+            if module.has_relative_attention_bias:
+                normal(module.relative_attention_bias, d_model**-0.5)
+        elif isinstance(module, SwitchTransformersSparseMLP):
+            normal(module.router.classifier, 1.0)
+            if module.router.classifier.bias is not None:
+                module.router.classifier.bias.data.zero_()
+            for expert in module.experts.values():
+                normal(expert.wi, d_model**-0.5)
+                normal(expert.wo, d_model**-0.5)
+
+    def _stacks(self) -> dict:
+        """The stacks of this model by name, "encoder" and, if it has one, "decoder"."""
+        if isinstance(self, SwitchTransformersStack):
+            return {"decoder" if self.is_decoder else "encoder": self}
+        return {name: getattr(self, name) for name in ("encoder", "decoder") if hasattr(self, name)}
+
+    def set_usage_counting(self, reading: Optional[str]) -> None:
+        """
+        Start or stop counting the tokens that each router sends to each expert, during forward and generate.
+
+        Args:
+            reading: `"paper"` counts real tokens only, before the capacity cut. Real are, in the encoder, the positions
+                of the attention mask (without one, those that are not padding). In the decoder with labels: where
+                `decoder_attention_mask` says so, or, if there is none or it is all ones, where the label is not -100.
+                In the decoder without labels: position 0 and every token that is neither padding nor end of sequence,
+                within the mask if there is one; so finished beams, and what is fed after the end of a shorter example
+                of a batch, do not count, and examples count the same in a batch as one by one.
+                `"released"` counts every position that an expert accepted, padding included, as the authors' code does.
+                `None` (the default) counts nothing and costs nothing.
+
+        Counts add up until `reset_expert_usage`. What assisted or contrastive decoding computes in vain counts too.
+
+        Raises:
+            ValueError: another reading.
+        """
+        if reading not in (None, "paper", "released"):
+            raise ValueError(f'set_usage_counting: reading must be "paper", "released" or None, not {reading!r}')
+        for stack in self._stacks().values():
+            stack.usage_counting = reading
+            for router in stack.routers():
+                router.usage_counting = reading
+
+    def expert_usage(self) -> dict:
+        """Counts of each stack by name: `{"encoder": int64 [sparse layers, experts], "decoder": ...}`."""
+        usage = {}
+        for name, stack in self._stacks().items():
+            counts = [router.get_expert_usage_counts() for router in stack.routers()]
+            empty = torch.zeros(0, self.config.num_experts, dtype=torch.int64)
+            usage[name] = torch.stack([count.to(counts[0].device) for count in counts]) if counts else empty
+        return usage
+
+    def reset_expert_usage(self) -> None:
+        """Set all counts to zero."""
+        for stack in self._stacks().values():
+            for router in stack.routers():
+                router.reset_expert_usage_counts()
+
+
+class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
+    """The encoder, or with `config.is_decoder` the decoder."""
+
+    def __init__(self, config, embed_tokens=None):
+        super().__init__(config)
+        self.is_decoder = config.is_decoder
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if embed_tokens is not None and not _separate_embeddings(config):
+            self.embed_tokens.weight = embed_tokens.weight
+
+        if self.is_decoder:
+            config.num_layers = config.num_decoder_layers
+        step = config.decoder_sparse_step if self.is_decoder else config.encoder_sparse_step
+        self.block = nn.ModuleList(
+            SwitchTransformersBlock(
+                config,
+                has_relative_attention_bias=i == 0,
+                is_sparse=step == 1 or (step > 1 and i % step == 1),
+                layer_idx=i,
+            )
+            for i in range(config.num_layers)
+        )
+        self.final_layer_norm = SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.device_map = None
+        self.gradient_checkpointing = False
+
+        self.usage_counting: Optional[str] = None
+        self.real_tokens: Optional[torch.Tensor] = None  # bool [batch, tokens]: what labels tell of the next forward
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, new_embeddings):
+        self.embed_tokens = new_embeddings
+
+    _update_causal_mask = T5Stack._update_causal_mask
+    _prepare_4d_causal_attention_mask_with_cache_position = staticmethod(
+        T5Stack._prepare_4d_causal_attention_mask_with_cache_position
+    )
+
+    def routers(self) -> list:
+        """The routers of the sparse blocks, in order."""
+        return [block.layer[-1].mlp.router for block in self.block if block.is_sparse]
+
+    def _find_real_tokens(self, input_ids, attention_mask, cache_position, shape) -> torch.Tensor:
+        """Where the tokens that "paper" counts are, bool [batch, tokens]; see `set_usage_counting`."""
+        real = torch.ones(shape, dtype=torch.bool, device=cache_position.device)
+        masked = attention_mask is not None and attention_mask.dim() == 2
+        if masked:
+            real = real & attention_mask[:, -shape[1] :].to(real.device).ne(0)
+        if input_ids is not None and (self.is_decoder or not masked):
+            pad, eos = self.config.pad_token_id, self.config.eos_token_id if self.is_decoder else None
+            silent = [token for token in (pad, *(eos if isinstance(eos, (list, tuple)) else (eos,))) if token is not None]
+            speaks = ~torch.isin(input_ids, torch.tensor(silent, dtype=input_ids.dtype, device=input_ids.device))
+            if self.is_decoder:
+                speaks = speaks | (cache_position == 0)  # the start token is the padding token
+            real = real & speaks
+        return real
+
+    @contextlib.contextmanager
+    def _counting(self, real_tokens: torch.Tensor) -> Iterator[None]:
+        """Counts inside only: what gradient checkpointing computes again in the backward pass is not counted twice."""
+        for router in self.routers():
+            router.tokens_to_count = real_tokens
+        try:
+            yield
+        finally:
+            for router in self.routers():
+                router.tokens_to_count = None
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        inputs_embeds=None,
+        head_mask=None,
+        cross_attn_head_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        output_router_logits=True,
+        return_dict=None,
+        cache_position=None,
+    ):
+        """
+        Run the stack; arguments as in the models below, `attention_mask` being the stack's own.
+
+        Returns:
+            `MoEModelOutputWithPastAndCrossAttentions`, or without `return_dict` the tuple of its fields that are there.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; `use_cache` in an encoder.
+        """
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.use_return_dict if return_dict is None else return_dict
+        checkpointing = self.gradient_checkpointing and self.training
+
+        if (input_ids is None) == (inputs_embeds is None):
+            prefix = "decoder_" if self.is_decoder else ""
+            raise ValueError(f"give one of {prefix}input_ids and {prefix}inputs_embeds, not both and not neither")
+        if input_ids is not None:
+            input_ids = input_ids.view(-1, input_ids.shape[-1])
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, seq_length = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+
+        if checkpointing and use_cache:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing and is set to False")
+            use_cache = False
+        if use_cache and not self.is_decoder:
+            raise ValueError("use_cache=True is for decoders; this stack is an encoder")
+
+        # Callers may hand in a cache of both attentions, one of the self-attention, a tuple, or none: they get back
+        # their own kind. Blocks always see a cache of both attentions.
+        cache, give_back = None, None
+        if self.is_decoder and (use_cache or past_key_values is not None):
+            if isinstance(past_key_values, EncoderDecoderCache):
+                cache, give_back = past_key_values, (lambda c: c) if use_cache else None
+            elif isinstance(past_key_values, Cache):
+                cache = EncoderDecoderCache(past_key_values, DynamicCache())
+                give_back = lambda c: c.self_attention_cache  # noqa: E731
+            else:
+                cache = EncoderDecoderCache.from_legacy_cache(past_key_values)
+                give_back = EncoderDecoderCache.to_legacy_cache
+        past_length = cache.get_seq_length() if cache is not None else 0
+        if cache_position is None:
+            cache_position = torch.arange(past_length, past_length + seq_length, device=device)
+
+        counting = contextlib.nullcontext()
+        if self.usage_counting is not None:
+            real_tokens, self.real_tokens = self.real_tokens, None
+            if self.usage_counting == "released":
+                real_tokens = torch.ones(batch_size, seq_length, dtype=torch.bool, device=device)
+            elif real_tokens is None:
+                shape = (batch_size, seq_length)
+                real_tokens = self._find_real_tokens(input_ids, attention_mask, cache_position, shape)
+            counting = self._counting(real_tokens)
+
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, past_length + seq_length, device=device)
+        if self.is_decoder:
+            self_cache = cache.self_attention_cache if cache is not None else None
+            attention_mask = self._update_causal_mask(
+                attention_mask, inputs_embeds, cache_position, self_cache, output_attentions
+            )
+        else:
+            attention_mask = self.invert_attention_mask(attention_mask)
+        crossing = self.is_decoder and encoder_hidden_states is not None
+        if crossing:
+            if encoder_attention_mask is None:
+                encoder_attention_mask = torch.ones(encoder_hidden_states.shape[:2], device=device)
+            encoder_attention_mask = self.invert_attention_mask(encoder_attention_mask)
+        else:
+            encoder_attention_mask = None
+
+        head_mask = self.get_head_mask(head_mask, config.num_layers)
+        cross_attn_head_mask = self.get_head_mask(cross_attn_head_mask, config.num_layers)
+        all_hidden_states = () if output_hidden_states else None
+        all_attentions = () if output_attentions else None
+        all_cross_attentions = () if output_attentions and self.is_decoder else None
+        all_router_outputs = () if output_router_logits else None
+
+        hidden_states = self.dropout(inputs_embeds)
+        position_bias = cross_position_bias = None
+        with counting:
+            for block, mask, cross_mask in zip(self.block, head_mask, cross_attn_head_mask, strict=False):
+                if output_hidden_states:
+                    all_hidden_states += (hidden_states,)
+                arguments = (
+                    hidden_states,
+                    attention_mask,
+                    position_bias,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    cross_position_bias,
+                    mask,
+                    cross_mask,
+                    None if checkpointing else cache,
+                    use_cache,
+                    output_attentions,
+                    output_router_logits,
+                    return_dict,
+                    cache_position,
+                )
+                run = block
+                if checkpointing:
+                    arguments, run = (block.forward, *arguments), self._gradient_checkpointing_func
+                hidden_states, *outputs, router_outputs = run(*arguments)
+
+                if use_cache:
+                    outputs.pop(0)
+                # Only the first block has a bias (and the mask within it): the others take it from there.
+                position_bias = outputs.pop(0)
+                if output_attentions:
+                    all_attentions += (outputs.pop(0),)
+                if crossing:
+                    cross_position_bias = outputs.pop(0)
+                    if output_attentions:
+                        all_cross_attentions += (outputs.pop(0),)
+                if output_router_logits:
+                    all_router_outputs += (router_outputs,)
+
+        hidden_states = self.dropout(self.final_layer_norm(hidden_states))
+        if output_hidden_states:
+            all_hidden_states += (hidden_states,)
+
+        output = MoEModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            past_key_values=give_back(cache) if give_back is not None else None,
+            hidden_states=all_hidden_states,
+            attentions=all_attentions,
+            cross_attentions=all_cross_attentions,
+            router_probs=all_router_outputs,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _separate_embeddings(config: SwitchTransformersConfig) -> bool:
+    """
+    Whether each stack has an embedding of its own, and the output projection is scaled although it is untied.
+
+    This is how the authors' code leaves a merged model (`merge(reading="released")`); no hub checkpoint has the field.
+    """
+    return getattr(config, "separate_embeddings", False)
+
+
+SWITCH_TRANSFORMERS_START_DOCSTRING = """
+
+    Save and load it with `save_pretrained` and `from_pretrained`; it is otherwise an ordinary `torch.nn.Module`.
+
+    Args:
+        config: a `SwitchTransformersConfig`.
+"""
+
+_STACK_ARGUMENTS = """
+    Args:
+        input_ids: token ids, [batch, tokens].
+        attention_mask: 1 at real tokens, 0 at padding, [batch, tokens].
+        inputs_embeds: embedded tokens [batch, tokens, d_model], in place of `input_ids`.
+        head_mask: 1 keeps and 0 silences an attention head, [heads] or [layers, heads].
+        output_attentions, output_hidden_states: whether to return these of every layer.
+        output_router_logits: whether to return, a block each, the router's logits and choices.
+        return_dict: whether to return an output object rather than a tuple.
+"""
+
+SWITCH_TRANSFORMERS_ENCODER_INPUTS_DOCSTRING = _STACK_ARGUMENTS
+
+SWITCH_TRANSFORMERS_INPUTS_DOCSTRING = (
+    _STACK_ARGUMENTS
+    + """
+        decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_head_mask: the same for the decoder.
+        cross_attn_head_mask: like `head_mask`, for the decoder's attention to the encoder.
+        encoder_outputs: what the encoder returned, to not run it again.
+        past_key_values: a cache of earlier positions; then only the new tokens are fed.
+        use_cache: whether to return such a cache.
+        cache_position: positions of the tokens fed, [tokens].
+"""
+)
+
+
+class _SwitchTransformersSeq2Seq(SwitchTransformersPreTrainedModel):
+    """Encoder and decoder over one embedding: what the bare model and the one with a head share."""
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+
+        encoder_config = copy.deepcopy(config)
+        encoder_config.is_decoder = False
+        encoder_config.use_cache = False
+        encoder_config.is_encoder_decoder = False
+        self.encoder = SwitchTransformersStack(encoder_config, self.shared)
+
+        decoder_config = copy.deepcopy(config)
+        decoder_config.is_decoder = True
+        decoder_config.is_encoder_decoder = False
+        self.decoder = SwitchTransformersStack(decoder_config, self.shared)
+        self.device_map = None
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings):
+        if _separate_embeddings(self.config):
+            raise ValueError("a model with separate_embeddings has no single input embedding to replace or resize")
+        self.shared = new_embeddings
+        self.encoder.set_input_embeddings(new_embeddings)
+        self.decoder.set_input_embeddings(new_embeddings)
+
+    def _tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self._tie_or_clone_weights(self.encoder.embed_tokens, self.shared)
+            self._tie_or_clone_weights(self.decoder.embed_tokens, self.shared)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def get_decoder(self):
+        return self.decoder
+
+    def _prune_heads(self, heads_to_prune):
+        """Prune heads of the encoder's self-attention, given as {layer: [heads]}."""
+        for layer, heads in heads_to_prune.items():
+            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
+
+    def _encode_and_decode(
+        self,
+        input_ids,
+        attention_mask,
+        decoder_input_ids,
+        decoder_attention_mask,
+        head_mask,
+        decoder_head_mask,
+        cross_attn_head_mask,
+        encoder_outputs,
+        past_key_values,
+        inputs_embeds,
+        decoder_inputs_embeds,
+        use_cache,
+        output_attentions,
+        output_hidden_states,
+        output_router_logits,
+        return_dict,
+        cache_position,
+    ):
+        """Outputs of the encoder (run here unless given) and of the decoder."""
+        if head_mask is not None and decoder_head_mask is None:
+            if self.config.num_layers == self.config.num_decoder_layers:
+                warnings.warn(
+                    "head_mask is taken for the decoder as well; to mask heads of the encoder only, give a "
+                    "decoder_head_mask of ones",
+                    FutureWarning,
+                    stacklevel=3,
+                )
+                decoder_head_mask = head_mask
+
+        asked = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "output_router_logits": output_router_logits,
+            "return_dict": return_dict,
+        }
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                head_mask=head_mask,
+                **asked,
+            )
+        elif return_dict and not isinstance(encoder_outputs, MoEModelOutput):
+            encoder_outputs = MoEModelOutput(
+                **dict(
+                    zip(
+                        ("last_hidden_state", "hidden_states", "attentions", "router_probs"),
+                        tuple(encoder_outputs[i] for i in range(len(encoder_outputs))),
+                        strict=False,
+                    )
+                )
+            )
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            head_mask=decoder_head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            **asked,
+        )
+        return encoder_outputs, decoder_outputs
+
+
+def _stack_fields(encoder_outputs, decoder_outputs) -> dict:
+    """The fields that the two seq2seq output classes have in common."""
+    return {
+        "past_key_values": decoder_outputs.past_key_values,
+        "decoder_hidden_states": decoder_outputs.hidden_states,
+        "decoder_attentions": decoder_outputs.attentions,
+        "cross_attentions": decoder_outputs.cross_attentions,
+        "decoder_router_logits": decoder_outputs.router_probs,
+        "encoder_last_hidden_state": encoder_outputs.last_hidden_state,
+        "encoder_hidden_states": encoder_outputs.hidden_states,
+        "encoder_attentions": encoder_outputs.attentions,
+        "encoder_router_logits": encoder_outputs.router_probs,
+    }
+
+
+@add_start_docstrings("Encoder and decoder without a head.", SWITCH_TRANSFORMERS_START_DOCSTRING)
+class SwitchTransformersModel(_SwitchTransformersSeq2Seq):
+    _tied_weights_keys = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_INPUTS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.FloatTensor] = None,
+        decoder_input_ids: Optional[torch.LongTensor] = None,
+        decoder_attention_mask: Optional[torch.BoolTensor] = None,
+        head_mask: Optional[torch.FloatTensor] = None,
+        decoder_head_mask: Optional[torch.FloatTensor] = None,
+        cross_attn_head_mask: Optional[torch.Tensor] = None,
+        encoder_outputs: Optional[Tuple[Tuple[torch.FloatTensor]]] = None,
+        past_key_values: Optional[Tuple[Tuple[torch.FloatTensor]]] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        decoder_inputs_embeds: Optional[torch.Tensor] = None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_router_logits: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        cache_position: Optional[torch.LongTensor] = None,
+    ) -> Union[Tuple[torch.FloatTensor], Seq2SeqMoEModelOutput]:
+        """
+        Returns:
+            `Seq2SeqMoEModelOutput`, whose `last_hidden_state` is the decoder's; as a tuple, decoder before encoder.
+        """
+        config = self.config
+        if output_router_logits and config.num_sparse_encoder_layers == 0 and config.num_sparse_decoder_layers == 0:
+            raise ValueError("output_router_logits=True, but this model is dense: it has no router to show")
+        return_dict = config.use_return_dict if return_dict is None else return_dict
+        encoder_outputs, decoder_outputs = self._encode_and_decode(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            head_mask,
+            decoder_head_mask,
+            cross_attn_head_mask,
+            encoder_outputs,
+            past_key_values,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            config.use_cache if use_cache is None else use_cache,
+            output_attentions,
+            output_hidden_states,
+            output_router_logits,
+            return_dict,
+            cache_position,
+        )
+        if not return_dict:
+            return decoder_outputs + encoder_outputs
+        return Seq2SeqMoEModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state, **_stack_fields(encoder_outputs, decoder_outputs)
+        )
+
+
+@add_start_docstrings("Encoder and decoder with a language-modelling head.", SWITCH_TRANSFORMERS_START_DOCSTRING)
+class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, GenerationMixin):
+    _tied_weights_keys = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__(config)
+        self.model_dim = config.d_model
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.router_z_loss_coef = config.router_z_loss_coef
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.post_init()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_INPUTS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.FloatTensor] = None,
+        decoder_input_ids: Optional[torch.LongTensor] = None,
+        decoder_attention_mask: Optional[torch.BoolTensor] = None,
+        head_mask: Optional[torch.FloatTensor] = None,
+        decoder_head_mask: Optional[torch.FloatTensor] = None,
+        cross_attn_head_mask: Optional[torch.Tensor] = None,
+        encoder_outputs: Optional[Tuple[Tuple[torch.Tensor]]] = None,
+        past_key_values: Optional[Tuple[Tuple[torch.Tensor]]] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        decoder_inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_router_logits: Optional[bool] = True,
+        return_dict: Optional[bool] = None,
+        cache_position: Optional[torch.LongTensor] = None,
+    ) -> Union[Tuple[torch.FloatTensor], Seq2SeqMoEOutput]:
+        """
+            labels: target ids [batch, tokens], -100 where there is none. Without decoder inputs, these are the labels
+                shifted right.
+
+        Returns:
+            `Seq2SeqMoEOutput`. With labels its `loss` is the mean cross-entropy plus, if `output_router_logits`, the
+            router losses of both stacks over all positions; see `router_loss` for those over real tokens only.
+        """
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        if labels is not None:
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self._shift_right(labels)
+            if self.decoder.usage_counting is not None:
+                partial = decoder_attention_mask is not None and not bool(decoder_attention_mask.all())
+                self.decoder.real_tokens = decoder_attention_mask.ne(0) if partial else labels.ne(-100)
+
+        encoder_outputs, decoder_outputs = self._encode_and_decode(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            head_mask,
+            decoder_head_mask,
+            cross_attn_head_mask,
+            encoder_outputs,
+            past_key_values,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            self.config.use_cache if use_cache is None else use_cache,
+            output_attentions,
+            output_hidden_states,
+            output_router_logits,
+            return_dict,
+            cache_position,
+        )
+        decoded = decoder_outputs[0]
+        if self.config.tie_word_embeddings or _separate_embeddings(self.config):
+            decoded = decoded * self.model_dim**-0.5
+        logits = self.lm_head(decoded)
+
+        z_and_aux = (None,) * 4  # encoder z, encoder balance, decoder z, decoder balance
+        if output_router_logits:
+            z_and_aux = (
+                *self._router_losses("encoder", encoder_outputs[-1]),
+                *self._router_losses("decoder", decoder_outputs[-1]),
+            )
+
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.to(logits.device).view(-1))
+            if output_router_logits:
+                encoder_z, encoder_aux, decoder_z, decoder_aux = z_and_aux
+                z_loss = self.router_z_loss_coef * (encoder_z + decoder_z)
+                aux_loss = self.router_aux_loss_coef * (encoder_aux + decoder_aux)
+                loss = loss + z_loss + aux_loss
+
+        if not return_dict:
+            head = (logits, *z_and_aux) if output_router_logits else (logits,)
+            output = (*head, *decoder_outputs[1:], *encoder_outputs)
+            return output if loss is None else (loss, *output)
+        return Seq2SeqMoEOutput(
+            loss=loss,
+            logits=logits,
+            encoder_z_loss=z_and_aux[0],
+            encoder_aux_loss=z_and_aux[1],
+            decoder_z_loss=z_and_aux[2],
+            decoder_aux_loss=z_and_aux[3],
+            **_stack_fields(encoder_outputs, decoder_outputs),
+        )
+
+    def _router_losses(self, stack: str, router_outputs, token_mask=None) -> tuple:
+        """Z and balance loss of a stack; zeros as in stock where all blocks or none are sparse, or no outputs came."""
+        if getattr(self.config, f"{stack}_sparse_step") <= 1 or not isinstance(router_outputs, tuple):
+            return 0, 0
+        return router_losses(router_outputs, token_mask)
+
+    def router_loss(
+        self,
+        outputs: Seq2SeqMoEOutput,
+        encoder_mask: Optional[torch.Tensor] = None,
+        decoder_mask: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """
+        Weighted router losses of both stacks: what `forward` adds to the cross-entropy, or that over real tokens only.
+
+        Args:
+            outputs: of a forward with `output_router_logits`.
+            encoder_mask, decoder_mask: [batch, tokens], non-zero at real tokens; `None` takes every position.
+
+        Returns:
+            A scalar. With masks it is the same however much padding the batch has.
+
+        Raises:
+            ValueError: the outputs have no router logits.
+        """
+        if outputs.encoder_router_logits is None or outputs.decoder_router_logits is None:
+            raise ValueError("router_loss: the outputs have no router logits; call forward with output_router_logits=True")
+        encoder_z, encoder_aux = self._router_losses("encoder", outputs.encoder_router_logits, encoder_mask)
+        decoder_z, decoder_aux = self._router_losses("decoder", outputs.decoder_router_logits, decoder_mask)
+        loss = self.router_z_loss_coef * (encoder_z + decoder_z)
+        loss = loss + self.router_aux_loss_coef * (encoder_aux + decoder_aux)
+        return torch.as_tensor(loss, device=outputs.logits.device)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        # Decoding has no use for router outputs, and the losses over the encoder's would be computed at every step.
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs.setdefault("output_router_logits", False)
+        return inputs
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor):
+        return self._shift_right(labels)
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        """A legacy cache (tuples of tensors) with its batch rows taken in the order `beam_idx`."""
+        if past_key_values is None:
+            logger.warning("no past_key_values to reorder; use_cache=True makes decoding faster")
+            return None
+        return tuple(
+            tuple(state.index_select(0, beam_idx.to(state.device)) for state in layer) for layer in past_key_values
+        )
+
+
+@add_start_docstrings("The encoder alone.", SWITCH_TRANSFORMERS_START_DOCSTRING)
+class SwitchTransformersEncoderModel(SwitchTransformersPreTrainedModel):
+    _tied_weights_keys = ["encoder.embed_tokens.weight"]
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        encoder_config = copy.deepcopy(config)
+        encoder_config.use_cache = False
+        encoder_config.is_encoder_decoder = False
+        self.encoder = SwitchTransformersStack(encoder_config, self.shared)
+        self.device_map = None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings):
+        self.shared = new_embeddings
+        self.encoder.set_input_embeddings(new_embeddings)
+
+    def _tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self._tie_or_clone_weights(self.encoder.embed_tokens, self.shared)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def _prune_heads(self, heads_to_prune):
+        """Prune heads of the self-attention, given as {layer: [heads]}."""
+        for layer, heads in heads_to_prune.items():
+            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
+
+    @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_ENCODER_INPUTS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.FloatTensor] = None,
+        head_mask: Optional[torch.FloatTensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_router_logits: Optional[bool] = True,
+        return_dict: Optional[bool] = None,
+    ) -> Union[Tuple[torch.FloatTensor], MoEModelOutput]:
+        """
+        Returns:
+            The encoder's output, or without `return_dict` a tuple of its fields that are there.
+        """
+        return self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            return_dict=self.config.use_return_dict if return_dict is None else return_dict,
+        )
