@@ -1,0 +1,245 @@
+"""Seq2seq features on disk: token ids of inputs and targets, unpadded, one folder a task, whole or not there.
+
+`DATA_DIR/{task}` is a DatasetDict (train, validation, test) with the columns input_ids, labels (both end with </s>)
+and references (list of str). `complete.json` in it says what it was made from and with, and what it must hold.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from expert_merging.errors import UserError
+from expert_merging.files import new_folder, read_json
+from expert_merging.hub import first_line
+from expert_merging.tasks import get_task
+
+SPLITS = ("train", "validation", "test")
+_MANIFEST = "complete.json"
+_SHUFFLE_SEED = 42  # of the order in which examples are stored, so that a limit takes a random part
+
+
+def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Tokenise a task's examples into `DATA_DIR/{task_name}`, in place of what an earlier run made there.
+
+    Inputs are cut to `max_input_length` tokens and targets to `max_decoder_length`, both with </s>. The examples of each
+    split are shuffled (seed 42), then the first `train_examples`, `validation_examples`, `test_examples` taken; 0: all.
+
+    Args:
+        raw: what the task's `load(constants)` gives, where it has been loaded already.
+
+    Returns:
+        The manifest: what was asked for, and for each split the number of examples, how many are odd (nothing but white
+        space in the prompt's example or the target), the shares cut, and quantiles of the lengths before cutting.
+
+    Raises:
+        UserError: broken source, no room to write, or a folder in the way that was not made here.
+    """
+    from datasets import DatasetDict
+
+    folder = folder_of(task_name, constants)
+    _refuse_foreign(folder)
+    task = get_task(task_name)
+    raw = task.load(constants) if raw is None else raw
+    with new_folder(folder) as temporary:
+        made = {split: _tokenized(raw[split], split, task_name, constants, tokenizer) for split in SPLITS}
+        features = DatasetDict({split: dataset for split, (dataset, _) in made.items()})
+        features.save_to_disk(str(temporary))
+        manifest = {
+            "asked": _asked(task_name, constants, tokenizer),
+            "splits": {split: report for split, (_, report) in made.items()},
+            "sha256": content_hash(features),
+        }
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def load(task_name: str, constants: SimpleNamespace, tokenizer):
+    """The DatasetDict that `prepare` wrote, after checking that it is whole and what this run asks for.
+
+    A smaller limit than the one it was made with takes the first examples of each split.
+
+    Raises UserError for a folder that is absent, not whole, or made with another tokenizer, lengths or limits.
+    """
+    folder = folder_of(task_name, constants)
+    asked = _asked(task_name, constants, tokenizer)
+    manifest, features = _read_whole(folder, command(task_name, constants))
+    made = manifest["asked"]
+    for name in ("task", "tokenizer", "max_input_length", "max_decoder_length"):
+        if made[name] != asked[name]:
+            difference = f"another {name}" if name == "tokenizer" else f"{name} {made[name]}, not {asked[name]}"
+            raise UserError(f"{folder} was made with {difference}; run: {command(task_name, constants)}")
+    for split in SPLITS:
+        limit, made_limit = asked[f"{split}_examples"], made[f"{split}_examples"]
+        if limit and limit < len(features[split]):
+            features[split] = features[split].select(range(limit))
+        # As many as the limit it was made with: there may be more, and this run asks for more.
+        elif limit != made_limit and len(features[split]) == made_limit and limit != len(features[split]):
+            raise UserError(
+                f"{folder} holds {made_limit} {split} examples and {limit or 'all'} are asked for; "
+                f"run: {command(task_name, constants)}"
+            )
+    return features
+
+
+def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any] | None:
+    """The manifest, where `prepare` with these constants and this tokenizer would write what is there already; else None.
+
+    Raises UserError for a folder in the way that was not made here.
+    """
+    folder = folder_of(task_name, constants)
+    _refuse_foreign(folder)
+    try:
+        manifest, _ = _read_whole(folder, "")
+    except UserError:
+        return None
+    return manifest if manifest["asked"] == _asked(task_name, constants, tokenizer) else None
+
+
+def folder_of(task_name: str, constants: SimpleNamespace) -> Path:
+    """Where a task's features lie."""
+    return Path(constants.DATA_DIR) / task_name
+
+
+def command(task_name: str, constants: SimpleNamespace) -> str:
+    """The command that makes the features this run asks for."""
+    words = ["python datasets_preprocessing.py", "--scale", constants.scale, "--task_types", task_name]
+    names = ("DATA_DIR", "max_input_length", "max_decoder_length", *(f"{split}_examples" for split in SPLITS))
+    for name in names:
+        words += [f"--{name}", str(getattr(constants, name))]
+    return " ".join(words)
+
+
+def check_lengths(constants: SimpleNamespace) -> None:
+    """Raises UserError for lengths without room for a token and </s>, and for negative limits."""
+    for name in ("max_input_length", "max_decoder_length"):
+        if getattr(constants, name) < 2:
+            raise UserError(f"{name} is {getattr(constants, name)}; it must be at least 2, for one token and </s>")
+    for split in SPLITS:
+        if getattr(constants, f"{split}_examples") < 0:
+            raise UserError(f"{split}_examples is {getattr(constants, f'{split}_examples')}; it must be 0 (all) or more")
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of all that decides which ids a text gets: vocabulary, normalisation, splitting, added tokens.
+
+    The same before saving and after loading, and whatever truncation or padding was in use last.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: backend[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    parts["added"] = sorted((token["id"], token["content"]) for token in backend["added_tokens"])
+    parts["special"] = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def content_hash(features) -> str:
+    """SHA-256 over every token id and reference of a DatasetDict of features, in order."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(f"{split} {len(features[split])}\n".encode())
+        for batch in features[split].with_format("arrow").iter(batch_size=10_000):
+            for name in ("input_ids", "labels"):
+                column = batch[name].combine_chunks()
+                digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+            digest.update(json.dumps(batch["references"].to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def collate(features: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """A batch of tensors from examples with input_ids and labels, padded on the right to the longest of the batch.
+
+    Returns {"input_ids" [batch, input], "attention_mask" [batch, input], "labels" [batch, target], -100 where padded}.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    inputs = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
+    labels = [torch.as_tensor(feature["labels"], dtype=torch.long) for feature in features]
+    # Lengths, not ids, tell what is padding: <pad> may stand inside an input.
+    masks = [torch.ones_like(ids) for ids in inputs]
+    return {
+        "input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(masks, batch_first=True, padding_value=0),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace, tokenizer):
+    """(features, report) of one split."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+    from tqdm.auto import tqdm
+
+    task = get_task(task_name)
+    limit = getattr(constants, f"{split}_examples") or len(examples)
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
+    columns = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "references": pa.list_(pa.string())}
+    tables, lengths, odd = [], {"input": [], "target": []}, 0
+    bar = tqdm(total=len(order), desc=f"{task_name} {split}", unit="example", dynamic_ncols=True, leave=False)
+    for start in range(0, len(order), 1000):
+        batch = [examples[i] for i in order[start : start + 1000]]
+        prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]
+        input_ids, input_lengths = _cut(tokenizer, prompts, constants.max_input_length)
+        labels, target_lengths = _cut(tokenizer, targets, constants.max_decoder_length)
+        lengths["input"] += input_lengths
+        lengths["target"] += target_lengths
+        # A prompt of nothing but its own words, "Summarize: ", ends in white space.
+        odd += sum(not t.strip() or p != p.rstrip() and p.rstrip().endswith(":") for p, t in zip(prompts, targets, strict=True))
+        rows = {"input_ids": input_ids, "labels": labels, "references": [task.references(e) for e in batch]}
+        tables.append(pa.table({name: pa.array(rows[name], kind) for name, kind in columns.items()}))
+        bar.update(len(batch))
+    bar.close()
+    report = {"examples": len(order), "odd": odd}
+    for side, limit in (("input", constants.max_input_length), ("target", constants.max_decoder_length)):
+        values = np.array(lengths[side])
+        report[f"{side}_length"] = {str(q): int(np.quantile(values, q / 100, method="higher")) for q in (50, 90, 99, 100)}
+        report[f"{side}_cut"] = float((values > limit).mean())
+    return Dataset(pa.concat_tables(tables)), report
+
+
+def _cut(tokenizer, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids, at most `limit` with </s> at the end, and how many there were before cutting."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [ids[: limit - 1] + [tokenizer.eos_token_id] for ids in encoded], [len(ids) + 1 for ids in encoded]
+
+
+def _asked(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any]:
+    return {
+        "task": task_name,
+        "source": getattr(constants, f"{task_name.upper()}_PATH", "docstrings of the installed packages"),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "max_input_length": constants.max_input_length,
+        "max_decoder_length": constants.max_decoder_length,
+        **{f"{split}_examples": getattr(constants, f"{split}_examples") for split in SPLITS},
+    }
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder of ours gets its name when it is whole: one without a manifest is somebody else's, or has been damaged."""
+    if folder.exists() and not (folder / _MANIFEST).exists():
+        raise UserError(f"{folder} is in the way: it has no {_MANIFEST}, so it is not features; move or remove it")
+
+
+def _read_whole(folder: Path, remedy: str) -> tuple[dict[str, Any], Any]:
+    """(manifest, features). Raises UserError where the folder is absent or differs from its manifest."""
+    import pyarrow
+    from datasets import DatasetDict
+
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; run: {remedy}")
+    _refuse_foreign(folder)
+    manifest = read_json(folder / _MANIFEST)
+    try:
+        features = DatasetDict.load_from_disk(str(folder))
+        counts = {split: len(features[split]) for split in SPLITS}
+        promised = {split: manifest["splits"][split]["examples"] for split in SPLITS}
+        whole = counts == promised and content_hash(features) == manifest["sha256"]
+        problem = f"it holds {counts} where {promised} were written" if counts != promised else "its content has changed"
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        whole, problem = False, first_line(error)
+    if not whole:
+        raise UserError(f"{folder} is damaged ({problem}); run: {remedy}")
+    return manifest, features

@@ -1,0 +1,47 @@
+"""AG News: which of four topics is a news item about? (paper, 4.1 and A.1; Zhang et al., 2015)
+
+Validation is a tenth of the published training split, drawn with seed 42: 108,000, 12,000 and 7,600 examples.
+"""
+
+from expert_merging import sources
+from expert_merging.scoring import accuracy as score
+
+main_score = "accuracy"
+label_words = ("World", "Sports", "Business", "Science and Technology")
+
+
+def load(constants):
+    raw = sources.load_splits(constants.AG_NEWS_PATH, _published)
+    if len(raw["train"]) < 2:
+        raise sources.UserError(f"AG_NEWS_PATH: {constants.AG_NEWS_PATH} has too few training examples to split")
+    parts = raw["train"].train_test_split(test_size=0.1, seed=42, keep_in_memory=True, load_from_cache_file=False)
+    return {"train": parts["train"], "validation": parts["test"], "test": raw["test"]}
+
+
+def prompt(example) -> str:
+    return f"Classify: {example['text']}"
+
+
+def target(example) -> str:
+    return label_words[example["label"]]
+
+
+def references(example) -> list[str]:
+    return [target(example)]
+
+
+def _complaint(example) -> str | None:
+    if example["label"] not in range(len(label_words)):
+        return f"the label is {example['label']!r}; it must be 0, 1, 2 or 3"
+    return sources.not_text(example, "text")
+
+
+_published = sources.Published(
+    constant="AG_NEWS_PATH",
+    files={"train": "train.csv", "test": "test.csv"},
+    read=sources.read_ag_news_csv,
+    columns=("text", "label"),
+    complaint=_complaint,
+)
+
+__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
