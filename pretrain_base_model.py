@@ -3,13 +3,13 @@
 Reads   the docstrings of the installed packages (training split only; expert_merging/docstrings.py).
 Writes  BASE_MODEL_PATH: a Switch Transformer pre-trained on span corruption, with its own tokenizer, as an ordinary
         Hugging Face folder (weights in float16), and beside the weights pretraining.json and pretraining.png.
-Takes   at tiny about 75 minutes on 2 CPU cores. The tiny bases come with the repository: you need not run this.
+Takes   at tiny about an hour on 2 CPU cores. The tiny bases come with the repository: you need not run this.
 """
 
 from expert_merging.constants import by_scale, run
 
 num_expert = 8  # experts in each sparse layer
-vocab_size = by_scale(paper=32000, small=16000, tiny=4096)  # without T5's 100 sentinels
+vocab_size = by_scale(paper=32000, small=16000, tiny=8192)  # without T5's 100 sentinels
 d_model = by_scale(paper=768, small=512, tiny=128)
 d_ff = by_scale(paper=3072, small=1024, tiny=320)
 num_layers = by_scale(paper=12, small=6, tiny=4)  # in the encoder and in the decoder; every second one is sparse
@@ -17,7 +17,7 @@ num_heads = by_scale(paper=12, small=8, tiny=4)
 d_kv = by_scale(paper=64, small=64, tiny=32)
 chunk_tokens = by_scale(paper=512, small=256, tiny=160)  # length of a text before corruption
 batch_chunks = by_scale(paper=64, small=128, tiny=64)  # chunks a step
-num_rounds = by_scale(paper=100, small=40, tiny=24)  # the held-out loss is measured after each
+num_rounds = by_scale(paper=100, small=40, tiny=10)  # the held-out loss is measured after each
 steps_per_round = by_scale(paper=1000, small=500, tiny=250)
 pretraining_lr = by_scale(paper=1e-3, small=1e-3, tiny=2e-3)  # peak; linear warm-up over the first round, then cosine
 heldout_texts = 400  # kept out of pre-training, for the curve
