@@ -6,10 +6,13 @@ and references (list of str). `complete.json` in it says what it was made from a
 
 import hashlib
 import json
+import shlex
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from expert_merging.constants import read_constants
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json
 from expert_merging.hub import first_line
@@ -30,8 +33,8 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
         raw: what the task's `load(constants)` gives, where it has been loaded already.
 
     Returns:
-        The manifest: what was asked for, and for each split the number of examples, how many are odd (nothing but white
-        space in the prompt's example or the target), the shares cut, and quantiles of the lengths before cutting.
+        The manifest: what was asked for, and for each split the number of examples, how many are odd (an empty
+        text or target; they are kept, as published), the shares cut, and quantiles of the lengths before cutting.
 
     Raises:
         UserError: broken source, no room to write, or a folder in the way that was not made here.
@@ -71,13 +74,12 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
             difference = f"another {name}" if name == "tokenizer" else f"{name} {made[name]}, not {asked[name]}"
             raise UserError(f"{folder} was made with {difference}; run: {command(task_name, constants)}")
     for split in SPLITS:
-        limit, made_limit = asked[f"{split}_examples"], made[f"{split}_examples"]
-        if limit and limit < len(features[split]):
+        limit, count = asked[f"{split}_examples"], len(features[split])
+        if 0 < limit <= count:
             features[split] = features[split].select(range(limit))
-        # As many as the limit it was made with: there may be more, and this run asks for more.
-        elif limit != made_limit and len(features[split]) == made_limit and limit != len(features[split]):
+        elif count == made[f"{split}_examples"]:  # cut by a limit then, so there may be more
             raise UserError(
-                f"{folder} holds {made_limit} {split} examples and {limit or 'all'} are asked for; "
+                f"{folder} holds {count} {split} examples and {limit or 'all'} are asked for; "
                 f"run: {command(task_name, constants)}"
             )
     return features
@@ -103,22 +105,36 @@ def folder_of(task_name: str, constants: SimpleNamespace) -> Path:
 
 
 def command(task_name: str, constants: SimpleNamespace) -> str:
-    """The command that makes the features this run asks for."""
-    words = ["python datasets_preprocessing.py", "--scale", constants.scale, "--task_types", task_name]
-    names = ("DATA_DIR", "max_input_length", "max_decoder_length", *(f"{split}_examples" for split in SPLITS))
-    for name in names:
-        words += [f"--{name}", str(getattr(constants, name))]
-    return " ".join(words)
+    """The command that makes the features this run asks for, naming the constants that are not global_config.py's."""
+    import global_config
+
+    defaults = read_constants({"__file__": global_config.__file__}, ["--scale", constants.scale])
+    words = ["python", "datasets_preprocessing.py", "--scale", constants.scale]
+    if task_name not in defaults.task_types:
+        words += ["--task_types", task_name]
+    names = ["DATA_DIR", "BASE_MODEL_PATH", source_constant(task_name), "max_input_length", "max_decoder_length"]
+    for name in [*names, *(f"{split}_examples" for split in SPLITS)]:
+        value = getattr(constants, name, None)
+        if value != getattr(defaults, name, None):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
-def check_lengths(constants: SimpleNamespace) -> None:
-    """Raises UserError for lengths without room for a token and </s>, and for negative limits."""
+def check_constants(constants: SimpleNamespace) -> None:
+    """Raises UserError for lengths without room for a token and </s>, for negative limits, and for a DATA_DIR that cannot
+    be written; leaves nothing there."""
     for name in ("max_input_length", "max_decoder_length"):
         if getattr(constants, name) < 2:
             raise UserError(f"{name} is {getattr(constants, name)}; it must be at least 2, for one token and </s>")
     for split in SPLITS:
         if getattr(constants, f"{split}_examples") < 0:
             raise UserError(f"{split}_examples is {getattr(constants, f'{split}_examples')}; it must be 0 (all) or more")
+    existing = next(folder for folder in (Path(constants.DATA_DIR), *Path(constants.DATA_DIR).absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"DATA_DIR: cannot write in {existing} ({error.strerror}); choose another folder") from error
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -186,8 +202,7 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
         labels, target_lengths = _cut(tokenizer, targets, constants.max_decoder_length)
         lengths["input"] += input_lengths
         lengths["target"] += target_lengths
-        # A prompt of nothing but its own words, "Summarize: ", ends in white space.
-        odd += sum(not t.strip() or p != p.rstrip() and p.rstrip().endswith(":") for p, t in zip(prompts, targets, strict=True))
+        odd += sum(map(_is_odd, prompts, targets))
         rows = {"input_ids": input_ids, "labels": labels, "references": [task.references(e) for e in batch]}
         tables.append(pa.table({name: pa.array(rows[name], kind) for name, kind in columns.items()}))
         bar.update(len(batch))
@@ -200,16 +215,26 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     return Dataset(pa.concat_tables(tables)), report
 
 
+def _is_odd(prompt: str, target: str) -> bool:
+    """Nothing to write, or nothing to read: a prompt that stops after its own words, as "Summarize: " does."""
+    return not target.strip() or (prompt.endswith(" ") and prompt.rstrip().endswith(":"))
+
+
 def _cut(tokenizer, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:
     """Token ids, at most `limit` with </s> at the end, and how many there were before cutting."""
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [ids[: limit - 1] + [tokenizer.eos_token_id] for ids in encoded], [len(ids) + 1 for ids in encoded]
 
 
+def source_constant(task_name: str) -> str:
+    """The constant that says where a task's raw examples lie; the embedded tasks have none."""
+    return f"{task_name.upper()}_PATH"
+
+
 def _asked(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any]:
     return {
         "task": task_name,
-        "source": getattr(constants, f"{task_name.upper()}_PATH", "docstrings of the installed packages"),
+        "source": getattr(constants, source_constant(task_name), "docstrings of the installed packages"),
         "tokenizer": tokenizer_hash(tokenizer),
         "max_input_length": constants.max_input_length,
         "max_decoder_length": constants.max_decoder_length,

@@ -1,0 +1,50 @@
+"""How long inputs and targets are: a table from the manifests of features, a histogram from the features."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from expert_merging.files import replacing
+
+_QUANTILES = {"50": "50%", "90": "90%", "99": "99%", "100": "max"}
+
+
+def length_table(manifests: dict[str, dict[str, Any]]) -> str:
+    """One line for each split of each task: examples, quantiles of the lengths in tokens (before cutting), share cut."""
+    sides = [f"{side} {name}" for side in ("input", "target") for name in (*_QUANTILES.values(), "cut")]
+    lines = [["task", "split", "examples", *sides, "odd"]]
+    for task_name, manifest in manifests.items():
+        for split, report in manifest["splits"].items():
+            line = [task_name, split, f"{report['examples']:,}"]
+            for side in ("input", "target"):
+                line += [f"{report[f'{side}_length'][q]:,}" for q in _QUANTILES] + [f"{report[f'{side}_cut']:.1%}"]
+            lines.append([*line, str(report["odd"])])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = 2  # columns of names; the others are numbers
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path: Path) -> None:
+    """Save a PNG: for each task ({name: DatasetDict}) how long the training inputs and targets are, as stored."""
+    import numpy as np
+
+    from expert_merging.plots import plt
+
+    figure, grid = plt.subplots(len(features), 2, figsize=(8, 2.1 * len(features)), squeeze=False)
+    for axes_of_task, (task_name, splits) in zip(grid, features.items(), strict=True):
+        for axes, column, limit in zip(
+            axes_of_task, ("input_ids", "labels"), (constants.max_input_length, constants.max_decoder_length), strict=True
+        ):
+            arrow = splits["train"].select_columns(column).with_format("arrow")
+            pieces = [batch[column].combine_chunks().value_lengths() for batch in arrow.iter(batch_size=10_000)]
+            values = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces])
+            axes.hist(values, bins=min(60, int(values.max() - values.min()) + 1), color="C0" if column == "input_ids" else "C1")
+            axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
+            axes.set_title(f"{task_name}, {'inputs' if column == 'input_ids' else 'targets'}: cut at {limit}")
+            axes.set(xlabel="tokens with </s>", ylabel="training examples")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
