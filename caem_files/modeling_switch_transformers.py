@@ -81,22 +81,17 @@ def load_balancing_loss_func(router_probs: torch.Tensor, expert_indices: torch.T
     Returns:
         A scalar; 1 when the load is perfectly even.
     """
-    return _balance(router_probs, expert_indices, router_probs.new_ones(router_probs.shape[:-1]))
+    num_experts = router_probs.shape[-1]
+    share = _chosen(expert_indices, num_experts).mean(dim=-2)
+    return (share * router_probs.mean(dim=-2)).mean() * num_experts**2
 
 
-def _balance(probs: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Balance loss over the positions of weight 1; sequences without any are left out of the mean."""
-    num_experts = probs.shape[-1]
-    indices = indices.long()
-    if indices.dim() == probs.dim() - 1:
-        indices = indices.unsqueeze(-1)
-    chosen = F.one_hot(indices, num_experts).amax(dim=-2).float()
-
-    tokens = weight.sum(dim=-1, keepdim=True)  # [batch, 1]
-    share = (chosen * weight.unsqueeze(-1)).sum(dim=-2) / tokens.clamp(min=1)
-    prob = (probs * weight.unsqueeze(-1)).sum(dim=-2) / tokens.clamp(min=1)
-    sequences = (tokens > 0).sum().clamp(min=1)
-    return (share * prob).sum() * num_experts / sequences
+def _chosen(expert_indices: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """1.0 at the experts that a token chose: [batch, tokens] or [batch, tokens, k] to [batch, tokens, experts]."""
+    expert_indices = expert_indices.long()
+    if expert_indices.dim() == 2:
+        expert_indices = expert_indices.unsqueeze(-1)
+    return F.one_hot(expert_indices, num_experts).amax(dim=-2).float()
 
 
 def router_losses(
@@ -127,9 +122,14 @@ def router_losses(
     if token_mask is None:
         return router_z_loss_func(logits), load_balancing_loss_func(probs, indices)
 
-    weight = token_mask.to(device=probs.device, dtype=probs.dtype).ne(0).to(probs.dtype).repeat(1, len(sparse))
-    z_loss = (logits.logsumexp(dim=-1).square() * weight).sum() / weight.sum().clamp(min=1)
-    return z_loss, _balance(probs, indices, weight)
+    real = token_mask.to(probs.device).ne(0).to(probs.dtype).repeat(1, len(sparse)).unsqueeze(-1)
+    z_loss = (logits.logsumexp(dim=-1, keepdim=True).square() * real).sum() / real.sum().clamp(min=1)
+
+    num_experts, tokens = probs.shape[-1], real.sum(dim=-2).clamp(min=1)
+    share = (_chosen(indices, num_experts) * real).sum(dim=-2) / tokens
+    prob = (probs * real).sum(dim=-2) / tokens
+    sequences = real.amax(dim=-2).sum().clamp(min=1)  # a sequence without real tokens has no balance
+    return z_loss, (share * prob).sum() * num_experts / sequences
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -439,6 +439,13 @@ class SwitchTransformersPreTrainedModel(PreTrainedModel):
                 router.reset_expert_usage_counts()
 
 
+def _flat_outputs(block: SwitchTransformersBlock, *arguments) -> tuple:
+    """A block's outputs with its router's unpacked at the end, then their number: a re-entrant checkpoint sees gradients
+    of tensors only where they are not inside a tuple, and those of the router losses would be lost."""
+    *outputs, router_outputs = block(*arguments)
+    return (*outputs, *router_outputs, len(router_outputs))
+
+
 class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
     """The encoder, or with `config.is_decoder` the decoder."""
 
@@ -631,10 +638,12 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
                     return_dict,
                     cache_position,
                 )
-                run = block
                 if checkpointing:
-                    arguments, run = (block.forward, *arguments), self._gradient_checkpointing_func
-                hidden_states, *outputs, router_outputs = run(*arguments)
+                    *outputs, size = self._gradient_checkpointing_func(_flat_outputs, block, *arguments)
+                    outputs, router_outputs = outputs[:-size], tuple(outputs[-size:])
+                else:
+                    *outputs, router_outputs = block(*arguments)
+                hidden_states = outputs.pop(0)
 
                 if use_cache:
                     outputs.pop(0)
@@ -707,7 +716,34 @@ SWITCH_TRANSFORMERS_INPUTS_DOCSTRING = (
 )
 
 
-class _SwitchTransformersSeq2Seq(SwitchTransformersPreTrainedModel):
+class _SharedEmbedding:
+    """What a model does that has its embedding as `shared` and hands it to its stacks."""
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings):
+        if _separate_embeddings(self.config):
+            raise ValueError("a model with separate_embeddings has no single input embedding to replace or resize")
+        self.shared = new_embeddings
+        for stack in self._stacks().values():
+            stack.set_input_embeddings(new_embeddings)
+
+    def _tie_weights(self):
+        # Also where the output projection is untied: only `shared` is saved, so it must reach the stacks when loaded.
+        if not _separate_embeddings(self.config):
+            for stack in self._stacks().values():
+                self._tie_or_clone_weights(stack.embed_tokens, self.shared)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def _prune_heads(self, heads_to_prune):
+        """Prune heads of the encoder's self-attention, given as {layer: [heads]}."""
+        for layer, heads in heads_to_prune.items():
+            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
+
+class _SwitchTransformersSeq2Seq(_SharedEmbedding, SwitchTransformersPreTrainedModel):
     """Encoder and decoder over one embedding: what the bare model and the one with a head share."""
 
     def __init__(self, config: SwitchTransformersConfig):
@@ -726,31 +762,8 @@ class _SwitchTransformersSeq2Seq(SwitchTransformersPreTrainedModel):
         self.decoder = SwitchTransformersStack(decoder_config, self.shared)
         self.device_map = None
 
-    def get_input_embeddings(self):
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings):
-        if _separate_embeddings(self.config):
-            raise ValueError("a model with separate_embeddings has no single input embedding to replace or resize")
-        self.shared = new_embeddings
-        self.encoder.set_input_embeddings(new_embeddings)
-        self.decoder.set_input_embeddings(new_embeddings)
-
-    def _tie_weights(self):
-        if self.config.tie_word_embeddings:
-            self._tie_or_clone_weights(self.encoder.embed_tokens, self.shared)
-            self._tie_or_clone_weights(self.decoder.embed_tokens, self.shared)
-
-    def get_encoder(self):
-        return self.encoder
-
     def get_decoder(self):
         return self.decoder
-
-    def _prune_heads(self, heads_to_prune):
-        """Prune heads of the encoder's self-attention, given as {layer: [heads]}."""
-        for layer, heads in heads_to_prune.items():
-            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
 
     def _encode_and_decode(
         self,
@@ -1064,7 +1077,7 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
 
 
 @add_start_docstrings("The encoder alone.", SWITCH_TRANSFORMERS_START_DOCSTRING)
-class SwitchTransformersEncoderModel(SwitchTransformersPreTrainedModel):
+class SwitchTransformersEncoderModel(_SharedEmbedding, SwitchTransformersPreTrainedModel):
     _tied_weights_keys = ["encoder.embed_tokens.weight"]
 
     def __init__(self, config: SwitchTransformersConfig):
@@ -1076,25 +1089,6 @@ class SwitchTransformersEncoderModel(SwitchTransformersPreTrainedModel):
         self.encoder = SwitchTransformersStack(encoder_config, self.shared)
         self.device_map = None
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings):
-        self.shared = new_embeddings
-        self.encoder.set_input_embeddings(new_embeddings)
-
-    def _tie_weights(self):
-        if self.config.tie_word_embeddings:
-            self._tie_or_clone_weights(self.encoder.embed_tokens, self.shared)
-
-    def get_encoder(self):
-        return self.encoder
-
-    def _prune_heads(self, heads_to_prune):
-        """Prune heads of the self-attention, given as {layer: [heads]}."""
-        for layer, heads in heads_to_prune.items():
-            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
 
     @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_ENCODER_INPUTS_DOCSTRING)
     def forward(
