@@ -28,10 +28,13 @@ def main(c):
         hub.offline_if_unreachable()
     tokenizer = hub.load_tokenizer(base)
 
+    import datasets
+
     manifests = {name: features.is_complete(name, c, tokenizer) for name in tasks}
     missing = [name for name in tasks if manifests[name] is None]
     # All raw examples are read, and so checked, before the first are tokenised.
     raw = {name: tasks[name].load(c) for name in missing}
+    datasets.disable_progress_bars()  # its bars of saving would stand between ours
     for name in missing:
         manifests[name] = features.prepare(name, c, tokenizer, raw.pop(name))
         print(f"wrote {features.folder_of(name, c)}")

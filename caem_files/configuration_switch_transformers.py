@@ -3,7 +3,6 @@
 
 from ...configuration_utils import PretrainedConfig
 
-
 CAEM_PATCH = "1"  # read as text by install.py, to tell this file from the stock one
 
 

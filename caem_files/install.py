@@ -17,7 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-
 TRANSFORMERS_VERSION = "4.46.3"
 FILES = ("configuration_switch_transformers.py", "modeling_switch_transformers.py")
 MARK = re.compile(rb'^CAEM_PATCH = "', re.MULTILINE)

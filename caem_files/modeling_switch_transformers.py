@@ -12,8 +12,10 @@ The second part is CAEM (complexity-aware expert merging), as functions on named
 
 import contextlib
 import copy
+import math
+import re
 import warnings
-from typing import Iterator, Optional, Sequence, Tuple, Union
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,6 @@ from ..t5.modeling_t5 import (
     T5Stack,
 )
 from .configuration_switch_transformers import SwitchTransformersConfig
-
 
 logger = logging.get_logger(__name__)
 
@@ -95,8 +96,8 @@ def _chosen(expert_indices: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def router_losses(
-    router_outputs: Sequence[Tuple[torch.Tensor, ...]], token_mask: Optional[torch.Tensor] = None
-) -> Tuple[torch.Tensor, torch.Tensor]:
+    router_outputs: Sequence[tuple[torch.Tensor, ...]], token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Z-loss and balance loss of one stack, over all its sparse layers together.
 
@@ -153,8 +154,8 @@ class SwitchTransformersTop1Router(nn.Module):
         self.ignore_padding_tokens = config.router_ignore_padding_tokens
         self.dtype = getattr(torch, config.router_dtype)
 
-        self.usage_counting: Optional[str] = None
-        self.tokens_to_count: Optional[torch.Tensor] = None  # bool [batch, tokens], there during a counted forward
+        self.usage_counting: str | None = None
+        self.tokens_to_count: torch.Tensor | None = None  # bool [batch, tokens], there during a counted forward
         self.register_buffer("usage_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
     def _cast_classifier(self):
@@ -163,7 +164,7 @@ class SwitchTransformersTop1Router(nn.Module):
         if weight.is_floating_point() and weight.dtype != self.dtype:
             self.classifier.to(self.dtype)
 
-    def _compute_router_probabilities(self, hidden_states: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _compute_router_probabilities(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (in the dtype of the input) and logits (in `router_dtype`), both [batch, tokens, experts]."""
         input_dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.dtype)
@@ -176,7 +177,7 @@ class SwitchTransformersTop1Router(nn.Module):
         router_probs = router_logits.softmax(dim=-1, dtype=self.dtype).to(input_dtype)
         return router_probs, router_logits
 
-    def forward(self, hidden_states: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: [batch, tokens, d_model].
@@ -271,7 +272,7 @@ def _clamp_fp16(hidden_states: torch.Tensor) -> torch.Tensor:
 class SwitchTransformersBlock(nn.Module):
     """Self-attention, cross-attention in a decoder, dense or sparse feed-forward."""
 
-    def __init__(self, config, has_relative_attention_bias=False, is_sparse=False, layer_idx: Optional[int] = None):
+    def __init__(self, config, has_relative_attention_bias=False, is_sparse=False, layer_idx: int | None = None):
         super().__init__()
         self.is_decoder = config.is_decoder
         self.is_sparse = is_sparse
@@ -397,7 +398,7 @@ class SwitchTransformersPreTrainedModel(PreTrainedModel):
             return {"decoder" if self.is_decoder else "encoder": self}
         return {name: getattr(self, name) for name in ("encoder", "decoder") if hasattr(self, name)}
 
-    def set_usage_counting(self, reading: Optional[str]) -> None:
+    def set_usage_counting(self, reading: str | None) -> None:
         """
         Start or stop counting the tokens that each router sends to each expert, during forward and generate.
 
@@ -473,8 +474,8 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         self.device_map = None
         self.gradient_checkpointing = False
 
-        self.usage_counting: Optional[str] = None
-        self.real_tokens: Optional[torch.Tensor] = None  # bool [batch, tokens]: what labels tell of the next forward
+        self.usage_counting: str | None = None
+        self.real_tokens: torch.Tensor | None = None  # bool [batch, tokens]: what labels tell of the next forward
         self.post_init()
 
     def get_input_embeddings(self):
@@ -862,24 +863,24 @@ class SwitchTransformersModel(_SwitchTransformersSeq2Seq):
     @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_INPUTS_DOCSTRING)
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[torch.FloatTensor] = None,
-        decoder_input_ids: Optional[torch.LongTensor] = None,
-        decoder_attention_mask: Optional[torch.BoolTensor] = None,
-        head_mask: Optional[torch.FloatTensor] = None,
-        decoder_head_mask: Optional[torch.FloatTensor] = None,
-        cross_attn_head_mask: Optional[torch.Tensor] = None,
-        encoder_outputs: Optional[Tuple[Tuple[torch.FloatTensor]]] = None,
-        past_key_values: Optional[Tuple[Tuple[torch.FloatTensor]]] = None,
-        inputs_embeds: Optional[torch.Tensor] = None,
-        decoder_inputs_embeds: Optional[torch.Tensor] = None,
-        use_cache: Optional[bool] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
-        output_router_logits: Optional[bool] = None,
-        return_dict: Optional[bool] = None,
-        cache_position: Optional[torch.LongTensor] = None,
-    ) -> Union[Tuple[torch.FloatTensor], Seq2SeqMoEModelOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.FloatTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.BoolTensor | None = None,
+        head_mask: torch.FloatTensor | None = None,
+        decoder_head_mask: torch.FloatTensor | None = None,
+        cross_attn_head_mask: torch.Tensor | None = None,
+        encoder_outputs: tuple[tuple[torch.FloatTensor]] | None = None,
+        past_key_values: tuple[tuple[torch.FloatTensor]] | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.LongTensor | None = None,
+    ) -> tuple[torch.FloatTensor] | Seq2SeqMoEModelOutput:
         """
         Returns:
             `Seq2SeqMoEModelOutput`, whose `last_hidden_state` is the decoder's; as a tuple, decoder before encoder.
@@ -935,25 +936,25 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
     @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_INPUTS_DOCSTRING)
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[torch.FloatTensor] = None,
-        decoder_input_ids: Optional[torch.LongTensor] = None,
-        decoder_attention_mask: Optional[torch.BoolTensor] = None,
-        head_mask: Optional[torch.FloatTensor] = None,
-        decoder_head_mask: Optional[torch.FloatTensor] = None,
-        cross_attn_head_mask: Optional[torch.Tensor] = None,
-        encoder_outputs: Optional[Tuple[Tuple[torch.Tensor]]] = None,
-        past_key_values: Optional[Tuple[Tuple[torch.Tensor]]] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        decoder_inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[torch.LongTensor] = None,
-        use_cache: Optional[bool] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
-        output_router_logits: Optional[bool] = True,
-        return_dict: Optional[bool] = None,
-        cache_position: Optional[torch.LongTensor] = None,
-    ) -> Union[Tuple[torch.FloatTensor], Seq2SeqMoEOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.FloatTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.BoolTensor | None = None,
+        head_mask: torch.FloatTensor | None = None,
+        decoder_head_mask: torch.FloatTensor | None = None,
+        cross_attn_head_mask: torch.Tensor | None = None,
+        encoder_outputs: tuple[tuple[torch.Tensor]] | None = None,
+        past_key_values: tuple[tuple[torch.Tensor]] | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = True,
+        return_dict: bool | None = None,
+        cache_position: torch.LongTensor | None = None,
+    ) -> tuple[torch.FloatTensor] | Seq2SeqMoEOutput:
         """
             labels: target ids [batch, tokens], -100 where there is none. Without decoder inputs, these are the labels
                 shifted right.
@@ -1033,8 +1034,8 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
     def router_loss(
         self,
         outputs: Seq2SeqMoEOutput,
-        encoder_mask: Optional[torch.Tensor] = None,
-        decoder_mask: Optional[torch.Tensor] = None,
+        encoder_mask: torch.Tensor | None = None,
+        decoder_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Weighted router losses of both stacks: what `forward` adds to the cross-entropy, or that over real tokens only.
@@ -1066,6 +1067,48 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor):
         return self._shift_right(labels)
 
+    @staticmethod
+    def caem(models, STmodel, en_num_experts, de_num_experts, num_layers, alpha=1.0, reading="paper"):
+        """
+        Fill `STmodel` with the merge of `models`, under the signature of the authors' code; see `merge`.
+
+        Args:
+            models: the fine-tuned sources (Switch models, or modules that hold one as `STmodel`), whose routers have
+                counted usage on validation data (`set_usage_counting`, then forward or generate).
+            STmodel: the target, a model of the sources' shape with the target's number of experts.
+            en_num_experts, de_num_experts: experts of the target's sparse layers; both the target's `num_experts`.
+            num_layers: blocks of a stack, as a check.
+            alpha, reading: see `merge`. "released" unties the target's embeddings.
+
+        Returns:
+            `STmodel`, with the experts that each source gave to each sparse layer, [layers][M], as its attributes
+            `record_stay_num_experts_en` and `record_stay_num_experts_de`.
+
+        Raises:
+            ValueError: numbers that do not fit the target, and all that `merge` refuses.
+        """
+        models = [getattr(model, "STmodel", model) for model in models]
+        config = STmodel.config
+        if not en_num_experts == de_num_experts == config.num_experts:
+            raise ValueError(
+                f"caem: en_num_experts {en_num_experts} and de_num_experts {de_num_experts} must both be the target's "
+                f"num_experts, {config.num_experts}"
+            )
+        if num_layers not in (config.num_layers, config.num_decoder_layers):
+            raise ValueError(f"caem: num_layers is {num_layers}, the target has {config.num_layers} blocks a stack")
+        states, usage = [model.state_dict() for model in models], [model.expert_usage() for model in models]
+        state, record = merge(states, usage, config.num_experts, alpha, reading)
+
+        if record["separate_embeddings"]:
+            for part in (STmodel, STmodel.encoder, STmodel.decoder):
+                part.config = merged_config(part.config, part.config.num_experts, reading)
+            for layer in (STmodel.encoder.embed_tokens, STmodel.decoder.embed_tokens, STmodel.lm_head):
+                layer.weight = nn.Parameter(layer.weight.detach().clone())
+        STmodel.load_state_dict(state)
+        STmodel.record_stay_num_experts_en = record["encoder"]["allocation"]
+        STmodel.record_stay_num_experts_de = record["decoder"]["allocation"]
+        return STmodel
+
     def _reorder_cache(self, past_key_values, beam_idx):
         """A legacy cache (tuples of tensors) with its batch rows taken in the order `beam_idx`."""
         if past_key_values is None:
@@ -1093,15 +1136,15 @@ class SwitchTransformersEncoderModel(_SharedEmbedding, SwitchTransformersPreTrai
     @add_start_docstrings_to_model_forward(SWITCH_TRANSFORMERS_ENCODER_INPUTS_DOCSTRING)
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[torch.FloatTensor] = None,
-        head_mask: Optional[torch.FloatTensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
-        output_router_logits: Optional[bool] = True,
-        return_dict: Optional[bool] = None,
-    ) -> Union[Tuple[torch.FloatTensor], MoEModelOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.FloatTensor | None = None,
+        head_mask: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = True,
+        return_dict: bool | None = None,
+    ) -> tuple[torch.FloatTensor] | MoEModelOutput:
         """
         Returns:
             The encoder's output, or without `return_dict` a tuple of its fields that are there.
@@ -1116,3 +1159,349 @@ class SwitchTransformersEncoderModel(_SharedEmbedding, SwitchTransformersPreTrai
             output_router_logits=output_router_logits,
             return_dict=self.config.use_return_dict if return_dict is None else return_dict,
         )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# CAEM: complexity-aware expert merging (CAEM-MoE, AACL 2025, Algorithm 1 and appendix A.2)
+
+_STACKS = ("encoder", "decoder")
+_READINGS = ("paper", "released")
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_HEAD = "lm_head.weight"
+_EXPERT = re.compile(r"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp)\.experts\.expert_(\d+)\.(.+)")
+_ROUTER = re.compile(r"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp)\.router\.classifier\.(weight|bias)")
+
+
+def normalized_entropy(counts: torch.Tensor) -> torch.Tensor:
+    """
+    Entropy of expert usage over that of even usage: H = -sum_j p_j log p_j / log n, with 0 log 0 = 0.
+
+    Args:
+        counts: tokens sent to each expert, non-negative, [..., n].
+
+    Returns:
+        float64 [...], in [0, 1]. A row of zeros has entropy 0: it tells of no complexity. So has a single expert.
+
+    Raises:
+        ValueError: a negative or non-finite count.
+    """
+    counts = torch.as_tensor(counts).double()
+    if not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError("normalized_entropy: counts must be finite and not negative")
+    n = counts.shape[-1]
+    if n < 2:
+        return torch.zeros(counts.shape[:-1], dtype=torch.float64, device=counts.device)
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return (torch.special.entr(share).sum(dim=-1) / math.log(n)).clamp(0.0, 1.0)
+
+
+def allocate_experts(
+    entropies: Sequence[float],
+    source_experts: int | Sequence[int],
+    target_experts: int,
+    alpha: float = 1.0,
+    reading: str = "paper",
+) -> list:
+    """
+    How many experts each source gives to one layer of the merged model (paper, appendix A.2).
+
+    The ideal share of source i is q_i = target_experts * H_i / sum_k H_k (even if all entropies are 0), blended with an
+    even one: alpha * q_i + (1 - alpha) * target_experts / M. It is rounded down, then brought within 1 and n_i.
+    Experts too many are taken one by one from the source that has most, of several from the one of the smallest
+    remainder. Experts that are left go to the sources with room, one each in turn, larger remainder first, until none is
+    left; this is the paper's rule for one, two and three sources with room, and goes on likewise for more. Ties go to
+    the lower index. Shares are rounded to nine decimals first, so that 2.9999999999 counts as 3.
+
+    An alpha under 0.01 is taken as 0.01, as in the authors' code: at alpha 0 (CAEM-Avg) the entropy decides only who
+    gets the odd experts.
+
+    Args:
+        entropies: of each source's usage of this layer, M >= 2 non-negative numbers.
+        source_experts: experts a layer n_i of each source, or one number for all.
+        target_experts: experts of the merged layer, from M to the sum of n_i.
+        alpha: 1 shares by entropy, 0 evenly.
+        reading: `"paper"`, remainder q_i - floor(q_i); `"released"`, as in the authors' code: the remainder is what is
+            above the bounded number (negative for a source raised to 1), and an expert too many is taken from the first
+            source (of more than one expert) with the remainder found, whether or not it has most.
+
+    Returns:
+        M numbers a_i with 1 <= a_i <= n_i and sum target_experts.
+
+    Raises:
+        ValueError: any argument out of these ranges.
+    """
+    entropies = [float(entropy) for entropy in entropies]
+    num_sources = len(entropies)
+    limits = [source_experts] * num_sources if isinstance(source_experts, int) else [int(n) for n in source_experts]
+    _check_range(limits, target_experts, num_sources)
+    if any(not math.isfinite(entropy) or entropy < 0 for entropy in entropies):
+        raise ValueError(f"allocate_experts: entropies must be finite and not negative, not {entropies}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"allocate_experts: alpha must be between 0 and 1, not {alpha}")
+    if reading not in _READINGS:
+        raise ValueError(f'allocate_experts: reading must be "paper" or "released", not {reading!r}')
+
+    alpha = max(alpha, 0.01)
+    total = sum(entropies)
+    even = target_experts / num_sources
+    ideal = [target_experts * entropy / total if total > 0 else even for entropy in entropies]
+    ideal = [round(alpha * share + (1 - alpha) * even, 9) for share in ideal]
+    given = [min(max(math.floor(share), 1), limit) for share, limit in zip(ideal, limits, strict=True)]
+    lower = given if reading == "released" else [math.floor(share) for share in ideal]
+    remainder = [round(share - whole, 9) for share, whole in zip(ideal, lower, strict=True)]
+
+    while sum(given) > target_experts:
+        most = max(given)
+        smallest = min(remainder[i] for i in range(num_sources) if given[i] == most)
+        giver = next(
+            i
+            for i in range(num_sources)
+            if remainder[i] == smallest and (given[i] > 1 if reading == "released" else given[i] == most)
+        )
+        given[giver] -= 1
+
+    in_turn = sorted(range(num_sources), key=lambda i: -remainder[i])
+    while sum(given) < target_experts:
+        for taker in in_turn:
+            if given[taker] < limits[taker] and sum(given) < target_experts:
+                given[taker] += 1
+    return given
+
+
+def _check_range(limits: Sequence[int], target_experts: int, num_sources: int) -> None:
+    if num_sources < 2:
+        raise ValueError(f"merging needs at least 2 sources, not {num_sources}")
+    if len(limits) != num_sources or min(limits) < 1:
+        raise ValueError(f"source_experts must be {num_sources} positive numbers, not {list(limits)}")
+    if not num_sources <= target_experts <= sum(limits):
+        raise ValueError(
+            f"target_experts is {target_experts}; with {num_sources} sources of {list(limits)} experts it must be from "
+            f"{num_sources} (one of each) to {sum(limits)} (all)"
+        )
+
+
+def merge(
+    sources: Sequence[Mapping[str, torch.Tensor]],
+    usage: Sequence[Mapping[str, torch.Tensor]],
+    target_experts: int,
+    alpha: float = 1.0,
+    reading: str = "paper",
+) -> tuple[dict, dict]:
+    """
+    Merge fine-tuned copies of one Switch Transformer into one model (paper, Algorithm 1).
+
+    In each sparse layer the entropies of the sources' usage share out the experts (`allocate_experts`); of each source the
+    most used come over (of equally used the lower index), with their rows of the router's classifier, sources in order
+    and experts in order of usage. Every other tensor of a stack is the average with the weights w_i = N_i / sum_k N_k,
+    where N_i are the experts that source i gave to that stack. The embedding belongs to both stacks: its weights are the
+    means of theirs. A tied output projection stays tied; an untied one is averaged with the decoder.
+
+    Args:
+        sources: state dicts under Hugging Face's names, or mappings that read from disk. Each tensor is asked for once, and
+            one or two are held at a time beside the result. They are neither changed nor aliased.
+        usage: of each source, `{"encoder": counts [sparse layers, experts], "decoder": ...}`, as `expert_usage` gives.
+        target_experts: experts a sparse layer of the result, from M to all that the sources have.
+        alpha: see `allocate_experts`.
+        reading: `"paper"`, or `"released"` for what the authors' code leaves: the encoder's and the decoder's embedding
+            are averages with their stack's weights, and the output projection is the *sum* of the two, so that the
+            initial logits double. Tied sources only; the result needs `merged_config`.
+
+    Returns:
+        The state dict, under the names of the first source (names tied to one another hold one tensor), in the sources'
+        dtype; and a record of plain Python values: `target_experts`, `alpha`, `reading`, `tie_word_embeddings`,
+        `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation` [layers][M], `experts`
+        [layers][M] lists of indices in order of usage, `weights` [M].
+
+    Raises:
+        ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape or
+            of no token; an argument that `allocate_experts` refuses.
+    """
+    layouts = [_Layout(source, i) for i, source in enumerate(sources)]
+    limits = [layout.num_experts for layout in layouts]
+    _check_range(limits, target_experts, len(layouts))
+    for i, layout in enumerate(layouts[1:], start=1):
+        differing = sorted(layout.skeleton ^ layouts[0].skeleton)
+        if differing:
+            raise ValueError(f"sources 0 and {i} are not of one shape: only one of them has {differing[0]}")
+    counts = {stack: _checked_usage(usage, stack, layouts) for stack in _STACKS}
+
+    record = {"target_experts": target_experts, "alpha": alpha, "reading": reading}
+    for stack in _STACKS:
+        entropies = [normalized_entropy(count) for count in counts[stack]]
+        depth = len(layouts[0].sparse[stack])
+        allocation = [allocate_experts([h[l] for h in entropies], limits, target_experts, alpha, reading) for l in range(depth)]
+        by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts[stack]]
+        given = [sum(layer[i] for layer in allocation) for i in range(len(layouts))] if depth else [1] * len(layouts)
+        record[stack] = {
+            "entropies": [h.tolist() for h in entropies],
+            "allocation": allocation,
+            "experts": [[by_use[i][l, :a].tolist() for i, a in enumerate(layer)] for l, layer in enumerate(allocation)],
+            "weights": [number / sum(given) for number in given],
+        }
+
+    state = {}
+    for stack in _STACKS:
+        for prefix, chosen in zip(layouts[0].sparse[stack], record[stack]["experts"], strict=True):
+            state.update(_merge_sparse_layer(sources, layouts, prefix, chosen))
+        for name in layouts[0].dense[stack]:
+            average = _Average(name)
+            for source, weight in zip(sources, record[stack]["weights"], strict=True):
+                average.add(source[name], weight)
+            state[name] = average.result()
+    state.update(_merge_embeddings(sources, layouts, record))
+    return state, record
+
+
+class _Layout:
+    """What the names of a source say: its sparse layers, experts and other tensors."""
+
+    def __init__(self, source: Mapping[str, torch.Tensor], index: int):
+        names = list(source.keys())
+        self.embeddings = [name for name in _EMBEDDINGS if name in names]
+        self.has_head = _HEAD in names
+        self.dense = {stack: [] for stack in _STACKS}
+        self.routers, experts, blocks = {}, {}, {}
+        for name in names:
+            stack = name.split(".")[0]
+            if name in self.embeddings or name == _HEAD:
+                continue
+            if match := _EXPERT.fullmatch(name):
+                experts.setdefault(match[1], {}).setdefault(match[5], set()).add(int(match[4]))
+            elif match := _ROUTER.fullmatch(name):
+                self.routers.setdefault(match[1], []).append(match[4])
+                blocks[match[1]] = (match[2], int(match[3]))
+            elif stack in _STACKS:
+                self.dense[stack].append(name)
+            else:
+                raise ValueError(f"source {index} has {name}, which no Switch Transformer has")
+        if not self.embeddings:
+            raise ValueError(f"source {index} has no {_EMBEDDINGS[0]}")
+        if not experts or experts.keys() != blocks.keys():
+            odd = sorted(experts.keys() ^ blocks.keys()) or ["any layer"]
+            raise ValueError(f"source {index} does not have both experts and a router in {odd[0]}")
+
+        numbers = {(prefix, part): found for prefix, parts in experts.items() for part, found in parts.items()}
+        self.num_experts = max(len(found) for found in numbers.values())
+        for (prefix, part), found in numbers.items():
+            missing = sorted(set(range(self.num_experts)) - found)
+            if missing:
+                raise ValueError(f"source {index} has no {prefix}.experts.expert_{missing[0]}.{part}")
+        self.expert_parts = {prefix: list(parts) for prefix, parts in experts.items()}
+        ordered = sorted(blocks, key=blocks.get)
+        self.sparse = {stack: [prefix for prefix in ordered if blocks[prefix][0] == stack] for stack in _STACKS}
+        # What must be the same in all sources, whatever their number of experts.
+        self.skeleton = {name for stack in _STACKS for name in self.dense[stack]}
+        self.skeleton |= {f"{prefix}.experts.expert_0.{part}" for prefix, part in numbers}
+        self.skeleton |= {f"{prefix}.router.classifier.{kind}" for prefix in blocks for kind in self.routers[prefix]}
+
+
+def _checked_usage(usage, stack: str, layouts: Sequence[_Layout]) -> list:
+    """Counts of each source for this stack, float64 [sparse layers, experts] on the CPU."""
+    if len(usage) != len(layouts):
+        raise ValueError(f"usage is of {len(usage)} sources, there are {len(layouts)}")
+    checked = []
+    for i, (one, layout) in enumerate(zip(usage, layouts, strict=True)):
+        if stack not in one:
+            raise ValueError(f"the usage of source {i} lacks the {stack}")
+        count = torch.as_tensor(one[stack]).detach().cpu().double()
+        wanted = (len(layout.sparse[stack]), layout.num_experts)
+        if tuple(count.shape) != wanted and not (wanted[0] == 0 == count.numel()):
+            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}; its sparse layers and experts are {wanted}")
+        if wanted[0] and not count.sum() > 0:
+            raise ValueError(f"the {stack} usage of source {i} is all zero: count it on validation data before merging")
+        checked.append(count.reshape(wanted))
+    return checked
+
+
+def _merge_sparse_layer(sources, layouts: Sequence[_Layout], prefix: str, chosen: Sequence[Sequence[int]]) -> dict:
+    """The chosen experts of every source and their rows of the classifier, in the target's order."""
+    state = {}
+    for kind in layouts[0].routers[prefix]:
+        name = f"{prefix}.router.classifier.{kind}"
+        rows = []
+        for i, experts in enumerate(chosen):
+            tensor = sources[i][name].detach()
+            if tensor.shape[0] != layouts[i].num_experts or rows and tensor.shape[1:] != rows[0].shape[1:]:
+                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, which does not fit the others")
+            rows.append(tensor[torch.tensor(experts, device=tensor.device)].to(rows[0].device if rows else tensor.device))
+        state[name] = torch.cat(rows)
+    for part in layouts[0].expert_parts[prefix]:
+        slots = [(i, expert) for i, experts in enumerate(chosen) for expert in experts]
+        first = None
+        for slot, (i, expert) in enumerate(slots):
+            tensor = sources[i][f"{prefix}.experts.expert_{expert}.{part}"].detach()
+            first = tensor if first is None else first
+            if tensor.shape != first.shape:
+                raise ValueError(
+                    f"{prefix}.experts.expert_{expert}.{part} of source {i} is {tuple(tensor.shape)}, not {tuple(first.shape)}"
+                )
+            state[f"{prefix}.experts.expert_{slot}.{part}"] = tensor.clone(memory_format=torch.contiguous_format)
+    return state
+
+
+class _Average:
+    """Weighted sum of the tensors of one name, which come one at a time; at least in float32."""
+
+    def __init__(self, name: str):
+        self.name, self.total, self.dtype = name, None, None
+
+    def add(self, tensor: torch.Tensor, weight: float) -> None:
+        if self.total is None:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            self.dtype, self.total = tensor.dtype, torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
+        if tensor.shape != self.total.shape:
+            raise ValueError(f"{self.name} is {tuple(self.total.shape)} in one source and {tuple(tensor.shape)} in another")
+        self.total.add_(tensor.detach().to(device=self.total.device, dtype=self.total.dtype), alpha=weight)
+
+    def result(self) -> torch.Tensor:
+        return self.total.to(self.dtype)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _merge_embeddings(sources, layouts: Sequence[_Layout], record: dict) -> dict:
+    """Embedding and output projection; notes in the record how the result is tied."""
+    weights = {stack: record[stack]["weights"] for stack in _STACKS}
+    average = {stack: _Average(_EMBEDDINGS[0]) for stack in _STACKS}  # the embedding, by each stack's weights
+    head, tied = _Average(_HEAD), []
+    for i, (source, layout) in enumerate(zip(sources, layouts, strict=True)):
+        embedding = source[layout.embeddings[0]]
+        for name in layout.embeddings[1:]:
+            if not _same(source[name], embedding):
+                raise ValueError(f"source {i} has a {name} of its own; only sources with one embedding can be merged")
+        for stack in _STACKS:
+            average[stack].add(embedding, weights[stack][i])
+        projection = source[_HEAD] if layout.has_head else embedding
+        tied.append(_same(projection, embedding))
+        if not tied[i]:
+            head.add(projection, weights["decoder"][i])
+    if len(set(tied)) > 1:
+        raise ValueError(f"{_HEAD} is tied to the embedding in source {tied.index(True)} but not in {tied.index(False)}")
+
+    released = record["reading"] == "released"
+    if released and not tied[0]:
+        raise ValueError(f"the released reading is for sources whose {_HEAD} is tied to the embedding")
+    record["tie_word_embeddings"] = tied[0] and not released
+    record["separate_embeddings"] = released
+
+    total = average["encoder"].total + average["decoder"].total
+    mean = (total / 2).to(average["encoder"].dtype)
+    if released:
+        separate = dict(zip(_EMBEDDINGS, (mean, average["encoder"].result(), average["decoder"].result()), strict=True))
+        return {**separate, _HEAD: total.to(mean.dtype)}
+    state = {name: mean for name in layouts[0].embeddings}
+    if layouts[0].has_head:
+        state[_HEAD] = mean if tied[0] else head.result()
+    return state
+
+
+def merged_config(config: SwitchTransformersConfig, target_experts: int, reading: str = "paper") -> SwitchTransformersConfig:
+    """Configuration of a model merged from sources of this one; the argument is left as it is."""
+    config = copy.deepcopy(config)
+    config.num_experts = target_experts
+    if reading == "released":
+        config.tie_word_embeddings = False
+        config.separate_embeddings = True
+    return config

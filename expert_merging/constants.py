@@ -51,7 +51,7 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
     lines = {**_constants(vars(global_config)), **_constants(script)}
     comments = {**_comments(global_config), **_comments(script)}
     parser = _Parser(
-        prog=Path(script["__file__"]).name, description=script.get("__doc__"), allow_abbrev=False,
+        prog=Path(script["__file__"]).name, usage="%(prog)s [--constant value ...]", description=script.get("__doc__"), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for name, value in lines.items():
@@ -70,6 +70,18 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
     for name, value in given.items():
         values[name] = tuple(value) if isinstance(value, list) else value
     return SimpleNamespace(**_filled(values))
+
+
+def shared_arguments(constants: SimpleNamespace) -> list[str]:
+    """Command-line words that give another script the same values of global_config.py's constants."""
+    import global_config
+
+    defaults = vars(read_constants({"__file__": global_config.__file__}, ["--scale", constants.scale]))
+    words = ["--scale", constants.scale]
+    for name, default in defaults.items():
+        if (value := getattr(constants, name)) != default:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoReturn:

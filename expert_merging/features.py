@@ -216,8 +216,8 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
 
 
 def _is_odd(prompt: str, target: str) -> bool:
-    """Nothing to write, or nothing to read: a prompt that stops after its own words, as "Summarize: " does."""
-    return not target.strip() or (prompt.endswith(" ") and prompt.rstrip().endswith(":"))
+    """Nothing to write, or nothing to read: a prompt of its own words only, as "Summarize: "."""
+    return not target.strip() or all(word.endswith(":") for word in prompt.split())
 
 
 def _cut(tokenizer, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:

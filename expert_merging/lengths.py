@@ -44,7 +44,7 @@ def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path:
             axes.hist(values, bins=min(60, int(values.max() - values.min()) + 1), color="C0" if column == "input_ids" else "C1")
             axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
             axes.set_title(f"{task_name}, {'inputs' if column == 'input_ids' else 'targets'}: cut at {limit}")
-            axes.set(xlabel="tokens with </s>", ylabel="training examples")
+            axes.set(xlabel="tokens with </s>", ylabel="training examples", xlim=(0, 1.05 * limit))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)

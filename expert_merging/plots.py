@@ -28,6 +28,76 @@ def pretraining_curve(history: list[dict[str, Any]], path: Path, steps_per_round
     _save(figure, path)
 
 
+def training_curves(histories: dict[str, dict[str, Any]], goals: dict[str, float], path: Path) -> None:
+    """Validation scores over epochs: a panel a task and one for Overall, a line a configuration.
+
+    Args:
+        histories: configuration -> history, all of the same tasks.
+        goals: task -> the single-task model's validation score, drawn as a dotted line.
+    """
+    tasks = next(iter(histories.values()))["tasks"]
+    figure, panels = plt.subplots(1, len(tasks) + 1, figsize=(3 * (len(tasks) + 1), 3))
+    for number, (label, history) in enumerate(histories.items()):
+        epochs = np.arange(1, len(history["selection"]) + 1)
+        style = {"marker": "o", "ms": 3, "color": f"C{number}", "label": label}
+        for axes, task in zip(panels, tasks, strict=False):
+            data = history[f"{task}_data"]
+            axes.plot(epochs, [scores[data["main_score"]] for scores in data["validation"]], **style)
+        panels[-1].plot(epochs, history["selection"], **style)
+        panels[-1].axvline(history["best_epoch"], color=f"C{number}", lw=0.8, ls=":")
+    for axes, task in zip(panels, tasks, strict=False):
+        axes.axhline(goals[task], color="0.3", lw=0.8, ls=":", label="single-task model")
+        axes.set(title=task, ylabel=next(iter(histories.values()))[f"{task}_data"]["main_score"])
+    panels[-1].axhline(1.0, color="0.3", lw=0.8, ls=":")
+    panels[-1].set(title="Overall (dotted: best epoch)", ylabel="mean of score / single-task score")
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend()
+    _save(figure, path)
+
+
+def expert_use(history: dict[str, Any], path: Path) -> None:
+    """Heat maps of expert use, as in the paper's figure 3: a panel a task and stack; sparse layer x expert, share of tokens."""
+    tasks = list(history["expert_usage_grid"])
+    figure, panels = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 4), squeeze=False)
+    for row, (stack, grids, entropies) in enumerate(
+        [
+            ("encoder", history["expert_usage_grid"], history["entropy"]),
+            ("decoder", history["expert_usage_grid_de"], history["entropy_de"]),
+        ]
+    ):
+        for axes, task in zip(panels[row], tasks, strict=True):
+            grid = np.array(grids[task], dtype=float)
+            share = grid / np.maximum(grid.sum(axis=1, keepdims=True), 1)
+            image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axes.set(
+                title=f"{stack}, {task}\nentropy {np.mean(entropies[task]):.3f}", xlabel="expert", ylabel="sparse layer",
+                xticks=range(grid.shape[1]), yticks=range(grid.shape[0]),
+                xticklabels=range(1, grid.shape[1] + 1), yticklabels=range(1, grid.shape[0] + 1),
+            )  # fmt: skip
+            axes.grid(False)
+    figure.colorbar(image, ax=panels, label="share of tokens", shrink=0.8)
+    figure.suptitle(history["name"])
+    _save(figure, path)
+
+
+def allocation(history: dict[str, Any], path: Path) -> None:
+    """How many of each layer's experts came from which task: stacked bars, encoder and decoder."""
+    tasks = history["tasks"]
+    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+    for axes, stack, key in zip(panels, ("encoder", "decoder"), ("en", "de"), strict=True):
+        counts = np.array(history[f"record_stay_num_experts_{key}"])
+        layers = np.arange(1, len(counts) + 1)
+        for number, task in enumerate(tasks):
+            axes.bar(layers, counts[:, number], bottom=counts[:, :number].sum(axis=1), label=task, color=f"C{number}")
+        axes.set(title=stack, xlabel="sparse layer", xticks=layers)
+    panels[0].set_ylabel("experts")
+    panels[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.2), ncols=len(tasks))
+    figure.suptitle(f"{history['name']}: experts from each task")
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

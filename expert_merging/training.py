@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from expert_merging import histories
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json, write_json
 
@@ -113,11 +114,15 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     if not described.exists():
         write_json(described, identity)
         return
-    begun = read_json(described)
-    if begun != identity:
-        names = sorted(name for name in begun.keys() | identity.keys() if begun.get(name) != identity.get(name))
-        changes = ", ".join(f"{name} was {begun.get(name)!r}, is now {identity.get(name)!r}" for name in names)
-        raise UserError(f"{folder} holds a run begun with other constants ({changes}); restore them or remove the folder")
+    if difference := histories.changes(read_json(described), identity):
+        raise UserError(
+            f"{folder} holds a run begun with other constants or data ({difference}); restore them or remove the folder"
+        )
+
+
+def release(folder: Path) -> None:
+    """Remove the working folder of a run that is done: its results stand elsewhere."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int:

@@ -4,6 +4,7 @@ Validation is a tenth of the published training split, drawn with seed 42: 108,0
 """
 
 from expert_merging import sources
+from expert_merging.errors import UserError
 from expert_merging.scoring import accuracy as score
 
 main_score = "accuracy"
@@ -11,11 +12,15 @@ label_words = ("World", "Sports", "Business", "Science and Technology")
 
 
 def load(constants):
+    from datasets import Dataset
+
     raw = sources.load_splits(constants.AG_NEWS_PATH, _published)
     if len(raw["train"]) < 2:
-        raise sources.UserError(f"AG_NEWS_PATH: {constants.AG_NEWS_PATH} has too few training examples to split")
-    parts = raw["train"].train_test_split(test_size=0.1, seed=42, keep_in_memory=True, load_from_cache_file=False)
-    return {"train": parts["train"], "validation": parts["test"], "test": raw["test"]}
+        raise UserError(f"AG_NEWS_PATH: {constants.AG_NEWS_PATH} has too few training examples to split")
+    # Row numbers are split, not rows: splitting a data set that lies on disk would write files beside it.
+    rows = Dataset.from_dict({"row": range(len(raw["train"]))}).train_test_split(test_size=0.1, seed=42)
+    train, validation = (raw["train"].select(rows[part]["row"][:], keep_in_memory=True) for part in ("train", "test"))
+    return {"train": train, "validation": validation, "test": raw["test"]}
 
 
 def prompt(example) -> str:

@@ -1,0 +1,140 @@
+"""CAEM from the folders and histories that single_task_finetune.py leaves (paper, Algorithm 1).
+
+The method itself - entropy, allocation, merging - is in caem_files/modeling_switch_transformers.py, as pure functions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import SwitchTransformersConfig
+from transformers.models.switch_transformers.modeling_switch_transformers import merge, merged_config
+
+from expert_merging.errors import UserError
+from expert_merging.files import new_folder, read_json, write_json
+from expert_merging.finetuning import single_task_history
+from expert_merging.hub import load_tokenizer
+from expert_merging.tensors import SafetensorsFolder
+from expert_merging.usage import STACKS
+
+_USAGE_KEYS = {"encoder": "expert_usage_grid", "decoder": "expert_usage_grid_de"}
+
+
+@dataclass
+class Source:
+    """A single-task model to merge: its folder, and its expert usage on validation, {stack: tensor [layer, expert]}."""
+
+    task: str
+    folder: Path
+    config: SwitchTransformersConfig
+    usage: dict[str, torch.Tensor]
+    weights_sha256: list[str]
+    ancestor: str
+    tokenizer: Any = None
+
+
+def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, target_experts: int) -> list[Source]:
+    """The single-task models of `tasks`, checked to fit together.
+
+    Raises UserError where one is missing, damaged, of another ancestor, shape or number of experts, or without usage; and
+    when `target_experts` is out of range.
+    """
+    if len(tasks) < 2:
+        raise UserError(f"task_types names {len(tasks)} task; merging needs two or more")
+    if not len(tasks) <= target_experts <= len(tasks) * experts:
+        raise UserError(
+            f"target_experts_num is {target_experts}; with {len(tasks)} sources of {experts} experts it must be between "
+            f"{len(tasks)} and {len(tasks) * experts}"
+        )
+    sources = [_open_source(c, task, experts) for task in tasks]
+    first = sources[0]
+    for source in sources[1:]:
+        if source.ancestor != first.ancestor:
+            raise UserError(
+                f"{source.folder} and {first.folder} come from different pre-trained models; "
+                "fine-tune both from the same BASE_MODEL_PATH"
+            )
+    first.tokenizer = load_tokenizer(str(first.folder), "SOURCE_MODEL_WEIGHT_PATH")
+    return sources
+
+
+def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
+    folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=experts)) / f"single_task_{task}"
+    history = single_task_history(c.SOURCE_PICKLE_PATH.format(experts=experts), task, experts, c)
+    with SafetensorsFolder(folder) as weights:
+        digests = weights.sha256()
+    config = SwitchTransformersConfig.from_pretrained(folder)
+    if config.num_experts != experts:
+        raise UserError(f"{folder} has {config.num_experts} experts a sparse layer; source_experts_num is {experts}")
+    try:
+        usage = {stack: torch.tensor(history[key][task]) for stack, key in _USAGE_KEYS.items()}
+        ancestor = history["identity"]["ancestor"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the history of {folder} lacks expert usage ({error}); run: "
+            f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts}"
+        ) from error
+    for stack in STACKS:
+        if usage[stack].ndim != 2 or usage[stack].shape[1] != experts or usage[stack].sum() <= 0:
+            raise UserError(
+                f"the history of {folder} has {stack} usage of shape {tuple(usage[stack].shape)} or of no token; "
+                f"[layers, {experts}] is wanted: train that model again"
+            )
+    return Source(task, folder, config, usage, digests, ancestor)
+
+
+def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:
+    """Merge `sources` into the Hugging Face folder `folder` with `c.target_experts_num` experts a sparse layer.
+
+    Returns the record that goes into the history: for each stack the entropies, the experts each task got in each layer
+    (record_stay_num_experts_en / _de) and the tasks' weights.
+
+    Raises UserError where the sources' tensors do not fit together.
+    """
+    asked = {
+        "sources": {source.task: source.weights_sha256 for source in sources},
+        "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading,
+    }  # fmt: skip
+    path = folder / "merging.json"
+    if accelerator.is_main_process and not (path.exists() and read_json(path)["asked"] == asked):
+        try:
+            weights = [SafetensorsFolder(source.folder) for source in sources]
+            state, record = merge(weights, [source.usage for source in sources], c.target_experts_num, c.alpha, c.reading)
+        except ValueError as error:
+            raise UserError(f"these models cannot be merged: {error}") from error
+        # Names tied to one another hold one tensor, and a file holds each tensor once.
+        once = {id(tensor): name for name, tensor in reversed(state.items())}
+        state = {name: tensor for name, tensor in state.items() if once[id(tensor)] == name}
+        with new_folder(folder) as temporary:
+            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+            merged_config(sources[0].config, c.target_experts_num, c.reading).save_pretrained(temporary)
+            sources[0].tokenizer.save_pretrained(temporary)
+            write_json(temporary / "merging.json", {"asked": asked, **_as_history(record)})
+    accelerator.wait_for_everyone()
+    return read_json(path)
+
+
+def _as_history(record: dict[str, Any]) -> dict[str, Any]:
+    """The merging record under the released code's keys."""
+    return {
+        "record_stay_num_experts_en": record["encoder"]["allocation"],
+        "record_stay_num_experts_de": record["decoder"]["allocation"],
+        "entropies": {stack: record[stack]["entropies"] for stack in STACKS},
+        "experts": {stack: record[stack]["experts"] for stack in STACKS},
+        "weights": {stack: record[stack]["weights"] for stack in STACKS},
+    }
+
+
+def allocation_lines(record: dict[str, Any], tasks: tuple[str, ...]) -> str:
+    """Experts a task in each sparse layer, and the weights of all else, for people to read."""
+    lines = []
+    for stack, key in (("encoder", "en"), ("decoder", "de")):
+        for layer, counts in enumerate(record[f"record_stay_num_experts_{key}"]):
+            shares = ", ".join(f"{task} {n}" for task, n in zip(tasks, counts, strict=True))
+            lines.append(f"{stack}, sparse layer {layer + 1}: experts from {shares}")
+        weights = ", ".join(f"{task} {w:.3f}" for task, w in zip(tasks, record["weights"][stack], strict=True))
+        lines.append(f"{stack}, all else averaged with weights {weights}")
+    return "\n".join(lines)

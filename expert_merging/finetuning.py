@@ -1,0 +1,258 @@
+"""Fine-tuning a Switch Transformer on one task or on several at once, by the same code (paper, 4.1 and A.3).
+
+An optimizer step takes `batch_size * gradient_accumulation_steps` examples of each task. Its loss is the mean over tasks
+of the cross-entropy a target token, plus the router losses. Tasks larger than the smallest one rotate over the epochs.
+After each epoch every validation example is decoded; the best epoch is kept, and tested at the end.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from expert_merging import decoding, histories, models, provenance, training, usage
+from expert_merging.batching import epoch_examples, length_grouped
+from expert_merging.features import collate, folder_of
+from expert_merging.files import read_json, write_json
+from expert_merging.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The examples of one forward pass, all of one task."""
+
+    task: str
+    rows: np.ndarray  # which examples, over all processes
+    step_rows: int  # examples of the task in the whole step
+    step_tokens: int  # their target tokens
+
+
+def finetune(
+    c: SimpleNamespace, accelerator, model, tokenizer, data: dict[str, Any], *,
+    name: str, save_as: str, work: Path, identity: dict[str, Any], goals: dict[str, dict[str, float]] | None = None,
+    more: dict[str, Any] | None = None, models_folder: Path, histories_folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune `model` on the tasks of `data`, keep the best epoch, test it, and write weights and history.
+
+    Args:
+        data: task -> features (train, validation, test).
+        name: of the history and of the Hugging Face folder; `save_as` (with {epoch}) names the .pt file.
+        work: folder for checkpoints while it runs; removed at the end.
+        identity: what the run depends on; it is refused to go on from another's checkpoints.
+        goals: {"validation": {task: score of the single-task model}, "test": ...}, by which Overall is measured.
+        more: further entries of the history.
+
+    Returns:
+        The history (see README, "What a history holds").
+    """
+    training.claim(work, identity)
+    model.set_usage_counting(c.reading)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
+    )
+    lengths = {task: _lengths(features["train"]) for task, features in data.items()}
+    per_epoch = min(len(features["train"]) for features in data.values())
+
+    def steps_of(epoch: int) -> list[list[Pass]]:
+        step_rows = c.batch_size * c.gradient_accumulation_steps
+        rows = []
+        for number, task in enumerate(data):
+            inputs, targets = lengths[task]
+            chosen = epoch_examples(len(inputs), per_epoch, epoch, seed=c.seed * 1000 + number)
+            groups = length_grouped(chosen, inputs, step_rows, seed=(c.seed * 1000 + number) * 1000 + epoch)
+            rows.append([_passes(task, group, targets, c.batch_size) for group in groups])
+        return [[one for passes in step for one in passes] for step in zip(*rows, strict=True)]
+
+    def loss_of(wrapped, one: Pass) -> tuple[torch.Tensor, int]:
+        # Of several processes each takes every n-th row; one that finds none repeats a row without weight.
+        mine = one.rows[accelerator.process_index :: accelerator.num_processes]
+        weight = accelerator.num_processes * (len(mine) > 0) / len(data)
+        features = data[one.task]["train"].with_format("numpy", columns=["input_ids", "labels"])
+        part = features[(mine if len(mine) else one.rows[:1]).tolist()]
+        rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
+        batch = {key: value.to(accelerator.device) for key, value in collate(rows, tokenizer.pad_token_id).items()}
+        loss = token_loss(wrapped, model, batch, one.step_tokens, len(mine) / one.step_rows, c.reading)
+        return loss * weight, len(mine)
+
+    def evaluate(split: str, label: str) -> dict[str, dict[str, Any]]:
+        result = {}
+        for task, features in data.items():
+            model.reset_expert_usage()
+            scores, predictions = decoding.evaluate_task(
+                model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
+            )
+            result[task] = {"scores": scores, "usage": usage.read_usage(model, accelerator), "predictions": predictions}
+        return result
+
+    def after_epoch(epoch: int) -> dict[str, Any]:
+        result = evaluate(selection_split(c.reading), f"epoch {epoch + 1}: validating")
+        scores = {task: one["scores"] for task, one in result.items()}
+        value = overall(scores, goals and goals[selection_split(c.reading)])
+        shown = ", ".join(f"{task} {one[get_task(task).main_score]:.2f}" for task, one in scores.items())
+        accelerator.print(f"{name} epoch {epoch + 1}: {shown}" + (f", Overall {value:.4f}" if goals else ""))
+        return {"selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()}}
+
+    started = time.strftime("%Y-%m-%d %H:%M")
+    epochs = training.train(
+        accelerator, model, optimizer, num_epochs=c.num_epochs, steps_of=steps_of, loss_of=loss_of,
+        after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=c.max_grad_norm,
+        label=name,
+    )  # fmt: skip
+    best = training.best_epoch(epochs)
+    model = models.load_model(training.best_folder(work, epochs), "best epoch").to(accelerator.device)
+    result = evaluate("test", "testing")
+
+    history = {
+        "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
+        "device": str(accelerator.device.type), "processes": accelerator.num_processes,
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "identity": identity, "parameters": model.num_parameters(),
+        "experts_num": model.config.num_experts, "tasks": list(data),
+        "train_loss": [epoch["train_loss"] for epoch in epochs],
+        "epoch_seconds": [epoch["seconds"] for epoch in epochs],
+        "best_epoch": best + 1,
+        "selection": [epoch["selection"] for epoch in epochs],
+        **{
+            f"{task}_data": {
+                "main_score": get_task(task).main_score,
+                "validation": [epoch["scores"][task] for epoch in epochs],
+                "test": result[task]["scores"],
+                "examples": _shown(data[task]["test"], result[task]["predictions"], tokenizer),
+            }
+            for task in data
+        },
+        **usage.as_released(epochs[best]["usage"]),
+        **(more or {}),
+    }  # fmt: skip
+    if goals:
+        scores = {task: one["scores"] for task, one in result.items()}
+        history["overall"] = {"validation": epochs[best]["selection"], "test": overall(scores, goals["test"])}
+    if accelerator.is_main_process:
+        models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
+        models.save_model(model, tokenizer, models_folder / name)
+        histories.save(histories_folder, name, history)
+        training.release(work)
+    accelerator.wait_for_everyone()
+    return history
+
+
+def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step_tokens: int, share: float, reading: str):
+    """Sum of the cross-entropies of `batch` over `step_tokens`, plus `share` of the router losses; a scalar.
+
+    In the `paper` reading the router losses see real tokens only, so that padding changes nothing; in `released` they
+    see all positions, as in transformers.
+    """
+    labels = batch["labels"]
+    outputs = wrapped(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), output_router_logits=True, use_cache=False,
+    )  # fmt: skip
+    cross_entropy = torch.nn.functional.cross_entropy(
+        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    masks = (batch["attention_mask"], labels != -100) if reading == "paper" else (None, None)
+    return cross_entropy / step_tokens + share * model.router_loss(outputs, *masks)
+
+
+def selection_split(reading: str) -> str:
+    """The split by which the best epoch is chosen. The released code looks at the test scores; the paper does not."""
+    return "test" if reading == "released" else "validation"
+
+
+def overall(scores: dict[str, dict[str, float]], goals: dict[str, float] | None) -> float:
+    """Mean over tasks of score / the single-task model's score (paper, 4.1); without goals the mean score itself.
+
+    A task whose single-task model scores 0 cannot be compared and is left out; with none left the result is 0.
+    """
+    main = {task: one[get_task(task).main_score] for task, one in scores.items()}
+    if goals is None:
+        return float(np.mean(list(main.values())))
+    ratios = [main[task] / goals[task] for task in main if goals[task] > 0]
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleNamespace) -> dict[str, dict[str, float]]:
+    """What Overall divides by: validation and test scores of the single-task models with `experts` experts.
+
+    Raises UserError, naming the command to run, where one has not been trained.
+    """
+    goals: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
+    for task in tasks:
+        history = single_task_history(folder, task, experts, c)
+        score, best = get_task(task).main_score, history["best_epoch"] - 1
+        goals["validation"][task] = history[f"{task}_data"]["validation"][best][score]
+        goals["test"][task] = history[f"{task}_data"]["test"][score]
+    return goals
+
+
+def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
+    """The history that `single_task_finetune.py` left for `task`."""
+    remedy = f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    return histories.load(folder, f"single_task_{task}", remedy)
+
+
+def data_hashes(c: SimpleNamespace, tasks: list[str]) -> dict[str, str]:
+    """SHA-256 of each task's features, as datasets_preprocessing.py noted it."""
+    return {task: read_json(folder_of(task, c) / "complete.json")["sha256"] for task in tasks}
+
+
+def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of every input and of every target."""
+    columns = [features.with_format("arrow")[name] for name in ("input_ids", "labels")]
+    return tuple(np.array([len(ids) for ids in column.to_pylist()]) for column in columns)
+
+
+def _passes(task: str, group: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
+    tokens = int(targets[group].sum())
+    return [Pass(task, group[i : i + batch_size], len(group), tokens) for i in range(0, len(group), batch_size)]
+
+
+def _shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:
+    """A few test examples with what the model wrote, for people to read."""
+    return [
+        {
+            "input": tokenizer.decode(features[i]["input_ids"], skip_special_tokens=True)[:600],
+            "prediction": predictions[i],
+            "references": features[i]["references"],
+        }
+        for i in range(min(number, len(features)))
+    ]
+
+
+def test_once(c: SimpleNamespace, accelerator, model, tokenizer, data, goals, path: Path) -> dict[str, Any]:
+    """Test scores of `model` as it is, with Overall; noted in `path`, and read from there when they are there."""
+    if not path.exists():
+        model = model.to(accelerator.device)
+        scores = {
+            task: decoding.evaluate_task(
+                model, features["test"], get_task(task), tokenizer, c, accelerator, f"testing {task}"
+            )[0]
+            for task, features in data.items()
+        }
+        if accelerator.is_main_process:
+            write_json(path, {"test": scores, "overall": goals and overall(scores, goals["test"])})
+        accelerator.wait_for_everyone()
+    return read_json(path)
+
+
+def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:
+    """Test scores in one line."""
+    scores = "  ".join(f"{task}: " + " ".join(f"{k} {v:.2f}" for k, v in one.items()) for task, one in test.items())
+    return scores + (f"  Overall {value:.4f}" if value is not None else "")
+
+
+def summary(history: dict[str, Any]) -> str:
+    """What a finished run found, in a few lines."""
+    test = {task: history[f"{task}_data"]["test"] for task in history["tasks"]}
+    lines = [
+        f"{history['name']}: best epoch {history['best_epoch']} of {len(history['selection'])}, {history['seconds']:.0f} s",
+        "test  " + scores_line(test, history.get("overall", {}).get("test")),
+    ]
+    for stack, key in (("encoder", "entropy"), ("decoder", "entropy_de")):
+        for task, entropies in history[key].items():
+            lines.append(f"expert-usage entropy, {stack}, {task}: " + " ".join(f"{value:.3f}" for value in entropies))
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""What needs no fine-tuning, to read the other rows of the table against.
+
+Reads   DATA_DIR/{task}, BASE_MODEL_PATH, and the single-task histories (for Overall).
+Writes  SOURCE_PICKLE_PATH/reference_scores.json: test scores of always giving the most common training answer, and of the
+        base model as it is.
+Takes   at tiny about a minute on 2 CPU cores.
+"""
+
+from expert_merging.constants import run
+
+num_expert = 8  # experts in each sparse layer of the base model
+
+
+def main(c):
+    from collections import Counter
+    from pathlib import Path
+
+    from expert_merging.models import require_patch
+    from expert_merging.tasks import get_task
+
+    tasks = {task: get_task(task) for task in c.task_types}
+    require_patch()
+
+    from expert_merging import features, finetuning, histories, models, provenance
+    from expert_merging.devices import make_accelerator
+    from expert_merging.files import write_json
+
+    accelerator = make_accelerator(c)
+    folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
+    goals = finetuning.single_task_goals(str(folder), c.task_types, c.num_expert, c)
+    tokenizer, model, ancestor = models.load_base(c, c.num_expert)
+    data = {task: features.load(task, c, tokenizer) for task in tasks}
+    identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
+    if histories.finished(folder, "reference_scores", identity):
+        accelerator.print(f"{folder}/reference_scores.json is there already; remove it to score again")
+        return
+
+    common = {}
+    for task in tasks:
+        answers = Counter(answers[0] for answers in data[task]["train"]["references"])
+        # Of equally common answers the first in the alphabet.
+        common[task] = min(answers, key=lambda answer: (-answers[answer], answer))
+    constant = {
+        task: tasks[task].score([common[task]] * len(features["test"]), features["test"]["references"])
+        for task, features in data.items()
+    }
+    work = folder / "reference_scores.run.json"
+    untrained = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, work)
+    rows = {
+        "most common training answer": {"test": constant, "overall": finetuning.overall(constant, goals["test"])},
+        "base model, not fine-tuned": untrained,
+    }
+    for row in rows.values():
+        row["file"] = f"{folder.name}/reference_scores.json"
+    if accelerator.is_main_process:
+        write_json(
+            folder / "reference_scores.json",
+            {
+                "command": provenance.command(), "versions": provenance.versions(), "identity": identity, "rows": rows,
+                "most_common_answers": common,
+            },
+        )  # fmt: skip
+        work.unlink()
+    for label, row in rows.items():
+        accelerator.print(f"{label}: {finetuning.scores_line(row['test'], row['overall'])}")
+
+
+if __name__ == "__main__":
+    run(main, globals())

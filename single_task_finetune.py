@@ -1,0 +1,50 @@
+"""2  One task, one Switch Transformer; the usage of its experts is counted and pickled.
+
+Reads   DATA_DIR/{task_type} (datasets_preprocessing.py) and BASE_MODEL_PATH.
+Writes  SOURCE_MODEL_WEIGHT_PATH/single_task_{task_type}.pt, the same weights as a Hugging Face folder without the .pt, and
+        SOURCE_PICKLE_PATH/single_task_{task_type}.pkl and .json: scores, losses, expert usage on validation and its entropy.
+Takes   at tiny about a minute and a half on 2 CPU cores; at paper a day or so on one GPU. Interrupted, it goes on.
+"""
+
+from expert_merging.constants import run
+
+task_type = "squad"  # ag_news | squad | xsum | doc_topic | doc_qa | doc_summary
+num_expert = 8  # experts in each sparse layer of the base model
+
+
+def main(c):
+    from pathlib import Path
+
+    from expert_merging.models import require_patch
+    from expert_merging.tasks import get_task
+
+    get_task(c.task_type)
+    require_patch()
+
+    from expert_merging import features, finetuning, histories, models
+    from expert_merging.devices import make_accelerator
+
+    accelerator = make_accelerator(c)
+    name = f"single_task_{c.task_type}"
+    models_folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.num_expert))
+    histories_folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
+
+    # The pre-trained model, and the task as features.
+    tokenizer, model, ancestor = models.load_base(c, c.num_expert)
+    data = {c.task_type: features.load(c.task_type, c, tokenizer)}
+    identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
+    if histories.finished(histories_folder, name, identity):
+        accelerator.print(f"{histories_folder / name}.json is there already; remove it to train again")
+        return
+
+    # Fine-tune; the best epoch by validation is kept, tested, and its expert usage on validation noted.
+    history = finetuning.finetune(
+        c, accelerator, model, tokenizer, data, name=name, save_as=f"{name}.pt", work=models_folder / f"{name}.run",
+        identity=identity, models_folder=models_folder, histories_folder=histories_folder,
+    )  # fmt: skip
+
+    accelerator.print(finetuning.summary(history))
+
+
+if __name__ == "__main__":
+    run(main, globals())
