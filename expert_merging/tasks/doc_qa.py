@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from expert_merging.docstrings import Candidate, Docstring, read_docstrings, sentences, sizes_of, split_examples
+from expert_merging.docstrings import Candidate, Docstring, ended, read_docstrings, sentences, sizes_of, split_examples
 from expert_merging.scoring import squad
 
 main_score = "exact_match"
@@ -158,7 +158,7 @@ def _shortened(parameter: Parameter, needed: str = "") -> str:
         if tells or (number == len(kept) and length + words <= LONGEST_DESCRIPTION):
             kept.append(sentence)
             length += words
-    return Parameter(parameter.name, parameter.kind, " ".join(kept), parameter.style).line
+    return Parameter(parameter.name, parameter.kind, ended(" ".join(kept)) if kept else "", parameter.style).line
 
 
 def _context(lines: list[str], asked: int, rng: random.Random) -> str:
