@@ -158,7 +158,8 @@ def _shortened(parameter: Parameter, needed: str = "") -> str:
         if tells or (number == len(kept) and length + words <= LONGEST_DESCRIPTION):
             kept.append(sentence)
             length += words
-    return Parameter(parameter.name, parameter.kind, ended(" ".join(kept)) if kept else "", parameter.style).line
+    description = " ".join(kept).strip()
+    return Parameter(parameter.name, parameter.kind, description and ended(description), parameter.style).line
 
 
 def _context(lines: list[str], asked: int, rng: random.Random) -> str:
