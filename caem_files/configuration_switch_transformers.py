@@ -7,7 +7,7 @@ CAEM_PATCH = "1"  # read as text by install.py, to tell this file from the stock
 
 
 def _sparse_step(num_layers: int, num_sparse_layers: int) -> int:
-    """Distance between sparse blocks. Without sparse layers it is the depth, which (as in stock) leaves block 1 sparse."""
+    """Distance between sparse blocks; without sparse layers the depth, which (as in stock) leaves block 1 sparse."""
     return num_layers // num_sparse_layers if num_sparse_layers > 0 else num_layers
 
 

@@ -5,8 +5,8 @@ Put the patched Switch Transformers of this folder into the transformers of the 
     python caem_files/install.py --check     say whether it is applied: exit status 0 if so, 1 if not
     python caem_files/install.py --revert    put the originals back
 
-The originals are kept in `transformers/models/switch_transformers_stock/`, where Python can still import them. Nothing of
-transformers or torch is imported here, so that scripts can ask `patched()` before anything slow.
+The originals are kept in `transformers/models/switch_transformers_stock/`, where Python can still import them. Nothing
+of transformers or torch is imported here, so that scripts can ask `patched()` before anything slow.
 """
 
 import argparse
@@ -62,12 +62,14 @@ def is_ours(path: Path) -> bool:
 
 
 def patched() -> bool:
-    """Whether both files of the installed transformers are the patch; by its text, in milliseconds."""
-    try:
-        folder = target_folder(find_transformers())
-    except InstallError:
-        return False
-    return all(is_ours(folder / name) for name in FILES)
+    """
+    Whether both files of the installed transformers are the patch; told from their text, in milliseconds.
+
+    Raises InstallError if transformers is not installed or of another version.
+    """
+    package = find_transformers()
+    check_version(package)
+    return all(is_ours(target_folder(package) / name) for name in FILES)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,8 +3,8 @@
 Switch Transformers and CAEM, a drop-in for the file of the same name in transformers 4.46.3.
 
 The first part is the model: the same classes, checkpoint keys and numbers as the stock file, built from T5's blocks.
-What is Switch is here: a router that sends each token to one expert, up to a capacity; the expert layer; the stacks; the
-two router losses. The routers can count how often each expert is used.
+What is Switch is here: a router that sends each token to one expert, up to a capacity; the expert layer; the stacks;
+the two router losses. The routers can count how often each expert is used.
 
 The second part is CAEM (complexity-aware expert merging), as functions on named tensors: `normalized_entropy`,
 `allocate_experts`, `merge`.
@@ -105,7 +105,7 @@ def router_losses(
         router_outputs: `encoder_router_logits` or `decoder_router_logits` of an output: a block each, either
             (logits [batch, tokens, experts], expert index [batch, tokens]) or, for a dense block, a placeholder.
         token_mask: [batch, tokens], non-zero at real tokens. `None` counts every position, padding included, which is
-            what `forward` adds to the cross-entropy. With a mask the value does not depend on how much padding there is.
+            what `forward` adds to the cross-entropy. With a mask the value does not depend on the padding.
 
     Returns:
         Two scalars, unweighted.
@@ -183,8 +183,8 @@ class SwitchTransformersTop1Router(nn.Module):
             hidden_states: [batch, tokens, d_model].
 
         Returns:
-            One-hot expert of each token, all zero where the expert was full, int64 [batch, tokens, experts]; probability
-            of the chosen expert [batch, tokens, 1]; logits [batch, tokens, experts].
+            One-hot expert of each token, all zero where the expert was full, int64 [batch, tokens, experts];
+            probability of the chosen expert [batch, tokens, 1]; logits [batch, tokens, experts].
         """
         router_probs, router_logits = self._compute_router_probabilities(hidden_states)
         top_prob, top_expert = router_probs.max(dim=-1, keepdim=True)
@@ -441,8 +441,11 @@ class SwitchTransformersPreTrainedModel(PreTrainedModel):
 
 
 def _flat_outputs(block: SwitchTransformersBlock, *arguments) -> tuple:
-    """A block's outputs with its router's unpacked at the end, then their number: a re-entrant checkpoint sees gradients
-    of tensors only where they are not inside a tuple, and those of the router losses would be lost."""
+    """
+    A block's outputs with its router's unpacked at the end, then their number.
+
+    A re-entrant checkpoint sees no tensors inside a tuple; the router losses would lose their gradients.
+    """
     *outputs, router_outputs = block(*arguments)
     return (*outputs, *router_outputs, len(router_outputs))
 
@@ -500,8 +503,9 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         if masked:
             real = real & attention_mask[:, -shape[1] :].to(real.device).ne(0)
         if input_ids is not None and (self.is_decoder or not masked):
-            pad, eos = self.config.pad_token_id, self.config.eos_token_id if self.is_decoder else None
-            silent = [token for token in (pad, *(eos if isinstance(eos, (list, tuple)) else (eos,))) if token is not None]
+            eos = self.config.eos_token_id if self.is_decoder else None
+            silent = [self.config.pad_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])]
+            silent = [token for token in silent if token is not None]
             speaks = ~torch.isin(input_ids, torch.tensor(silent, dtype=input_ids.dtype, device=input_ids.device))
             if self.is_decoder:
                 speaks = speaks | (cache_position == 0)  # the start token is the padding token
@@ -1051,7 +1055,7 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
             ValueError: the outputs have no router logits.
         """
         if outputs.encoder_router_logits is None or outputs.decoder_router_logits is None:
-            raise ValueError("router_loss: the outputs have no router logits; call forward with output_router_logits=True")
+            raise ValueError("router_loss: no router logits in the outputs; call forward with output_router_logits=True")
         encoder_z, encoder_aux = self._router_losses("encoder", outputs.encoder_router_logits, encoder_mask)
         decoder_z, decoder_aux = self._router_losses("decoder", outputs.decoder_router_logits, decoder_mask)
         loss = self.router_z_loss_coef * (encoder_z + decoder_z)
@@ -1208,9 +1212,9 @@ def allocate_experts(
     The ideal share of source i is q_i = target_experts * H_i / sum_k H_k (even if all entropies are 0), blended with an
     even one: alpha * q_i + (1 - alpha) * target_experts / M. It is rounded down, then brought within 1 and n_i.
     Experts too many are taken one by one from the source that has most, of several from the one of the smallest
-    remainder. Experts that are left go to the sources with room, one each in turn, larger remainder first, until none is
-    left; this is the paper's rule for one, two and three sources with room, and goes on likewise for more. Ties go to
-    the lower index. Shares are rounded to nine decimals first, so that 2.9999999999 counts as 3.
+    remainder. Experts that are left go to the sources with room, one each in turn, larger remainder first, until none
+    is left; this is the paper's rule for one, two and three sources with room, and goes on likewise for more. Ties go
+    to the lower index. Shares are rounded to nine decimals first, so that 2.9999999999 counts as 3.
 
     An alpha under 0.01 is taken as 0.01, as in the authors' code: at alpha 0 (CAEM-Avg) the entropy decides only who
     gets the odd experts.
@@ -1290,15 +1294,16 @@ def merge(
     """
     Merge fine-tuned copies of one Switch Transformer into one model (paper, Algorithm 1).
 
-    In each sparse layer the entropies of the sources' usage share out the experts (`allocate_experts`); of each source the
-    most used come over (of equally used the lower index), with their rows of the router's classifier, sources in order
-    and experts in order of usage. Every other tensor of a stack is the average with the weights w_i = N_i / sum_k N_k,
-    where N_i are the experts that source i gave to that stack. The embedding belongs to both stacks: its weights are the
-    means of theirs. A tied output projection stays tied; an untied one is averaged with the decoder.
+    In each sparse layer the entropies of the sources' usage share out the experts (`allocate_experts`); of each source
+    the most used come over (of equally used the lower index), with their rows of the router's classifier, sources in
+    order and experts in order of usage. Every other tensor of a stack is the average with the weights
+    w_i = N_i / sum_k N_k, where N_i are the experts that source i gave to that stack. The embedding belongs to both
+    stacks: its weights are the means of theirs. A tied output projection stays tied; an untied one is averaged with
+    the decoder.
 
     Args:
-        sources: state dicts under Hugging Face's names, or mappings that read from disk. Each tensor is asked for once, and
-            one or two are held at a time beside the result. They are neither changed nor aliased.
+        sources: state dicts under Hugging Face's names, or mappings that read from disk. Each tensor is asked for once,
+            and one or two are held at a time beside the result. They are neither changed nor aliased.
         usage: of each source, `{"encoder": counts [sparse layers, experts], "decoder": ...}`, as `expert_usage` gives.
         target_experts: experts a sparse layer of the result, from M to all that the sources have.
         alpha: see `allocate_experts`.
@@ -1313,8 +1318,8 @@ def merge(
         [layers][M] lists of indices in order of usage, `weights` [M].
 
     Raises:
-        ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape or
-            of no token; an argument that `allocate_experts` refuses.
+        ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape
+            or of no token; an argument that `allocate_experts` refuses.
     """
     layouts = [_Layout(source, i) for i, source in enumerate(sources)]
     limits = [layout.num_experts for layout in layouts]
@@ -1329,7 +1334,9 @@ def merge(
     for stack in _STACKS:
         entropies = [normalized_entropy(count) for count in counts[stack]]
         depth = len(layouts[0].sparse[stack])
-        allocation = [allocate_experts([h[l] for h in entropies], limits, target_experts, alpha, reading) for l in range(depth)]
+        allocation = [
+            allocate_experts([h[l] for h in entropies], limits, target_experts, alpha, reading) for l in range(depth)
+        ]
         by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts[stack]]
         given = [sum(layer[i] for layer in allocation) for i in range(len(layouts))] if depth else [1] * len(layouts)
         record[stack] = {
@@ -1406,7 +1413,7 @@ def _checked_usage(usage, stack: str, layouts: Sequence[_Layout]) -> list:
         count = torch.as_tensor(one[stack]).detach().cpu().double()
         wanted = (len(layout.sparse[stack]), layout.num_experts)
         if tuple(count.shape) != wanted and not (wanted[0] == 0 == count.numel()):
-            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}; its sparse layers and experts are {wanted}")
+            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}; by its layers it must be {wanted}")
         if wanted[0] and not count.sum() > 0:
             raise ValueError(f"the {stack} usage of source {i} is all zero: count it on validation data before merging")
         checked.append(count.reshape(wanted))
@@ -1423,7 +1430,8 @@ def _merge_sparse_layer(sources, layouts: Sequence[_Layout], prefix: str, chosen
             tensor = sources[i][name].detach()
             if tensor.shape[0] != layouts[i].num_experts or rows and tensor.shape[1:] != rows[0].shape[1:]:
                 raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, which does not fit the others")
-            rows.append(tensor[torch.tensor(experts, device=tensor.device)].to(rows[0].device if rows else tensor.device))
+            taken = tensor[torch.tensor(experts, device=tensor.device)]
+            rows.append(taken.to(rows[0].device) if rows else taken)
         state[name] = torch.cat(rows)
     for part in layouts[0].expert_parts[prefix]:
         slots = [(i, expert) for i, experts in enumerate(chosen) for expert in experts]
@@ -1432,9 +1440,8 @@ def _merge_sparse_layer(sources, layouts: Sequence[_Layout], prefix: str, chosen
             tensor = sources[i][f"{prefix}.experts.expert_{expert}.{part}"].detach()
             first = tensor if first is None else first
             if tensor.shape != first.shape:
-                raise ValueError(
-                    f"{prefix}.experts.expert_{expert}.{part} of source {i} is {tuple(tensor.shape)}, not {tuple(first.shape)}"
-                )
+                name = f"{prefix}.experts.expert_{expert}.{part}"
+                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, not {tuple(first.shape)}")
             state[f"{prefix}.experts.expert_{slot}.{part}"] = tensor.clone(memory_format=torch.contiguous_format)
     return state
 
@@ -1450,7 +1457,8 @@ class _Average:
             wide = torch.promote_types(tensor.dtype, torch.float32)
             self.dtype, self.total = tensor.dtype, torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
         if tensor.shape != self.total.shape:
-            raise ValueError(f"{self.name} is {tuple(self.total.shape)} in one source and {tuple(tensor.shape)} in another")
+            shapes = f"{tuple(self.total.shape)} in one source and {tuple(tensor.shape)} in another"
+            raise ValueError(f"{self.name} is {shapes}")
         self.total.add_(tensor.detach().to(device=self.total.device, dtype=self.total.dtype), alpha=weight)
 
     def result(self) -> torch.Tensor:
@@ -1478,7 +1486,7 @@ def _merge_embeddings(sources, layouts: Sequence[_Layout], record: dict) -> dict
         if not tied[i]:
             head.add(projection, weights["decoder"][i])
     if len(set(tied)) > 1:
-        raise ValueError(f"{_HEAD} is tied to the embedding in source {tied.index(True)} but not in {tied.index(False)}")
+        raise ValueError(f"{_HEAD} is tied to the embedding in source {tied.index(True)}, not in {tied.index(False)}")
 
     released = record["reading"] == "released"
     if released and not tied[0]:
@@ -1497,7 +1505,9 @@ def _merge_embeddings(sources, layouts: Sequence[_Layout], record: dict) -> dict
     return state
 
 
-def merged_config(config: SwitchTransformersConfig, target_experts: int, reading: str = "paper") -> SwitchTransformersConfig:
+def merged_config(
+    config: SwitchTransformersConfig, target_experts: int, reading: str = "paper"
+) -> SwitchTransformersConfig:
     """Configuration of a model merged from sources of this one; the argument is left as it is."""
     config = copy.deepcopy(config)
     config.num_experts = target_experts
