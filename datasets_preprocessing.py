@@ -23,7 +23,9 @@ def main(c):
     features.check_constants(c)
     base = c.BASE_MODEL_PATH.format(experts=c.num_expert)
     paths = {"BASE_MODEL_PATH": base}
-    paths |= {constant: getattr(c, constant) for constant in map(features.source_constant, tasks) if hasattr(c, constant)}
+    for constant in map(features.source_constant, tasks):
+        if hasattr(c, constant):  # the docstring tasks need none
+            paths[constant] = getattr(c, constant)
     if None in [hub.local_folder(path, constant) for constant, path in paths.items()]:
         hub.offline_if_unreachable()
     tokenizer = hub.load_tokenizer(base)

@@ -34,7 +34,8 @@ def generate(
     input_ids = dataset["input_ids"]
     lengths = [len(ids) for ids in input_ids]
     rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)][process_index::num_processes]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = batches[process_index::num_processes]
 
     texts: dict[int, str] = {}
     was_training = model.training
@@ -73,7 +74,8 @@ def in_order(parts: list[dict[int, str]]) -> list[str]:
 def evaluate_task(
     model, dataset, task: ModuleType, tokenizer, constants: SimpleNamespace, accelerator, label: str = ""
 ) -> tuple[dict[str, float], list[str]]:
-    """(scores, predictions) of `model` (unwrapped) on features of one task; all processes take part and get the same."""
+    """(scores, predictions) of `model` (unwrapped) on features of one task; all processes take part and get the
+    same."""
     from accelerate.utils import gather_object
 
     part = generate(

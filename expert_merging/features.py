@@ -26,8 +26,8 @@ _SHUFFLE_SEED = 42  # of the order in which examples are stored, so that a limit
 def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str, Any] | None = None) -> dict[str, Any]:
     """Tokenise a task's examples into `DATA_DIR/{task_name}`, in place of what an earlier run made there.
 
-    Inputs are cut to `max_input_length` tokens and targets to `max_decoder_length`, both with </s>. The examples of each
-    split are shuffled (seed 42), then the first `train_examples`, `validation_examples`, `test_examples` taken; 0: all.
+    Inputs are cut to `max_input_length` tokens and targets to `max_decoder_length`, both with </s>. The examples of
+    each split are shuffled (seed 42), then the first `{split}_examples` taken; 0 takes all.
 
     Args:
         raw: what the task's `load(constants)` gives, where it has been loaded already.
@@ -86,7 +86,7 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
 
 
 def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any] | None:
-    """The manifest, where `prepare` with these constants and this tokenizer would write what is there already; else None.
+    """The manifest, where `prepare` with the same arguments would write what is there already; else None.
 
     Raises UserError for a folder in the way that was not made here.
     """
@@ -121,15 +121,16 @@ def command(task_name: str, constants: SimpleNamespace) -> str:
 
 
 def check_constants(constants: SimpleNamespace) -> None:
-    """Raises UserError for lengths without room for a token and </s>, for negative limits, and for a DATA_DIR that cannot
-    be written; leaves nothing there."""
+    """Raises UserError for lengths without room for a token and </s>, for negative limits, and for a DATA_DIR that
+    cannot be written; leaves nothing there."""
     for name in ("max_input_length", "max_decoder_length"):
         if getattr(constants, name) < 2:
             raise UserError(f"{name} is {getattr(constants, name)}; it must be at least 2, for one token and </s>")
     for split in SPLITS:
-        if getattr(constants, f"{split}_examples") < 0:
-            raise UserError(f"{split}_examples is {getattr(constants, f'{split}_examples')}; it must be 0 (all) or more")
-    existing = next(folder for folder in (Path(constants.DATA_DIR), *Path(constants.DATA_DIR).absolute().parents) if folder.exists())
+        if (limit := getattr(constants, f"{split}_examples")) < 0:
+            raise UserError(f"{split}_examples is {limit}; it must be 0 (all) or more")
+    folder = Path(constants.DATA_DIR).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(bytes(4096))
@@ -210,7 +211,8 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     report = {"examples": len(order), "odd": odd}
     for side, limit in (("input", constants.max_input_length), ("target", constants.max_decoder_length)):
         values = np.array(lengths[side])
-        report[f"{side}_length"] = {str(q): int(np.quantile(values, q / 100, method="higher")) for q in (50, 90, 99, 100)}
+        at = {q: np.quantile(values, q / 100, method="higher") for q in (50, 90, 99, 100)}
+        report[f"{side}_length"] = {str(q): int(length) for q, length in at.items()}
         report[f"{side}_cut"] = float((values > limit).mean())
     return Dataset(pa.concat_tables(tables)), report
 
@@ -243,7 +245,7 @@ def _asked(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, A
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder of ours gets its name when it is whole: one without a manifest is somebody else's, or has been damaged."""
+    """A folder of ours gets its name when it is whole: one without a manifest is somebody else's, or was damaged."""
     if folder.exists() and not (folder / _MANIFEST).exists():
         raise UserError(f"{folder} is in the way: it has no {_MANIFEST}, so it is not features; move or remove it")
 
@@ -262,7 +264,7 @@ def _read_whole(folder: Path, remedy: str) -> tuple[dict[str, Any], Any]:
         counts = {split: len(features[split]) for split in SPLITS}
         promised = {split: manifest["splits"][split]["examples"] for split in SPLITS}
         whole = counts == promised and content_hash(features) == manifest["sha256"]
-        problem = f"it holds {counts} where {promised} were written" if counts != promised else "its content has changed"
+        problem = "its content has changed" if counts == promised else f"it holds {counts}, not {promised}"
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         whole, problem = False, first_line(error)
     if not whole:

@@ -60,7 +60,7 @@ def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
         tokenizer = AutoTokenizer.from_pretrained(folder or path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = f"in the folder {path}" if folder else f"as the folder {path}, nor on the hub"
-        raise UserError(f"{constant}: found no tokenizer {where} ({first_line(error)}); give a model's folder") from error
+        raise UserError(f"{constant}: found no tokenizer {where} ({first_line(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"{constant}: the tokenizer of {path} is not a fast one with </s> and <pad>, as T5's is")
     return tokenizer

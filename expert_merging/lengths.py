@@ -10,7 +10,7 @@ _QUANTILES = {"50": "50%", "90": "90%", "99": "99%", "100": "max"}
 
 
 def length_table(manifests: dict[str, dict[str, Any]]) -> str:
-    """One line for each split of each task: examples, quantiles of the lengths in tokens (before cutting), share cut."""
+    """One line for each split of each task: examples, quantiles of the lengths (tokens, before cutting), share cut."""
     sides = [f"{side} {name}" for side in ("input", "target") for name in (*_QUANTILES.values(), "cut")]
     lines = [["task", "split", "examples", *sides, "odd"]]
     for task_name, manifest in manifests.items():
@@ -20,11 +20,10 @@ def length_table(manifests: dict[str, dict[str, Any]]) -> str:
                 line += [f"{report[f'{side}_length'][q]:,}" for q in _QUANTILES] + [f"{report[f'{side}_cut']:.1%}"]
             lines.append([*line, str(report["odd"])])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = 2  # columns of names; the others are numbers
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    )
+    for line in lines:  # names to the left, numbers to the right
+        line[:2] = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+        line[2:] = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+    return "\n".join(map("  ".join, lines))
 
 
 def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path: Path) -> None:
@@ -34,16 +33,18 @@ def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path:
     from expert_merging.plots import plt
 
     figure, grid = plt.subplots(len(features), 2, figsize=(8, 2.1 * len(features)), squeeze=False)
+    sides = (
+        ("inputs", "input_ids", constants.max_input_length, "C0"),
+        ("targets", "labels", constants.max_decoder_length, "C1"),
+    )
     for axes_of_task, (task_name, splits) in zip(grid, features.items(), strict=True):
-        for axes, column, limit in zip(
-            axes_of_task, ("input_ids", "labels"), (constants.max_input_length, constants.max_decoder_length), strict=True
-        ):
+        for axes, (side, column, limit, color) in zip(axes_of_task, sides, strict=True):
             arrow = splits["train"].select_columns(column).with_format("arrow")
             pieces = [batch[column].combine_chunks().value_lengths() for batch in arrow.iter(batch_size=10_000)]
             values = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces])
-            axes.hist(values, bins=min(60, int(values.max() - values.min()) + 1), color="C0" if column == "input_ids" else "C1")
+            axes.hist(values, bins=min(60, int(values.max() - values.min()) + 1), color=color)
             axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
-            axes.set_title(f"{task_name}, {'inputs' if column == 'input_ids' else 'targets'}: cut at {limit}")
+            axes.set_title(f"{task_name}, {side}: cut at {limit}")
             axes.set(xlabel="tokens with </s>", ylabel="training examples", xlim=(0, 1.05 * limit))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")

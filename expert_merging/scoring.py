@@ -1,4 +1,4 @@
-"""The three scores (paper, 4.1): each takes predictions and, for each of them, all its references; values are 0..100."""
+"""The three scores (paper, 4.1): each takes predictions and, for each of them, its references; values are 0..100."""
 
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +36,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} examples; both must be the same, above 0")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} examples; there must be as many, and some"
+        )
     if any(isinstance(answers, str) or not answers for answers in references):
         raise ValueError("the references of an example must be a list of at least one string")

@@ -45,8 +45,8 @@ def load_splits(path: str, published: Published) -> dict[str, Any]:
     if parquet := sorted(folder.rglob("*.parquet")):
         return _checked(_from_parquet(folder, parquet, published), path, published)
     raise UserError(
-        f"{published.constant}: the folder {path} holds neither {_listed(published.files.values())}, nor parquet files, "
-        "nor a DatasetDict saved by `datasets`"
+        f"{published.constant}: the folder {path} holds neither {_listed(published.files.values())}, "
+        "nor parquet files, nor a DatasetDict saved by `datasets`"
     )
 
 
@@ -206,8 +206,8 @@ def _from_hub(name: str, published: Published) -> dict[str, Any]:
             return datasets.load_dataset(name, revision="refs/convert/parquet")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{published.constant}: {name} is no folder here and cannot be had from the hub ({first_line(error)}); bring a "
-            f"folder with {_listed(published.files.values())} and give --{published.constant} FOLDER"
+            f"{published.constant}: {name} is no folder here and cannot be had from the hub ({first_line(error)}); "
+            f"bring a folder with {_listed(published.files.values())} and give --{published.constant} FOLDER"
         ) from error
 
 
@@ -218,7 +218,7 @@ def _checked(splits: dict[str, Any], path: str, published: Published) -> dict[st
             raise UserError(f"{published.constant}: {path} has no split {split!r}, or an empty one")
         absent = set(published.columns) - set(splits[split].column_names)
         if absent:
-            raise UserError(f"{published.constant}: the split {split} of {path} has no column {_listed(sorted(absent))}")
+            raise UserError(f"{published.constant}: split {split} of {path} has no column {_listed(sorted(absent))}")
     chosen = {split: splits[split].select_columns(list(published.columns)) for split in published.files}
     for split, dataset in chosen.items():
         for number, example in enumerate(dataset, 1):

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-SUBJECTS = ("the river", "a striker", "the bank", "a telescope", "the council", "an engine", "the market", "a goalkeeper")
+SUBJECTS = (
+    "the river",
+    "a striker",
+    "the bank",
+    "a telescope",
+    "the council",
+    "an engine",
+    "the market",
+    "a goalkeeper",
+)
 VERBS = ("rose", "fell", "won", "lost", "opened", "closed", "moved", "waited")
 PLACES = ("in London", "near Oslo", "at night", "on Monday", "for years", "without warning", "in 1998", "by train")
 
@@ -36,7 +45,9 @@ def write_squad(folder: Path, train: int = 20, dev: int = 8) -> Path:
             answers = [{"text": text.split()[1], "answer_start": 4}]
             if name == "dev":
                 answers += [{"text": " ".join(text.split()[:2]), "answer_start": 0}, {"text": "x", "answer_start": 0}]
-            paragraphs.append({"context": text, "qas": [{"id": f"{name}{i}", "question": f"What {i}?", "answers": answers}]})
+            paragraphs.append(
+                {"context": text, "qas": [{"id": f"{name}{i}", "question": f"What {i}?", "answers": answers}]}
+            )
         content = {"version": "1.1", "data": [{"title": "T", "paragraphs": paragraphs}]}
         (folder / f"{name}-v1.1.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
@@ -45,7 +56,10 @@ def write_squad(folder: Path, train: int = 20, dev: int = 8) -> Path:
 def write_xsum(folder: Path, train: int = 20, validation: int = 8, test: int = 8) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", train), ("validation", validation), ("test", test)):
-        rows = [{"document": f"{text}\u2028{text}", "summary": text[:20], "id": str(i)} for i, text in enumerate(sentences(count))]
+        rows = [
+            {"document": f"{text}\u2028{text}", "summary": text[:20], "id": str(i)}
+            for i, text in enumerate(sentences(count))
+        ]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -61,8 +75,9 @@ def tiny_tokenizer():
 def constants(data: Path, out: Path, **changed) -> SimpleNamespace:
     """Constants of the scripts, as far as features and decoding look at them; raw data in `data`, features in `out`."""
     values = {
-        "scale": "tiny", "AG_NEWS_PATH": str(data / "ag_news"), "SQUAD_PATH": str(data / "squad"), "XSUM_PATH": str(data / "xsum"),
-        "DATA_DIR": str(out), "BASE_MODEL_PATH": "base_models/tiny-{experts}", "max_input_length": 32, "max_decoder_length": 8,
+        "scale": "tiny", "DATA_DIR": str(out), "BASE_MODEL_PATH": "base_models/tiny-{experts}",
+        "AG_NEWS_PATH": str(data / "ag_news"), "SQUAD_PATH": str(data / "squad"), "XSUM_PATH": str(data / "xsum"),
+        "max_input_length": 32, "max_decoder_length": 8,
         "train_examples": 0, "validation_examples": 0, "test_examples": 0, "num_beams": 3, "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 3, "length_penalty": 1.0, "eval_batch_size": 4,
     }  # fmt: skip

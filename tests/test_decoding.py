@@ -47,8 +47,8 @@ def one_by_one(model, dataset, tokenizer, c) -> list[str]:
     texts = []
     for ids in dataset["input_ids"]:
         output = model.generate(
-            torch.tensor([ids]), num_beams=3, max_length=12, repetition_penalty=1.2, no_repeat_ngram_size=3, length_penalty=1.0,
-            early_stopping=True,
+            torch.tensor([ids]), num_beams=3, max_length=12, repetition_penalty=1.2, no_repeat_ngram_size=3,
+            length_penalty=1.0, early_stopping=True,
         )  # fmt: skip
         texts.append(tokenizer.decode(output[0], skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts
@@ -65,7 +65,9 @@ def test_batches_give_what_one_by_one_gives(batch_size, model, dataset, tokenize
 @pytest.mark.parametrize("num_processes", [2, 3, 7])
 def test_parts_make_the_whole(num_processes, model, dataset, tokenizer, c):
     whole = decoding.generate(model, dataset, tokenizer, c, "cpu", 4)
-    parts = [decoding.generate(model, dataset, tokenizer, c, "cpu", 4, "", p, num_processes) for p in range(num_processes)]
+    parts = [
+        decoding.generate(model, dataset, tokenizer, c, "cpu", 4, "", p, num_processes) for p in range(num_processes)
+    ]
     assert sum(map(len, parts)) == len(dataset)
     assert decoding.in_order(parts) == decoding.in_order([whole])
 
@@ -111,7 +113,12 @@ def test_longest_first_in_batches_of_similar_length(model, dataset, tokenizer, c
     assert widths == sorted(widths, reverse=True)
     assert widths[0] == max(map(len, dataset["input_ids"]))
     settings = recording.settings
-    assert (settings.num_beams, settings.max_length, settings.early_stopping, settings.no_repeat_ngram_size) == (3, 12, True, 3)
+    assert (settings.num_beams, settings.max_length, settings.early_stopping, settings.no_repeat_ngram_size) == (
+        3,
+        12,
+        True,
+        3,
+    )
     assert (settings.repetition_penalty, settings.length_penalty, settings.do_sample) == (1.2, 1.0, False)
 
 
@@ -119,7 +126,9 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(model, dataset, tokenize
     recording = Recording(model, error_at=1)
     recording.train()
     longest = max(map(len, dataset["input_ids"]))
-    with pytest.raises(UserError, match=f"4 examples of {longest} tokens together; give --eval_batch_size a value below 4"):
+    with pytest.raises(
+        UserError, match=f"4 examples of {longest} tokens together; give --eval_batch_size a value below 4"
+    ):
         decoding.generate(recording, dataset, tokenizer, c, "cpu", 4)
     assert recording.training
 

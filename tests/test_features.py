@@ -70,7 +70,12 @@ def test_limits_take_the_first_of_one_order(data, tmp_path, tokenizer):
     assert [len(rows[s]) for s in features.SPLITS] == [10, 4, 3]
     assert rows["train"].to_list() == all_rows["train"].to_list()[:10]
     # The classes take turns in the raw files: a shuffled order does not keep that.
-    assert [r[0] for r in all_rows["test"]["references"][:4]] != ["World", "Sports", "Business", "Science and Technology"]
+    assert [r[0] for r in all_rows["test"]["references"][:4]] != [
+        "World",
+        "Sports",
+        "Business",
+        "Science and Technology",
+    ]
     # A run that asks for fewer than are stored gets the first of them.
     fewer = raw_data.constants(data, tmp_path / "whole", train_examples=10, test_examples=3)
     assert features.load("ag_news", fewer, tokenizer)["train"].to_list() == rows["train"].to_list()
@@ -223,7 +228,11 @@ def test_an_interrupted_remake_keeps_the_old_features(data, tmp_path, tokenizer,
 def test_empty_texts_are_kept_and_counted(tmp_path, tokenizer):
     raw_data.write_xsum(tmp_path / "xsum", train=2)
     with open(tmp_path / "xsum" / "train.jsonl", "a", encoding="utf-8") as file:
-        for row in ({"document": "", "summary": "a"}, {"document": "b", "summary": " "}, {"document": "so they said: ", "summary": "c"}):
+        for row in (
+            {"document": "", "summary": "a"},
+            {"document": "b", "summary": " "},
+            {"document": "so they said: ", "summary": "c"},
+        ):
             file.write(json.dumps(row) + "\n")
     c = raw_data.constants(tmp_path, tmp_path / "out")
     report = features.prepare("xsum", c, tokenizer)["splits"]["train"]
@@ -236,7 +245,10 @@ def test_lists_of_examples_will_do(tmp_path, data, tokenizer):
     raw = get_task("squad").load(c)
     lists = {split: list(examples) for split, examples in raw.items()}
     as_lists = features.prepare("squad", c, tokenizer, lists)
-    assert as_lists["sha256"] == features.prepare("squad", raw_data.constants(data, tmp_path / "sets"), tokenizer, raw)["sha256"]
+    assert (
+        as_lists["sha256"]
+        == features.prepare("squad", raw_data.constants(data, tmp_path / "sets"), tokenizer, raw)["sha256"]
+    )
 
 
 def test_tokenizer_hash(tmp_path, tokenizer):
@@ -268,14 +280,23 @@ def test_collate(pairs):
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(pairs), max(len(i) for i, _ in pairs))
     assert batch["labels"].shape == (len(pairs), max(len(t) for _, t in pairs))
     for row, (inputs, labels) in enumerate(pairs):
-        assert batch["input_ids"][row, : len(inputs)].tolist() == inputs and not batch["input_ids"][row, len(inputs) :].any()
-        assert batch["attention_mask"][row].tolist() == [1] * len(inputs) + [0] * (batch["input_ids"].shape[1] - len(inputs))
+        assert (
+            batch["input_ids"][row, : len(inputs)].tolist() == inputs
+            and not batch["input_ids"][row, len(inputs) :].any()
+        )
+        assert batch["attention_mask"][row].tolist() == [1] * len(inputs) + [0] * (
+            batch["input_ids"].shape[1] - len(inputs)
+        )
         assert batch["labels"][row].tolist() == labels + [-100] * (batch["labels"].shape[1] - len(labels))
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
-    [({"max_input_length": 1}, "max_input_length is 1"), ({"max_decoder_length": 0}, "max_decoder"), ({"test_examples": -1}, "test_examples is -1")],
+    [
+        ({"max_input_length": 1}, "max_input_length is 1"),
+        ({"max_decoder_length": 0}, "max_decoder"),
+        ({"test_examples": -1}, "test_examples is -1"),
+    ],
 )
 def test_constants_out_of_range(changed, expected, tmp_path):
     with pytest.raises(UserError, match=expected):

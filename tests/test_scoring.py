@@ -34,7 +34,9 @@ def test_squad_table(prediction, answers, em, f):
 
 
 def test_squad_is_the_mean_over_questions():
-    assert squad(["cat", "dog", "x y"], [["cat"], ["cat"], ["y"]]) == pytest.approx({"exact_match": 100 / 3, "f1": (100 + 200 / 3) / 3})
+    assert squad(["cat", "dog", "x y"], [["cat"], ["cat"], ["y"]]) == pytest.approx(
+        {"exact_match": 100 / 3, "f1": (100 + 200 / 3) / 3}
+    )
 
 
 @given(words, words)
@@ -61,7 +63,11 @@ def test_squad_leaves_no_files(tmp_path, monkeypatch):
     ("prediction", "references", "expected"),
     [
         # The example in rouge-score's documentation: 6 of 8 and 9 words; longest common subsequence 5.
-        ("The quick brown dog jumps on the log.", ["The quick brown fox jumps over the lazy dog"], (12 / 17, 4 / 15, 10 / 17)),
+        (
+            "The quick brown dog jumps on the log.",
+            ["The quick brown fox jumps over the lazy dog"],
+            (12 / 17, 4 / 15, 10 / 17),
+        ),
         ("the cat sat", ["the cat"], (4 / 5, 2 / 3, 4 / 5)),
         ("running dogs", ["runs dog"], (0, 0, 0)),  # no stemming
         ("The CAT, sat", ["the cat sat"], (1, 1, 1)),  # case and punctuation do not count
@@ -71,11 +77,15 @@ def test_squad_leaves_no_files(tmp_path, monkeypatch):
     ],
 )
 def test_rouge_table(prediction, references, expected):
-    assert rouge([prediction], [references]) == pytest.approx(dict(zip(["rouge1", "rouge2", "rougeL"], [100 * x for x in expected], strict=True)))
+    assert rouge([prediction], [references]) == pytest.approx(
+        dict(zip(["rouge1", "rouge2", "rougeL"], [100 * x for x in expected], strict=True))
+    )
 
 
 def test_accuracy():
-    assert accuracy([" World\n", "world", "Sports"], [["World"], ["World"], ["Business", "Sports"]]) == {"accuracy": pytest.approx(200 / 3)}
+    assert accuracy([" World\n", "world", "Sports"], [["World"], ["World"], ["Business", "Sports"]]) == {
+        "accuracy": pytest.approx(200 / 3)
+    }
 
 
 @pytest.mark.parametrize("score", [accuracy, squad, rouge])

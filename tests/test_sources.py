@@ -39,7 +39,9 @@ def as_on_the_hub(name: str, path: Path) -> DatasetDict:
 
 def test_task_names():
     assert set(TASKS) <= set(task_names())
-    assert all(callable(getattr(get_task(t), f)) for t in TASKS for f in ("load", "prompt", "target", "references", "score"))
+    assert all(
+        callable(getattr(get_task(t), f)) for t in TASKS for f in ("load", "prompt", "target", "references", "score")
+    )
     with pytest.raises(UserError, match="no task 'agnews'.*ag_news.*squad"):
         get_task("agnews")
 
@@ -65,7 +67,9 @@ def test_ag_news_validation_is_the_tenth_that_datasets_draws(tmp_path):
 
 def test_ag_news_rows_as_published(tmp_path):
     raw_data.write_ag_news(tmp_path)
-    (tmp_path / "test.csv").write_text('"3","A ""B"" \\$5","C\\band, &lt;d&gt;\n second line"\n"1"," E","F "\n', encoding="utf-8")
+    (tmp_path / "test.csv").write_text(
+        '"3","A ""B"" \\$5","C\\band, &lt;d&gt;\n second line"\n"1"," E","F "\n', encoding="utf-8"
+    )
     raw = load("ag_news", tmp_path)["test"]
     assert raw["text"][:] == ['A "B" \\$5 C\\band, &lt;d&gt;\n second line', " E F "]
     assert raw["label"][:] == [2, 0]
@@ -82,7 +86,12 @@ def test_ag_news_with_header_and_byte_order_mark(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.lists(st.tuples(st.integers(1, 4), *[st.text(st.characters(codec="utf-8", exclude_characters="\x00"))] * 2), min_size=1))
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 4), *[st.text(st.characters(codec="utf-8", exclude_characters="\x00"))] * 2),
+        min_size=1,
+    )
+)
 def test_ag_news_reads_whatever_csv_can_say(rows, tmp_path_factory):
     file = tmp_path_factory.mktemp("csv") / "a.csv"
     with open(file, "w", encoding="utf-8", newline="") as handle:
@@ -212,7 +221,10 @@ def test_broken_ag_news(content, expected, tmp_path):
     ("content", "expected"),
     [
         (b'{"document": "a", "summary": "b"}\n{"document": "a"}\n', "test.jsonl, line 2: no field 'summary'"),
-        (b'{"document": "a", "summary": "b"}\n\n{"document": 1, "summary": "b"}\n', "line 3: the field 'document' is no text"),
+        (
+            b'{"document": "a", "summary": "b"}\n\n{"document": 1, "summary": "b"}\n',
+            "line 3: the field 'document' is no text",
+        ),
         (b'{"document": "a", "summary": "b"}\n{"document": "a", "su', "line 2: not whole JSON"),
         (b'["a"]\n', "line 1: not a JSON object"),
         (b"", "is empty"),
@@ -226,7 +238,9 @@ def test_broken_xsum(content, expected, tmp_path):
 
 
 def _squad_without(*path):
-    content = {"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}
+    content = {
+        "data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]
+    }
     inner = content
     for step in path[:-1]:
         inner = inner[step]
@@ -240,8 +254,14 @@ def _squad_without(*path):
         (_squad_without("data"), "at the top: no field 'data'"),
         (_squad_without("data", 0, "paragraphs"), "article 1: no field 'paragraphs'"),
         (_squad_without("data", 0, "paragraphs", 0, "context"), "article 1, paragraph 1: no field 'context'"),
-        (_squad_without("data", 0, "paragraphs", 0, "qas", 0, "answers"), "paragraph 1, question 1: no field 'answers'"),
-        (_squad_without("data", 0, "paragraphs", 0, "qas", 0, "answers", 0), "question 1: no answer; SQuAD v1.1 is wanted"),
+        (
+            _squad_without("data", 0, "paragraphs", 0, "qas", 0, "answers"),
+            "paragraph 1, question 1: no field 'answers'",
+        ),
+        (
+            _squad_without("data", 0, "paragraphs", 0, "qas", 0, "answers", 0),
+            "question 1: no answer; SQuAD v1.1 is wanted",
+        ),
         ([1], "at the top: not built as SQuAD v1.1 is"),
         ({"data": []}, "holds no examples"),
     ],
