@@ -24,6 +24,7 @@ from pathlib import Path
 
 from expert_merging.errors import UserError
 
+DATA_SEED = 42  # which examples there are must not depend on the seed of a run
 SPLITS = ("train", "validation", "test")
 STANDARD_LIBRARY = "python"  # the name that stands for the standard library among the packages
 PACKAGES = (
@@ -40,6 +41,7 @@ _SKIPPED_FOLDERS = {
 _SKIPPED_FILES = (
     "transformers/models/switch_transformers/",  # patched by this repository: its text must not change the data
     "transformers/models/deprecated/",
+    "python/config-",  # the platform's own
     "torch/_numpy/",  # NumPy's documentation once more
     "pandas/_testing/",
 )
@@ -80,7 +82,8 @@ def source_files(package: str) -> Iterator[tuple[str, Path]]:
     for path in top.rglob("*.py"):
         parts = path.relative_to(top).parts
         relative = "/".join((package, *parts))
-        if not _SKIPPED_FOLDERS.intersection(parts) and not relative.startswith(_SKIPPED_FILES):
+        skipped = _SKIPPED_FOLDERS.intersection(parts) or relative.startswith(_SKIPPED_FILES)
+        if not skipped and path.is_file():
             found.append((relative, path))
     yield from sorted(found)
 
@@ -161,7 +164,7 @@ def _added(call: ast.Call, module: str) -> Iterator[tuple[str, str, str]]:
         text = max(pieces, key=len)
         head = re.match(r"\s*(\w[\w.]*\([^()\n]*\))(?: *->.*)?\n", text)
         if head:
-            yield f"{module}.{owner}", head[1], text[head.end():]
+            yield f"{module}.{owner}", head[1], text[head.end() :]
         else:
             yield f"{module}.{owner}", "", text
 
@@ -277,6 +280,10 @@ def _prose_lines(lines: list[str]) -> Iterator[str]:
         yield line
 
 
+# A bullet, a number, a field, `name (type):`, `name : `
+_ITEM = re.compile(r"[-*•] |\d+[.)] |:\w+|\*{0,2}[\w.]+ ?\([^()]*(?:\([^()]*\)[^()]*)*\) ?:|[\w*, ]+ : ")
+
+
 def blocks(text: str) -> list[str]:
     """Cut a cleaned text into paragraphs, one line each, which end with a punctuation mark; headings are kept.
 
@@ -290,10 +297,8 @@ def blocks(text: str) -> list[str]:
         if _UNDERLINE.fullmatch(bare) and i and lines[i - 1].strip():
             continue
         indent = len(line) - len(line.lstrip())
-        is_item = bool(re.match(r"[-*•] |\d+[.)] |:\w+|\*{0,2}[\w.]+ ?\([^()]*(?:\([^()]*\)[^()]*)*\) ?:|[\w*, ]+ : ", bare))
-        continues = current and bare and not is_item and (
-            indent == current_indent or (indent > current_indent and not _heads(current))
-        )
+        same_paragraph = indent == current_indent or (indent > current_indent and not _heads(current))
+        continues = current and bare and same_paragraph and not _ITEM.match(bare)
         heading = bool(bare) and i + 1 < len(lines) and bool(_UNDERLINE.fullmatch(lines[i + 1].strip()))
         if continues and not heading:
             current += " " + bare
@@ -428,12 +433,13 @@ def _pieces(text: str) -> list[str]:
 
 
 def split_examples(
-    docs: Iterable[Docstring], candidates: Iterable[Candidate], sizes: dict[str, int], seed: int, most_common: float
+    docs: Iterable[Docstring], candidates: Iterable[Candidate], sizes: dict[str, int], most_common: float
 ) -> dict[str, list[dict]]:
-    """Examples of each split, as many as `sizes` asks for (0: all) and there are, in an order drawn from `seed`.
+    """Examples of each split, in random order (DATA_SEED): as many as `sizes` asks for (0: all) and there are.
 
     An example belongs to the split of its file. It is left out when an earlier one has the same letters, and when more
-    than half of its text stands in an earlier split, used there or not. No label has more than `most_common` (a share) of a split.
+    than half of its text stands in an earlier split, used there or not. No label has more than `most_common`, a share,
+    of a split.
     """
     pieces_of: dict[str, set[str]] = {split: set() for split in SPLITS}
     for doc in docs:
@@ -454,7 +460,7 @@ def split_examples(
                 used |= keys
                 fresh.append(candidate)
         earlier |= pieces_of[split]
-        random.Random(f"{seed} {split}").shuffle(fresh)
+        random.Random(f"{DATA_SEED} {split}").shuffle(fresh)
         chosen[split] = [candidate.example for candidate in _capped(fresh, sizes.get(split, 0), most_common)]
     return chosen
 

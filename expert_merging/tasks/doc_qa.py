@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from expert_merging.docstrings import Candidate, Docstring, ended, read_docstrings, sentences, sizes_of, split_examples
-from expert_merging.scoring import squad
+from expert_merging import docstrings
+from expert_merging.docstrings import Candidate, Docstring
+from expert_merging.scoring import squad as score
 
 main_score = "exact_match"
 
@@ -50,17 +51,14 @@ _SPHINX_TYPE = re.compile(r":type \*{0,2}(\w+):\s*(.+)$")
 def parameters(text: str) -> list[list[Parameter]]:
     """The parameter sections of a cleaned docstring; entries that have no type are left out."""
     lines = text.split("\n")
-    sections = [_entries(lines[i + 2 :], _NUMPY_ENTRY, "numpy") for i in range(len(lines) - 2) if _is_numpy_title(lines, i)]
-    sections += [
-        _entries(lines[i + 1 :], _GOOGLE_ENTRY, "google")
-        for i in range(len(lines) - 1)
-        if _GOOGLE_TITLE.match(lines[i].strip()) and not lines[i + 1].strip().startswith("---")
-    ]
-    return [section for section in [*sections, _sphinx_entries(lines)] if section]
-
-
-def _is_numpy_title(lines: list[str], i: int) -> bool:
-    return lines[i].strip().lower() in _NUMPY_TITLES and re.fullmatch(r"\s*[-=]{3,}", lines[i + 1]) is not None
+    sections = [_sphinx_entries(lines)]
+    for i, (line, following) in enumerate(zip(lines, lines[1:], strict=False)):
+        if re.fullmatch(r"\s*[-=]{3,}", following):
+            if line.strip().lower() in _NUMPY_TITLES:
+                sections.append(_entries(lines[i + 2 :], _NUMPY_ENTRY, "numpy"))
+        elif _GOOGLE_TITLE.match(line.strip()):
+            sections.append(_entries(lines[i + 1 :], _GOOGLE_ENTRY, "google"))
+    return [section for section in sections if section]
 
 
 def _indent(line: str) -> int:
@@ -117,10 +115,15 @@ def _sphinx_entries(lines: list[str]) -> list[Parameter]:
 # ---------------------------------------------------------------- questions
 
 _VALUE = r"(?P<value>'[^']*'|\"[^\"]*\"|-?[\w.+-]*\w(?:\([^()]*\))?|\([^()]*\)|\[[^\[\]]*\])"
-_DEFAULT_IN_KIND = re.compile(rf"(?:,|\()?\s*\(?(?:the )?defaults?(?: value)?(?:\s*[=:]\s*|\s+to\s+|\s+is\s+|\s+){_VALUE}\)?\s*$", re.I)
-_DEFAULT_IN_TEXT = re.compile(
-    rf"(?:\bdefaults?(?: value)?\s*(?:[=:]|is|to)\s*|\bby default,? (?=[\"'\d]|None|True|False)){_VALUE}(?=[.,;)\s]|$)", re.I
+_DEFAULT_IN_KIND = re.compile(
+    rf"(?:,|\()?\s*\(?(?:the )?defaults?(?: value)?(?:\s*[=:]\s*|\s+to\s+|\s+is\s+|\s+){_VALUE}\)?\s*$", re.I
 )
+_DEFAULT_IN_TEXT = re.compile(
+    r"(?:\bdefaults?(?: value)?\s*(?:[=:]|is|to)\s*|\bby default,? (?=[\"'\d]|None|True|False))"
+    rf"{_VALUE}(?=[.,;)\s]|$)",
+    re.I,
+)
+_OPTIONAL = re.compile(r"[,;]?\s*\(?\b(?:optional|keyword[- ]only|required|positional[- ]only)\)?\.?\s*$")
 
 
 def type_and_default(parameter: Parameter) -> tuple[str, str]:
@@ -129,7 +132,7 @@ def type_and_default(parameter: Parameter) -> tuple[str, str]:
     match = _DEFAULT_IN_KIND.search(kind)
     default = match["value"] if match else ""
     plain = kind[: match.start()] if match else kind
-    plain = re.sub(r"[,;]?\s*\(?\b(?:optional|keyword[- ]only|required|positional[- ]only)\)?\.?\s*$", "", plain.rstrip(" ,;(")).rstrip(" ,;(")
+    plain = _OPTIONAL.sub("", plain.rstrip(" ,;(")).rstrip(" ,;(")
     if not default:
         found = {m["value"] for m in _DEFAULT_IN_TEXT.finditer(parameter.description)}
         default = found.pop() if len(found) == 1 else ""
@@ -152,14 +155,14 @@ def _shortened(parameter: Parameter, needed: str = "") -> str:
     """The parameter's line with its first sentences, and with the one that says the default if that is asked."""
     kept: list[str] = []
     length = 0
-    for number, sentence in enumerate(sentences([parameter.description])):
+    for number, sentence in enumerate(docstrings.sentences([parameter.description])):
         words = len(sentence.split())
         tells = needed and any(m["value"] == needed for m in _DEFAULT_IN_TEXT.finditer(sentence))
         if tells or (number == len(kept) and length + words <= LONGEST_DESCRIPTION):
             kept.append(sentence)
             length += words
-    description = " ".join(kept).strip()
-    return Parameter(parameter.name, parameter.kind, description and ended(description), parameter.style).line
+    text = " ".join(kept).strip()
+    return Parameter(parameter.name, parameter.kind, docstrings.ended(text) if text else "", parameter.style).line
 
 
 def _context(lines: list[str], asked: int, rng: random.Random) -> str:
@@ -199,24 +202,24 @@ def _questions(section: list[Parameter], rng: random.Random) -> Iterator[tuple[s
             yield line, answer, {"question": question, "context": context, "answers": answers}
 
 
-def candidates(docs: Iterable[Docstring], seed: int) -> Iterator[Candidate]:
+def candidates(docs: Iterable[Docstring]) -> Iterator[Candidate]:
     """At most QUESTIONS_PER_DOCSTRING questions of each docstring."""
     for doc in docs:
-        rng = random.Random(f"{seed} {doc.file} {doc.name}")
+        rng = random.Random(f"{docstrings.DATA_SEED} {doc.file} {doc.name}")
         found = [question for section in parameters(doc.text) for question in _questions(section, rng)]
         rng.shuffle(found)
         for line, answer, example in found[:QUESTIONS_PER_DOCSTRING]:
             yield Candidate(doc.file, example["question"] + line, prompt(example), answer.lower(), example)
 
 
-def examples(docs: Iterable[Docstring], sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
+def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Each split's examples: {"question", "context", "answers"}; the first answer is the one to learn."""
-    return split_examples(docs, candidates(docs, seed), sizes, seed, MOST_COMMON)
+    return docstrings.split_examples(docs, candidates(docs), sizes, MOST_COMMON)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(read_docstrings(), sizes_of(constants), constants.seed)
+    return examples(docstrings.read_docstrings(), docstrings.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:
@@ -231,4 +234,4 @@ def references(example: dict) -> list[str]:
     return example["answers"]
 
 
-score = squad
+__all__ = ["load", "main_score", "prompt", "references", "score", "target"]

@@ -6,8 +6,9 @@ Only examples whose summary can be had from the input are kept: most of its word
 import re
 from collections.abc import Iterable, Iterator
 
-from expert_merging.docstrings import Candidate, Docstring, read_docstrings, sentences, sizes_of, split_examples
-from expert_merging.scoring import rouge
+from expert_merging import docstrings
+from expert_merging.docstrings import Candidate, Docstring
+from expert_merging.scoring import rouge as score
 
 main_score = "rougeL"
 
@@ -20,8 +21,9 @@ _STOP = set(
     "into than then when which whose will would can may must should do does has have had s via".split()
 )
 _UNWANTED = re.compile(
-    r"deprecated|alias (?:of|for)|\bsee\b|internal use|do not use|subclass|\boverrides?\b|this (?:function|method|class) is|"
-    r"\bTODO\b|copied from|\bin-place version\b|same as|\{\w*\}|\bwrapper (?:around|for|of|over)\b",
+    r"deprecated|alias (?:of|for)|\bsee\b|internal use|do not use|subclass|\boverrides?\b|"
+    r"this (?:function|method|class) is|\bTODO\b|"
+    r"copied from|\bin-place version\b|same as|\{\w*\}|\bwrapper (?:around|for|of|over)\b",
     re.I,
 )
 
@@ -32,8 +34,11 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+|\d+", spaced.lower())
 
 
+_ENDINGS = ("ization", "ations", "ation", "ating", "ates", "ated", "ings", "ing", "ies", "ied", "es", "ed", "s", "e")
+
+
 def _stem(word: str) -> str:
-    for ending in ("ization", "ations", "ation", "ating", "ates", "ated", "ings", "ing", "ies", "ied", "es", "ed", "s", "e"):
+    for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
@@ -60,7 +65,7 @@ def title(doc: Docstring) -> str:
 
 def summary_and_body(doc: Docstring) -> tuple[str, str] | None:
     """The summary line and the text after it, cut at LONGEST_BODY words; None where either does not serve."""
-    summary, *rest = sentences(doc.blocks) or [""]
+    summary, *rest = docstrings.sentences(doc.blocks) or [""]
     if not SHORTEST <= len(summary.split()) <= LONGEST or not re.match(r"[A-Z][a-z]", summary) or summary[-1] != ".":
         return None
     if _UNWANTED.search(summary) or len(re.findall(r"[A-Za-z ]", summary)) < 0.85 * len(summary):
@@ -75,7 +80,7 @@ def summary_and_body(doc: Docstring) -> tuple[str, str] | None:
     return (summary, " ".join(body)) if body else None
 
 
-def examples(docs: Iterable[Docstring], sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
+def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Each split's examples: {"document", "summary"}."""
 
     def candidates() -> Iterator[Candidate]:
@@ -89,12 +94,12 @@ def examples(docs: Iterable[Docstring], sizes: dict[str, int], seed: int) -> dic
                 example = {"document": document, "summary": summary}
                 yield Candidate(doc.file, summary, f"{summary} {body}", summary, example)
 
-    return split_examples(docs, candidates(), sizes, seed, most_common=1.0)
+    return docstrings.split_examples(docs, candidates(), sizes, most_common=1.0)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(read_docstrings(), sizes_of(constants), constants.seed)
+    return examples(docstrings.read_docstrings(), docstrings.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:
@@ -109,4 +114,4 @@ def references(example: dict) -> list[str]:
     return [example["summary"]]
 
 
-score = rouge
+__all__ = ["load", "main_score", "prompt", "references", "score", "target"]

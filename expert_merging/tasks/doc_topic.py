@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from expert_merging.docstrings import Candidate, Docstring, read_docstrings, sentences, sizes_of, split_examples
-from expert_merging.scoring import accuracy
+from expert_merging import docstrings
+from expert_merging.docstrings import Candidate, Docstring
+from expert_merging.scoring import accuracy as score
 
 main_score = "accuracy"
 
@@ -21,7 +22,7 @@ SHORTEST, LONGEST = 20, 50  # words of a passage
 PASSAGES_PER_DOCSTRING = 3
 
 # A name or an alias with its dot goes ("np.abs" -> "abs"); elsewhere it becomes "library".
-_NAMES = r"(?:num|sci)py|scikit-?learn|scikits?|sklearn|pytorch|libtorch|torch|pandas|matplotlib|stdlib|standard library"
+_NAMES = r"(?:num|sci)py|scikit-?learn|scikits?|sklearn|(?:py|lib)?torch|pandas|matplotlib|stdlib|standard library"
 _PREFIX = re.compile(rf"\b(?:{_NAMES}|np|pd|plt|sp|F|th)\.(?=\w)", re.I)
 _NAME = re.compile(_NAMES, re.I)
 
@@ -35,7 +36,7 @@ def passages(doc: Docstring) -> Iterator[str]:
     """Runs of whole sentences of a docstring, SHORTEST..LONGEST words each; section headings are left out."""
     prose = [block for block in doc.blocks if len(block.split()) > 2]
     current: list[str] = []
-    for sentence in sentences(prose):
+    for sentence in docstrings.sentences(prose):
         words = sentence.split()
         if current and len(current) + len(words) > LONGEST:
             yield from _passage(current)
@@ -51,7 +52,7 @@ def _passage(words: list[str]) -> Iterator[str]:
         yield text
 
 
-def examples(docs: Iterable[Docstring], sizes: dict[str, int], seed: int) -> dict[str, list[dict]]:
+def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Each split's examples: {"text", "label"}."""
     candidates = (
         Candidate(doc.file, text, text, LABELS[doc.package], {"text": masked(text), "label": LABELS[doc.package]})
@@ -59,12 +60,12 @@ def examples(docs: Iterable[Docstring], sizes: dict[str, int], seed: int) -> dic
         if doc.package in LABELS
         for text in list(passages(doc))[:PASSAGES_PER_DOCSTRING]
     )
-    return split_examples(docs, candidates, sizes, seed, MOST_COMMON)
+    return docstrings.split_examples(docs, candidates, sizes, MOST_COMMON)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(read_docstrings(), sizes_of(constants), constants.seed)
+    return examples(docstrings.read_docstrings(), docstrings.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:
@@ -79,4 +80,4 @@ def references(example: dict) -> list[str]:
     return [example["label"]]
 
 
-score = accuracy
+__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
