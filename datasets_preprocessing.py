@@ -4,7 +4,8 @@ Reads   AG_NEWS_PATH, SQUAD_PATH, XSUM_PATH (hub names, or folders with the publ
         docstrings of the installed packages; the tokenizer of BASE_MODEL_PATH.
 Writes  DATA_DIR/{task}: token ids, unpadded, cut at max_input_length and max_decoder_length, with complete.json, which
         says what they were made from; DATA_DIR/lengths.png; and prints a table of the lengths.
-Takes   at tiny a minute or two; at paper some ten minutes and the download. What is there already is not made again.
+Takes   at tiny a minute or two; at paper about 20 minutes on one core after the download. What is there already is not
+        made again.
 """
 
 from expert_merging.constants import run

@@ -1,4 +1,4 @@
-"""The small samples of the real AG News, SQuAD and XSum, where they are at hand: nothing of them is in the repository."""
+"""Small samples of the real AG News, SQuAD and XSum, where they are at hand; the repository holds none of them."""
 
 import os
 from pathlib import Path
