@@ -104,9 +104,12 @@ def apply() -> str:
 
 
 def check() -> tuple[bool, str]:
-    """Whether the patch is applied, and a line that says so."""
-    target = target_folder(find_transformers())
-    if not patched():
+    """Whether the patch is applied, and a line that says so or why not."""
+    try:
+        applied, target = patched(), target_folder(find_transformers())
+    except InstallError as error:
+        return False, f"not patched: {error}"
+    if not applied:
         return False, f"not patched: {target} (python {Path(__file__)} patches it)"
     same = all((target / name).read_bytes() == (HERE / name).read_bytes() for name in FILES)
     return True, f"patched: {target}" + ("" if same else f", with files that differ from those in {HERE}")

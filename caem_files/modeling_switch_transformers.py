@@ -492,6 +492,12 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         T5Stack._prepare_4d_causal_attention_mask_with_cache_position
     )
 
+    def _prune_heads(self, heads_to_prune):
+        """Prune heads of the self-attention, given as {layer: [heads]}; of encoders only, a decoder stays whole."""
+        if not self.is_decoder:
+            for layer, heads in heads_to_prune.items():
+                self.block[layer].layer[0].SelfAttention.prune_heads(heads)
+
     def routers(self) -> list:
         """The routers of the sparse blocks, in order."""
         return [block.layer[-1].mlp.router for block in self.block if block.is_sparse]
@@ -744,9 +750,7 @@ class _SharedEmbedding:
         return self.encoder
 
     def _prune_heads(self, heads_to_prune):
-        """Prune heads of the encoder's self-attention, given as {layer: [heads]}."""
-        for layer, heads in heads_to_prune.items():
-            self.encoder.block[layer].layer[0].SelfAttention.prune_heads(heads)
+        self.encoder._prune_heads(heads_to_prune)
 
 class _SwitchTransformersSeq2Seq(_SharedEmbedding, SwitchTransformersPreTrainedModel):
     """Encoder and decoder over one embedding: what the bare model and the one with a head share."""
@@ -1055,7 +1059,7 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
             ValueError: the outputs have no router logits.
         """
         if outputs.encoder_router_logits is None or outputs.decoder_router_logits is None:
-            raise ValueError("router_loss: no router logits in the outputs; call forward with output_router_logits=True")
+            raise ValueError("router_loss: the outputs have no router logits; call with output_router_logits=True")
         encoder_z, encoder_aux = self._router_losses("encoder", outputs.encoder_router_logits, encoder_mask)
         decoder_z, decoder_aux = self._router_losses("decoder", outputs.decoder_router_logits, decoder_mask)
         loss = self.router_z_loss_coef * (encoder_z + decoder_z)
@@ -1413,7 +1417,7 @@ def _checked_usage(usage, stack: str, layouts: Sequence[_Layout]) -> list:
         count = torch.as_tensor(one[stack]).detach().cpu().double()
         wanted = (len(layout.sparse[stack]), layout.num_experts)
         if tuple(count.shape) != wanted and not (wanted[0] == 0 == count.numel()):
-            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}; by its layers it must be {wanted}")
+            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}, its layers want {wanted}")
         if wanted[0] and not count.sum() > 0:
             raise ValueError(f"the {stack} usage of source {i} is all zero: count it on validation data before merging")
         checked.append(count.reshape(wanted))
