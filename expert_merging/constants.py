@@ -156,7 +156,7 @@ def _comments(source: ModuleType | dict[str, Any]) -> dict[str, str]:
 
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
     """Replace `{name}` in string constants by the constant of that name; `{experts}` is left for the script."""
-    for _ in range(len(values)):
+    for _ in range(6):  # how deep references may go; a circle would grow without end
         known = {**values, "experts": "{experts}"}
         filled = {}
         for name, value in values.items():

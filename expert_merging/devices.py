@@ -1,5 +1,6 @@
 """Where a run computes: one process or several, CPU or CUDA, bf16 where the GPU has it."""
 
+import logging
 from types import SimpleNamespace
 
 from expert_merging.errors import UserError
@@ -21,6 +22,8 @@ def make_accelerator(constants: SimpleNamespace):
             f"scale {constants.scale} needs a CUDA device and torch sees none; "
             "run on a machine with a GPU, or give --device cpu for a trial"
         )
+    # At every checkpoint it would say that tied weights are written once, which is meant.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     on_cpu = constants.device == "cpu" or not torch.cuda.is_available()
     set_seed(constants.seed)
     return Accelerator(

@@ -262,7 +262,11 @@ words = st.sampled_from("alpha beta gamma delta epsilon zeta eta theta iota kapp
 passage = st.lists(words, min_size=6, max_size=10).map(" ".join)
 candidate = st.builds(
     lambda split, number, sentences, label: Candidate(
-        file_in(split, number), sentences[0], ". ".join(sentences), label, {"text": ". ".join(sentences), "label": label}
+        file_in(split, number),
+        sentences[0],
+        ". ".join(sentences),
+        label,
+        {"text": ". ".join(sentences), "label": label},
     ),
     st.sampled_from(docstrings.SPLITS),
     st.integers(0, 2),

@@ -95,8 +95,11 @@ MISTAKES = {
         ["--XSUM_PATH", "EdinburghNLP/xsum"],
         "bring a folder with train.jsonl, validation.jsonl and test.jsonl",
     ),
-    "no base model": (["--BASE_MODEL_PATH", "base_models/nothing-{experts}"], "BASE_MODEL_PATH: found no tokenizer"),
-    "no tokenizer in the base model": (["--BASE_MODEL_PATH", "ag_news"], "BASE_MODEL_PATH"),
+    "no base model": (
+        ["--BASE_MODEL_PATH", "base_models/nothing-{experts}"],
+        "BASE_MODEL_PATH: base_models/nothing-8 is no folder here",
+    ),
+    "no tokenizer in the base model": (["--BASE_MODEL_PATH", "ag_news"], "the folder ag_news holds no whole tokenizer"),
     "wrong data set": (["--SQUAD_PATH", "xsum"], "holds neither train-v1.1.json and dev-v1.1.json"),
     "data folder is a file": (["--DATA_DIR", "ag_news/train.csv"], "DATA_DIR: cannot write"),
     "data folder holds raw data": (["--DATA_DIR", "."], "in the way"),

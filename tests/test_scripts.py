@@ -1,0 +1,242 @@
+"""The real scripts, as processes, from raw data to the table; killed and resumed; and what they say to bad input."""
+
+import json
+import math
+import pickle
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import call_main, run_script, start
+
+from expert_merging.errors import UserError
+from expert_merging.files import sha256
+
+TASKS = ("ag_news", "squad", "xsum")
+
+
+@pytest.fixture(scope="session")
+def done(world):
+    """Everything that reproduce_tables.py runs, done once."""
+    result = run_script("reproduce_tables.py", [*world.words(), "--num_expert", "4"])
+    assert result.returncode == 0, result.stderr
+    return world.folder / "runs" / "seed0", result.stdout
+
+
+def history(folder, name):
+    return json.loads((folder / "histories" / f"{name}.json").read_text())
+
+
+def numbers(content):
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return [n for one in content for n in numbers(one)]
+    return [content] if isinstance(content, (int, float)) else []
+
+
+def test_table_and_figures(done):
+    folder, printed = done
+    for row in ("most common training answer", "base model, not fine-tuned", "single-task models", "Baseline-4", "CAEM-4, merged only", "CAEM-4 "):
+        assert f"| {row}" in printed
+    assert (folder / "report" / "table.md").read_text() in printed
+    rows = json.loads((folder / "report" / "table.json").read_text())
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, (int, float)))
+    figures = {path.name for path in (folder / "report").glob("*.png")}
+    assert {"training_curves.png", "allocation_CAEM-4.png", "expert_use_CAEM-4.png", "expert_use_single_task_squad.png"} <= figures
+
+
+def test_second_call_runs_nothing(world, done):
+    began = time.monotonic()
+    again = run_script("reproduce_tables.py", [*world.words(), "--num_expert", "4"])
+    assert again.returncode == 0 and "all runs are there already" in again.stdout
+    assert again.stdout.split("all runs are there already\n")[1] in done[1]
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize("name", ["single_task_[4]/single_task_squad", "Baseline_[4]", "CAEM_[4|4]"])
+def test_histories_are_whole_and_finite(done, name):
+    content = history(done[0], name)
+    assert all(map(math.isfinite, numbers(content)))
+    assert content == pickle.loads((done[0] / "histories" / f"{name}.pkl").read_bytes())
+    assert {"expert_usage_grid", "expert_usage_grid_de", "entropy", "command", "versions", "identity"} <= content.keys()
+    assert content["identity"]["seed"] == 0 and len(content["selection"]) == 2
+    for task in content["tasks"]:
+        assert len(content[f"{task}_data"]["validation"]) == 2 and content[f"{task}_data"]["test"]
+        assert torch.tensor(content["expert_usage_grid"][task]).shape == (2, 4)
+        assert all(0 <= value <= 1 for key in ("entropy", "entropy_de") for value in content[key][task])
+
+
+def test_usage_counts_every_real_validation_token(world, done):
+    from datasets import DatasetDict
+
+    data = DatasetDict.load_from_disk(str(world.folder / "runs" / "data" / "squad"))
+    tokens = sum(map(len, data["validation"]["input_ids"]))
+    grid = history(done[0], "single_task_[4]/single_task_squad")["expert_usage_grid"]["squad"]
+    assert [sum(layer) for layer in grid] == [tokens, tokens]
+
+
+def test_weights_load_as_folder_and_as_released(done):
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    for folder, file in (
+        ("single_task_[4]/single_task_xsum", "single_task_[4]/single_task_xsum.pt"),
+        ("CAEM_[4|4]", f"CAEM_[4|4]_ep{history(done[0], 'CAEM_[4|4]')['best_epoch']}.pt"),
+    ):
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(done[0] / "models" / folder)
+        released = torch.load(done[0] / "models" / file, weights_only=True)
+        assert {f"STmodel.{name}" for name in model.state_dict()} == released.keys()
+        assert all(torch.equal(tensor, released[f"STmodel.{name}"]) for name, tensor in model.state_dict().items())
+    assert not list((done[0] / "models").rglob("*.run"))
+
+
+def test_allocation_is_recorded_and_followed(done):
+    content = history(done[0], "CAEM_[4|4]")
+    for key in ("record_stay_num_experts_en", "record_stay_num_experts_de"):
+        assert all(sum(layer) == 4 and min(layer) >= 1 for layer in content[key])
+    given = [sum(layer[i] for layer in content["record_stay_num_experts_en"]) for i in range(3)]
+    assert content["weights"]["encoder"] == pytest.approx([n / sum(given) for n in given])
+    assert content["before"]["test"].keys() == set(TASKS)
+
+
+def test_merge_into_more_experts_and_stop(world, done):
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    words = [*world.words(), "--source_experts_num", "4", "--target_experts_num", "9", "--merge_only", "true"]
+    before = {path: sha256(path) for path in (done[0] / "models" / "single_task_[4]").rglob("*.safetensors")}
+    call_main("CAEM_multi_task_finetune.py", words)
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(done[0] / "models" / "CAEM_[4|9]_merged")
+    assert model.config.num_experts == 9 and model.lm_head.weight is model.shared.weight
+    assert before == {path: sha256(path) for path in before}
+
+
+def test_killed_and_resumed_ends_the_same(world, done, tmp_path):
+    """SIGKILL at a few moments; the same command goes on and leaves the same bytes."""
+    shutil.copytree(world.folder / "runs" / "data", tmp_path / "data")
+    words = [*world.words(tmp_path), "--task_type", "squad", "--num_expert", "4", "--checkpoint_minutes", "0"]
+    models = tmp_path / "seed0" / "models" / "single_task_[4]"
+    for steps in (1, 4):  # killed with the first checkpoint there, and in the second epoch
+        process = start("single_task_finetune.py", words)
+        while process.poll() is None and len(checkpoints := sorted(models.glob("*.run/checkpoint-*"))) == 0 or (
+            process.poll() is None and _place(checkpoints[-1]) < steps
+        ):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (models / "single_task_squad").exists()
+    result = run_script("single_task_finetune.py", words)
+    assert result.returncode == 0, result.stderr
+    name = "single_task_squad/model.safetensors"
+    assert sha256(models / name) == sha256(done[0] / "models" / "single_task_[4]" / name)
+    mine, theirs = (history(folder, "single_task_[4]/single_task_squad") for folder in (tmp_path / "seed0", done[0]))
+    for key in ("train_loss", "squad_data", "expert_usage_grid", "expert_usage_grid_de", "selection", "best_epoch"):
+        assert mine[key] == theirs[key]
+
+
+def _place(checkpoint) -> int:
+    """How many steps a checkpoint stands for, epochs of three."""
+    _, epoch, step = checkpoint.name.split("-")
+    return 3 * int(epoch) + int(step)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_one_line_and_status_2(world):
+    """As a user meets it; the others below look at the same error inside this process."""
+    result = run_script("single_task_finetune.py", [*world.words("nowhere"), "--task_type", "poetry", "--num_expert", "4"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "no task 'poetry'" in result.stderr or "poetry" in result.stderr and "squad" in result.stderr
+    assert not (world.folder / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("single_task_finetune.py", ["--RUN_DIR", "{nowhere}", "--num_expert", "4"], "run: python datasets_preprocessing.py"),
+        ("single_task_finetune.py", ["--num_expert", "5"], "BASE_MODEL_PATH: there is no folder"),
+        ("single_task_finetune.py", ["--num_expert", "4", "--max_input_length", "20"], "max_input_length 24, not 20"),
+        ("single_task_finetune.py", ["--num_expert", "4", "--device", "tpu"], "must be cuda, cpu or auto"),
+        ("single_task_finetune.py", ["--num_expert", "4", "--lr", "0.5"], "made with other constants"),
+        ("Baseline_multi_task_finetune.py", ["--experts_num", "6"], "run: python single_task_finetune.py .*--num_expert 6"),
+        ("Baseline_multi_task_finetune.py", ["--experts_num", "4", "--task_types", "squad", "poems"], "poems"),
+        ("CAEM_multi_task_finetune.py", ["--target_experts_num", "2"], "must be between 3 and 12"),
+        ("CAEM_multi_task_finetune.py", ["--target_experts_num", "13"], "must be between 3 and 12"),
+        ("CAEM_multi_task_finetune.py", ["--source_experts_num", "6"], "run: python single_task_finetune.py"),
+        ("CAEM_multi_task_finetune.py", ["--task_types", "squad", "--target_experts_num", "4"], "two or more"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_said(world, done, tmp_path, script, words, said):
+    words = [word.replace("{nowhere}", str(tmp_path / "nowhere")) for word in words]
+    if script.startswith("CAEM") and "--source_experts_num" not in words:
+        words += ["--source_experts_num", "4"]
+    with pytest.raises(UserError, match=said):
+        call_main(script, [*world.words(), *words])
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_paper_scale_without_cuda(world, done):
+    with pytest.raises(UserError, match="needs a CUDA device.*--device cpu"):
+        call_main("single_task_finetune.py", [*world.words(device="cuda"), "--task_type", "squad", "--num_expert", "4"])
+
+
+@pytest.fixture
+def copied(world, done, tmp_path):
+    """A copy of the finished single-task runs, to spoil."""
+    for part in ("models", "histories"):
+        shutil.copytree(done[0] / part / "single_task_[4]", tmp_path / "seed0" / part / "single_task_[4]")
+    shutil.copytree(world.folder / "runs" / "data", tmp_path / "data")
+    return tmp_path, [*world.words(tmp_path), "--source_experts_num", "4", "--target_experts_num", "4"]
+
+
+def spoil(folder, change):
+    path = folder / "seed0" / "histories" / "single_task_[4]" / "single_task_xsum.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h["identity"].update(ancestor="0" * 64), "come from different pre-trained models"),
+        (lambda h: h.pop("expert_usage_grid"), "lacks expert usage"),
+        (lambda h: h["expert_usage_grid"].update(xsum=[[0] * 4] * 2), "or of no token"),
+        (lambda h: h["expert_usage_grid"].update(xsum=[[1] * 3] * 2), r"usage of shape \(2, 3\)"),
+    ],
+)
+def test_sources_that_do_not_fit(copied, change, said):
+    spoil(copied[0], change)
+    with pytest.raises(UserError, match=said):
+        call_main("CAEM_multi_task_finetune.py", copied[1])
+    assert not list(copied[0].rglob("*_merged"))
+
+
+def test_source_cut_short(copied):
+    weights = copied[0] / "seed0" / "models" / "single_task_[4]" / "single_task_xsum" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        call_main("CAEM_multi_task_finetune.py", copied[1])
+
+
+def test_source_missing(copied):
+    shutil.rmtree(copied[0] / "seed0" / "models" / "single_task_[4]" / "single_task_xsum")
+    with pytest.raises(UserError, match="single_task_xsum holds no model.safetensors"):
+        call_main("CAEM_multi_task_finetune.py", copied[1])
+
+
+def test_half_a_data_folder(copied):
+    (copied[0] / "data" / "xsum" / "complete.json").unlink()
+    with pytest.raises(UserError, match="xsum"):
+        call_main("CAEM_multi_task_finetune.py", copied[1])
+
+
+def test_stock_transformers_is_refused(world, monkeypatch):
+    from caem_files import install
+
+    monkeypatch.setattr(install, "patched", lambda: False)
+    with pytest.raises(UserError, match="run: python caem_files/install.py"):
+        call_main("single_task_finetune.py", [*world.words(), "--task_type", "squad"])
