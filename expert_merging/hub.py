@@ -59,8 +59,12 @@ def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"in the folder {path}" if folder else f"as the folder {path}, nor on the hub"
-        raise UserError(f"{constant}: found no tokenizer {where} ({first_line(error)})") from error
+        if folder:
+            raise UserError(f"{constant}: the folder {path} holds no whole tokenizer ({first_line(error)})") from error
+        raise UserError(
+            f"{constant}: {path} is no folder here and its tokenizer cannot be had from the hub; "
+            f"bring the model's folder and give --{constant} FOLDER"
+        ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"{constant}: the tokenizer of {path} is not a fast one with </s> and <pad>, as T5's is")
     return tokenizer
