@@ -134,7 +134,7 @@ def test_another_source_is_made_again_but_may_be_trained_on(data, tmp_path, toke
     features.load("squad", c, tokenizer)
 
 
-def damage_manifest(folder):
+def remove_manifest(folder):
     (folder / "complete.json").unlink()
 
 
@@ -158,7 +158,7 @@ def empty_arrow(folder):
 def change_a_number(folder):
     file = next((folder / "train").glob("*.arrow"))
     content = bytearray(file.read_bytes())
-    at = content.index((1).to_bytes(4, "little") * 1, len(content) // 2)
+    at = content.index((1).to_bytes(4, "little"), len(content) // 2)
     content[at] = 3
     file.write_bytes(content)
 
@@ -170,7 +170,7 @@ def drop_rows(folder):
     rows.save_to_disk(str(folder / "train"))
 
 
-DAMAGES = [damage_manifest, cut_manifest, remove_split, cut_arrow, empty_arrow, change_a_number, drop_rows]
+DAMAGES = [remove_manifest, cut_manifest, remove_split, cut_arrow, empty_arrow, change_a_number, drop_rows]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
@@ -180,7 +180,7 @@ def test_half_a_folder_is_refused(damage, data, tmp_path, tokenizer):
     features.load("squad", c, tokenizer)
     damage(tmp_path / "squad")
     refused("squad", c, tokenizer)
-    if damage is damage_manifest:  # it might be anybody's folder
+    if damage is remove_manifest:  # it might be anybody's folder
         with pytest.raises(UserError, match="in the way"):
             features.prepare("squad", c, tokenizer)
         shutil.rmtree(tmp_path / "squad")
