@@ -12,6 +12,7 @@ The second part is CAEM (complexity-aware expert merging), as functions on named
 
 import contextlib
 import copy
+import functools
 import math
 import re
 import warnings
@@ -194,7 +195,7 @@ class SwitchTransformersTop1Router(nn.Module):
             assigned = wanted * (wanted.cumsum(dim=-2) <= self.expert_capacity)
         if self.tokens_to_count is not None:
             counted = wanted if self.usage_counting == "paper" else assigned
-            self.usage_counts += counted[self.tokens_to_count].sum(dim=0)
+            self.usage_counts += (counted * self.tokens_to_count.unsqueeze(-1)).sum(dim=(0, 1))
         return assigned, top_prob, router_logits
 
     def get_expert_usage_counts(self) -> torch.Tensor:
@@ -1066,9 +1067,10 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
         loss = loss + self.router_aux_loss_coef * (encoder_aux + decoder_aux)
         return torch.as_tensor(loss, device=outputs.logits.device)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate looks at the names of its arguments
+    def prepare_inputs_for_generation(self, *args, **kwargs):
         # Decoding has no use for router outputs, and the losses over the encoder's would be computed at every step.
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         inputs.setdefault("output_router_logits", False)
         return inputs
 

@@ -146,6 +146,7 @@ def test_generation(name, seed):
     one_row = name == "prompt lookup"  # assisted decoding is for one sequence
     call = {key: data[key][: 1 if one_row else None] for key in ("input_ids", "attention_mask")} | GENERATION[name]
     call |= {"max_length": 12, "return_dict_in_generate": True, "output_attentions": True, "output_scores": True}
+    call["output_hidden_states"] = True
     outputs = []
     for model in (a, b):
         torch.manual_seed(seed)
