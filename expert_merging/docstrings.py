@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import random
 import re
 import sysconfig
@@ -19,6 +20,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,35 +94,28 @@ def source_files(package: str) -> Iterator[tuple[str, Path]]:
 def read_docstrings(packages: tuple[str, ...] = PACKAGES) -> list[Docstring]:
     """Read and clean every docstring of `packages`, sorted by file, then in the order of the source.
 
-    Takes about a minute on one core; the last answer is kept in memory. Raises UserError when a package is missing.
+    Takes 45 s on one core, less on more; the last answer is kept in memory. Raises UserError when a package is missing.
     """
-    docs = []
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees hold no cycles: a quarter of the time is saved
-    try:
-        for package in sorted(packages):
-            for relative, path in source_files(package):
-                source = path.read_bytes().decode("utf-8", errors="replace")
-                if '"""' in source or "'''" in source:
-                    docs.extend(_docstrings_of(package, relative, source))
-    finally:
-        if collecting:
-            gc.enable()
-    return docs
+    files = [(package, relative, path) for package in sorted(packages) for relative, path in source_files(package)]
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return [doc for docs in pool.map(_docstrings_of, files, chunksize=50) for doc in docs]
 
 
-def _docstrings_of(package: str, relative: str, source: str) -> Iterator[Docstring]:
+def _docstrings_of(package_file: tuple[str, str, Path]) -> list[Docstring]:
+    package, relative, path = package_file
+    source = path.read_bytes().decode("utf-8", errors="replace")
+    if '"""' not in source and "'''" not in source:
+        return []
+    gc.disable()  # a worker makes syntax trees, which hold no cycles: a quarter of the time is saved
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # templates and files for another version of Python
-            return
+            return []
     module = relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    for name, signature, raw in _walk(tree, module):
-        text = clean(raw)
-        if len(re.findall("[A-Za-z]", text)) >= 20:
-            yield Docstring(package, relative, name, signature, text)
+    docs = [Docstring(package, relative, name, sig, clean(raw)) for name, sig, raw in _walk(tree, module)]
+    return [doc for doc in docs if len(re.findall("[A-Za-z]", doc.text)) >= 20]
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:

@@ -90,9 +90,10 @@ def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list
                 continue
             summary, body = pair
             document = f"{title(doc)}. {body}"
-            if len(body.split()) >= len(summary.split()) and coverage(summary, document) >= COVERED:
+            copied = docstrings.normalized(summary) in docstrings.normalized(document)
+            if len(body.split()) >= len(summary.split()) and not copied and coverage(summary, document) >= COVERED:
                 example = {"document": document, "summary": summary}
-                yield Candidate(doc.file, summary, f"{summary} {body}", summary, example)
+                yield Candidate(doc.file, summary, document, summary, example)
 
     return docstrings.split_examples(docs, candidates(), sizes, most_common=1.0)
 

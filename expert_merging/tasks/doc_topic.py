@@ -55,7 +55,9 @@ def _passage(words: list[str]) -> Iterator[str]:
 def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Each split's examples: {"text", "label"}."""
     candidates = (
-        Candidate(doc.file, text, text, LABELS[doc.package], {"text": masked(text), "label": LABELS[doc.package]})
+        Candidate(
+            doc.file, masked(text), text, LABELS[doc.package], {"text": masked(text), "label": LABELS[doc.package]}
+        )
         for doc in docs
         if doc.package in LABELS
         for text in list(passages(doc))[:PASSAGES_PER_DOCSTRING]
