@@ -973,12 +973,12 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
             router losses of both stacks over all positions; see `router_loss` for those over real tokens only.
         """
         return_dict = self.config.use_return_dict if return_dict is None else return_dict
-        if labels is not None:
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self._shift_right(labels)
-            if self.decoder.usage_counting is not None:
-                partial = decoder_attention_mask is not None and not bool(decoder_attention_mask.all())
-                self.decoder.real_tokens = decoder_attention_mask.ne(0) if partial else labels.ne(-100)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self._shift_right(labels)
+        self.decoder.real_tokens = None
+        if labels is not None and self.decoder.usage_counting is not None:
+            partial = decoder_attention_mask is not None and not bool(decoder_attention_mask.all())
+            self.decoder.real_tokens = decoder_attention_mask.ne(0) if partial else labels.ne(-100)
 
         encoder_outputs, decoder_outputs = self._encode_and_decode(
             input_ids,
