@@ -17,7 +17,7 @@ num_heads = by_scale(paper=12, small=8, tiny=4)
 d_kv = by_scale(paper=64, small=64, tiny=32)
 chunk_tokens = by_scale(paper=512, small=256, tiny=160)  # length of a text before corruption
 batch_chunks = by_scale(paper=64, small=128, tiny=32)  # chunks a step
-num_rounds = by_scale(paper=100, small=40, tiny=10)  # the held-out loss is measured after each
+num_rounds = by_scale(paper=100, small=40, tiny=6)  # the held-out loss is measured after each
 steps_per_round = by_scale(paper=1000, small=500, tiny=500)
 pretraining_lr = 0.02  # peak, times the size of a tensor; linear warm-up over the first half round, then cosine
 heldout_texts = 400  # kept out of pre-training, for the curve

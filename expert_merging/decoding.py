@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from expert_merging.errors import UserError
-from expert_merging.features import collate
+from expert_merging.features import collate, padded_lengths
 
 
 def generate(
@@ -46,7 +46,8 @@ def generate(
             disable=process_index != 0, mininterval=1.0,
         ) as bar:  # fmt: skip
             for batch in batches:
-                inputs = collate([{"input_ids": input_ids[row], "labels": []} for row in batch], tokenizer.pad_token_id)
+                examples = [{"input_ids": input_ids[row], "labels": []} for row in batch]
+                inputs = collate(examples, tokenizer.pad_token_id, padded_lengths(constants)[0])
                 output = model.generate(
                     input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
                     generation_config=settings,

@@ -164,22 +164,33 @@ def content_hash(features) -> str:
     return digest.hexdigest()
 
 
-def collate(features: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """A batch of tensors from examples with input_ids and labels, padded on the right to the longest of the batch.
+def padded_lengths(constants: SimpleNamespace) -> tuple[int, int]:
+    """To how many tokens inputs and targets are padded at least: the released code fills every example up to the limits."""
+    return (constants.max_input_length, constants.max_decoder_length) if constants.reading == "released" else (0, 0)
 
-    Returns {"input_ids" [batch, input], "attention_mask" [batch, input], "labels" [batch, target], -100 where padded}.
+
+def collate(
+    features: list[dict[str, Any]], pad_token_id: int, input_length: int = 0, target_length: int = 0
+) -> dict[str, Any]:
+    """A batch of tensors from examples with input_ids and labels, padded on the right.
+
+    Padded to the longest of the batch, but at least to `input_length` and `target_length` tokens. Returns {"input_ids"
+    [batch, input], "attention_mask" [batch, input], "labels" [batch, target], -100 where padded}.
     """
     import torch
-    from torch.nn.utils.rnn import pad_sequence
+
+    def padded(rows: list[torch.Tensor], value: int, least: int) -> torch.Tensor:
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(batch, (0, max(0, least - batch.shape[1])), value=value)
 
     inputs = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
     labels = [torch.as_tensor(feature["labels"], dtype=torch.long) for feature in features]
     # Lengths, not ids, tell what is padding: <pad> may stand inside an input.
     masks = [torch.ones_like(ids) for ids in inputs]
     return {
-        "input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence(masks, batch_first=True, padding_value=0),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "input_ids": padded(inputs, pad_token_id, input_length),
+        "attention_mask": padded(masks, 0, input_length),
+        "labels": padded(labels, -100, target_length),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from expert_merging import decoding, histories, models, provenance, training, usage
 from expert_merging.batching import epoch_examples, length_grouped
-from expert_merging.features import collate, folder_of
+from expert_merging.features import collate, folder_of, padded_lengths
 from expert_merging.files import read_json, write_json
 from expert_merging.tasks import get_task
 
@@ -74,7 +74,8 @@ def finetune(
         features = data[one.task]["train"].with_format("numpy", columns=["input_ids", "labels"])
         part = features[(mine if len(mine) else one.rows[:1]).tolist()]
         rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
-        batch = {key: value.to(accelerator.device) for key, value in collate(rows, tokenizer.pad_token_id).items()}
+        batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c))
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         loss = token_loss(wrapped, model, batch, one.step_tokens, len(mine) / one.step_rows, c.reading)
         return loss * weight, len(mine)
 

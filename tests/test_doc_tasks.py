@@ -224,6 +224,10 @@ def test_the_asked_parameter_is_whole_and_among_others():
 
 def test_title_is_plain_words():
     assert doc_summary.title(of("x")) == "fit model (data, n steps, tol)"
+    sized = of("x", signature="fit_model(size=(80, 24), sep=', ', last=f(1, g))")
+    assert doc_summary.title(sized) == "fit model (size, sep, last)"
+    assert doc_summary.title(of("x", "package.Box.__init__", "__init__(lid)")) == "Box (lid)"
+    assert doc_summary.title(of("x", "package", "")) == "package"
     assert doc_summary.title(of("x", "package.BoxOfHTTPThings", "")) == "Box Of HTTP Things"
 
 

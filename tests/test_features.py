@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -310,3 +311,14 @@ def test_data_dir_that_cannot_be_written(tmp_path):
         features.check_constants(raw_data.constants(tmp_path, tmp_path / "file" / "out"))
     features.check_constants(raw_data.constants(tmp_path, tmp_path / "new" / "out"))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_released_reading_pads_to_the_limits():
+    rows = [{"input_ids": [5, 6, 1], "labels": [7, 1]}, {"input_ids": [8, 1], "labels": [9, 10, 1]}]
+    c = raw_data.constants(Path(), Path(), reading="released", max_input_length=6, max_decoder_length=5)
+    batch = features.collate(rows, 0, *features.padded_lengths(c))
+    assert batch["input_ids"].tolist() == [[5, 6, 1, 0, 0, 0], [8, 1, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 1, -100, -100, -100], [9, 10, 1, -100, -100]]
+    c.reading = "paper"
+    assert features.collate(rows, 0, *features.padded_lengths(c))["input_ids"].shape == (2, 3)

@@ -54,11 +54,15 @@ def coverage(summary: str, text: str) -> float:
     return sum(word in there for word in wanted) / len(wanted) if wanted else 0.0
 
 
+_DEFAULT = re.compile(r"=(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|[^,(\[{'])+")
+
+
 def title(doc: Docstring) -> str:
     """The name and what it takes, in plain words: `fit_predict(X, y=None)` -> "fit predict (X, y)"."""
-    name = doc.name.rpartition(".")[2]
+    *_, owner, name = "", *doc.name.split(".")
+    name = owner if name == "__init__" else name
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).replace("_", " ").strip()
-    names = re.findall(r"(?:^|, )\*{0,2}(\w+)", re.sub(r"=[^,]*", "", doc.signature.partition("(")[2].rstrip(")")))
+    names = re.findall(r"(?:^|, )\*{0,2}(\w+)", _DEFAULT.sub("", doc.signature.partition("(")[2]))
     taken = ", ".join(n.replace("_", " ").strip() for n in names[:6])
     return f"{plain} ({taken})" if taken else plain
 
