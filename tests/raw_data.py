@@ -75,7 +75,7 @@ def tiny_tokenizer():
 def constants(data: Path, out: Path, **changed) -> SimpleNamespace:
     """Constants of the scripts, as far as features and decoding look at them; raw data in `data`, features in `out`."""
     values = {
-        "scale": "tiny", "DATA_DIR": str(out), "BASE_MODEL_PATH": "base_models/tiny-{experts}",
+        "scale": "tiny", "reading": "paper", "DATA_DIR": str(out), "BASE_MODEL_PATH": "base_models/tiny-{experts}",
         "AG_NEWS_PATH": str(data / "ag_news"), "SQUAD_PATH": str(data / "squad"), "XSUM_PATH": str(data / "xsum"),
         "max_input_length": 32, "max_decoder_length": 8,
         "train_examples": 0, "validation_examples": 0, "test_examples": 0, "num_beams": 3, "repetition_penalty": 1.2,
