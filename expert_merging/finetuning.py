@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.switch_transformers.modeling_switch_transformers import router_losses
 
 from expert_merging import decoding, histories, models, provenance, training, usage
 from expert_merging.batching import epoch_examples, length_grouped
@@ -27,8 +28,16 @@ class Pass:
 
     task: str
     rows: np.ndarray  # which examples, over all processes
-    step_rows: int  # examples of the task in the whole step
-    step_tokens: int  # their target tokens
+    step: "Size"  # of all the task's passes in the step
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a task brings to a step: what its losses are averaged over."""
+
+    rows: int
+    input_tokens: int
+    target_tokens: int
 
 
 def finetune(
@@ -64,7 +73,7 @@ def finetune(
             inputs, targets = lengths[task]
             chosen = epoch_examples(len(inputs), per_epoch, epoch, seed=c.seed * 1000 + number)
             groups = length_grouped(chosen, inputs, step_rows, seed=(c.seed * 1000 + number) * 1000 + epoch)
-            rows.append([_passes(task, group, targets, c.batch_size) for group in groups])
+            rows.append([_passes(task, group, inputs, targets, c.batch_size) for group in groups])
         return [[one for passes in step for one in passes] for step in zip(*rows, strict=True)]
 
     def loss_of(wrapped, one: Pass) -> tuple[torch.Tensor, int]:
@@ -76,8 +85,7 @@ def finetune(
         rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
         batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c))
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        loss = token_loss(wrapped, model, batch, one.step_tokens, len(mine) / one.step_rows, c.reading)
-        return loss * weight, len(mine)
+        return token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
 
     def evaluate(split: str, label: str) -> dict[str, dict[str, Any]]:
         result = {}
@@ -141,11 +149,15 @@ def finetune(
     return history
 
 
-def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step_tokens: int, share: float, reading: str):
-    """Sum of the cross-entropies of `batch` over `step_tokens`, plus `share` of the router losses; a scalar.
+def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, reading: str) -> torch.Tensor:
+    """What `batch` adds to its task's loss in a step: a scalar; over the step's batches these add up.
 
-    In the `paper` reading the router losses see real tokens only, so that padding changes nothing; in `released` they
-    see all positions, as in transformers.
+    The loss of a step is the cross-entropy a target token plus the weighted router losses: the z-loss a token, the balance
+    loss a sequence. So neither the cut of a step into batches nor the number of processes changes it. In the `paper`
+    reading the router losses see real tokens only; in `released` all positions, as in transformers.
+
+    Args:
+        wrapped: the model as the accelerator prepared it; `model` is the same without wrapping.
     """
     labels = batch["labels"]
     outputs = wrapped(
@@ -155,8 +167,21 @@ def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step_tokens: int,
     cross_entropy = torch.nn.functional.cross_entropy(
         outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )
-    masks = (batch["attention_mask"], labels != -100) if reading == "paper" else (None, None)
-    return cross_entropy / step_tokens + share * model.router_loss(outputs, *masks)
+    loss = cross_entropy / step.target_tokens
+    for router_outputs, mask, tokens in (
+        (outputs.encoder_router_logits, batch["attention_mask"], step.input_tokens),
+        (outputs.decoder_router_logits, labels != -100, step.target_tokens),
+    ):
+        of_rows = len(labels) / step.rows
+        if reading == "paper":
+            z_loss, balance_loss = router_losses(router_outputs, mask)
+            of_tokens = mask.sum() / tokens
+        else:  # every example is padded to the same length: its share of positions is its share of rows
+            z_loss, balance_loss = router_losses(router_outputs)
+            of_tokens = of_rows
+        loss = loss + model.config.router_z_loss_coef * z_loss * of_tokens
+        loss = loss + model.config.router_aux_loss_coef * balance_loss * of_rows
+    return loss
 
 
 def selection_split(reading: str) -> str:
@@ -207,9 +232,9 @@ def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([len(ids) for ids in column.to_pylist()]) for column in columns)
 
 
-def _passes(task: str, group: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
-    tokens = int(targets[group].sum())
-    return [Pass(task, group[i : i + batch_size], len(group), tokens) for i in range(0, len(group), batch_size)]
+def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
+    step = Size(len(group), int(inputs[group].sum()), int(targets[group].sum()))
+    return [Pass(task, group[i : i + batch_size], step) for i in range(0, len(group), batch_size)]
 
 
 def _shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:

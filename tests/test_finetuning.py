@@ -9,14 +9,14 @@ import torch
 from expert_merging import finetuning, models
 from expert_merging.errors import UserError
 from expert_merging.features import collate
-from expert_merging.finetuning import overall, selection_split, token_loss
+from expert_merging.finetuning import Size, overall, selection_split, token_loss
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 1], "labels": [10, 11, 1]},
     {"input_ids": [12, 1], "labels": [13, 1]},
     {"input_ids": [14, 15, 16, 1], "labels": [17, 18, 19, 20, 1]},
 ]
-TOKENS = sum(len(row["labels"]) for row in ROWS)
+STEP = Size(len(ROWS), sum(len(row["input_ids"]) for row in ROWS), sum(len(row["labels"]) for row in ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,16 @@ def model(world):
     return models.load_model(world.folder / "base-4", "BASE_MODEL_PATH").eval()
 
 
-def loss(model, rows, reading="paper", share=1.0):
-    return token_loss(model, model, collate(rows, 0), TOKENS, share, reading)
+def loss(model, rows, reading="paper"):
+    return token_loss(model, model, collate(rows, 0), STEP, reading)
 
 
-def test_cross_entropy_is_that_of_transformers(model):
-    batch = collate(ROWS, 0)
-    stock = model(**batch, output_router_logits=False).loss
-    assert loss(model, ROWS, share=0.0).item() == pytest.approx(stock.item(), rel=1e-6)
+def test_unpadded_it_is_the_loss_of_transformers(model):
+    for row in ROWS:
+        step = Size(1, len(row["input_ids"]), len(row["labels"]))
+        stock = model(**collate([row], 0)).loss
+        for reading in ("paper", "released"):
+            assert token_loss(model, model, collate([row], 0), step, reading).item() == pytest.approx(stock.item(), rel=1e-6)
 
 
 def test_released_reading_is_the_loss_of_transformers(model):
@@ -46,23 +48,30 @@ def test_padding_changes_nothing_in_the_paper_reading_only(model):
         "attention_mask": torch.nn.functional.pad(padded["attention_mask"], (0, 9)),
         "labels": torch.nn.functional.pad(padded["labels"], (0, 4), value=-100),
     }
-    values = {r: token_loss(model, model, wide, TOKENS, 1.0, r).item() for r in ("paper", "released")}
+    values = {r: token_loss(model, model, wide, STEP, r).item() for r in ("paper", "released")}
     assert values["paper"] == pytest.approx(loss(model, ROWS).item(), rel=1e-6)
     assert abs(values["released"] - loss(model, ROWS, "released").item()) > 1e-6
 
 
 def test_passes_add_up_to_the_step(model):
-    """Cross-entropy over a step does not depend on how it is cut into passes."""
-    whole = loss(model, ROWS, share=0.0).item()
-    parts = sum(loss(model, [row], share=0.0).item() for row in ROWS)
-    assert parts == pytest.approx(whole, rel=1e-6)
+    """Neither cross-entropy nor router losses depend on how a step is cut into passes, nor do their gradients."""
+
+    def gradient(parts):
+        model.zero_grad()
+        total = sum(loss(model, rows) for rows in parts)
+        total.backward()
+        return total.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, parts = gradient([ROWS]), gradient([ROWS[:1], ROWS[1:]])
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert all(torch.allclose(parts[1][name], whole[1][name], atol=1e-6) for name in whole[1])
 
 
 def test_passes_hold_the_step_once():
-    group, targets = np.array([4, 2, 9, 7, 5]), np.arange(10)
-    passes = finetuning._passes("squad", group, targets, 2)
+    group, inputs, targets = np.array([4, 2, 9, 7, 5]), np.arange(10) * 2, np.arange(10)
+    passes = finetuning._passes("squad", group, inputs, targets, 2)
     assert np.concatenate([one.rows for one in passes]).tolist() == group.tolist()
-    assert {(one.step_rows, one.step_tokens) for one in passes} == {(5, 27)}
+    assert {one.step for one in passes} == {Size(rows=5, input_tokens=54, target_tokens=27)}
 
 
 def test_overall():
