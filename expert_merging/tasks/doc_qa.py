@@ -120,7 +120,7 @@ _DEFAULT_IN_KIND = re.compile(
 )
 _DEFAULT_IN_TEXT = re.compile(
     r"(?:\bdefaults?(?: value)?\s*(?:[=:]|is|to)\s*|\bby default,? (?=[\"'\d]|None|True|False))"
-    rf"{_VALUE}(?=[.,;)\s]|$)",
+    rf"{_VALUE}(?=[.,;)]|\s*$)",  # a word that another follows is prose: "the default is the last axis"
     re.I,
 )
 _OPTIONAL = re.compile(r"[,;]?\s*\(?\b(?:optional|keyword[- ]only|required|positional[- ]only)\)?\.?\s*$")
