@@ -29,7 +29,7 @@ def new_tokenizer(texts: list[str], vocab_size: int):
 
 
 def new_switch(constants: SimpleNamespace, tokenizer):
-    """A SwitchTransformersForConditionalGeneration with random weights (seeded before) and no dropout."""
+    """A SwitchTransformersForConditionalGeneration with random weights (seeded before), set for pre-training."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     return SwitchTransformersForConditionalGeneration(
@@ -38,6 +38,7 @@ def new_switch(constants: SimpleNamespace, tokenizer):
             num_layers=constants.num_layers, num_decoder_layers=constants.num_layers,
             num_sparse_encoder_layers=constants.num_layers // 2, num_sparse_decoder_layers=constants.num_layers // 2,
             num_experts=constants.num_expert, dropout_rate=0.0,
+            router_aux_loss_coef=0.01,  # Switch Transformer, section 2.2; with less, so small a router collapses
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
