@@ -16,19 +16,22 @@ current_case_name = "Baseline"
 def main(c):
     from pathlib import Path
 
-    from expert_merging.models import require_patch
+    from expert_merging.models import find_base, require_patch
     from expert_merging.tasks import get_task
 
     for task in c.task_types:
         get_task(task)
     require_patch()
+    find_base(c, c.experts_num)
 
     from expert_merging import features, finetuning, histories, models
     from expert_merging.devices import make_accelerator
 
     accelerator = make_accelerator(c)
     name = f"{c.current_case_name}_[{c.experts_num}]"
-    goals = finetuning.single_task_goals(c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c)
+    goals = finetuning.single_task_goals(
+        c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c
+    )
 
     # The pre-trained model, and all tasks as features.
     tokenizer, model, ancestor = models.load_base(c, c.experts_num)

@@ -52,7 +52,10 @@ def main(c):
     training.claim(work, identity)
 
     tokenizer = new_tokenizer(kept, c.vocab_size)
-    end, sentinels = tokenizer.eos_token_id, np.array(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)]))
+    end, sentinels = (
+        tokenizer.eos_token_id,
+        np.array(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])),
+    )
 
     def encode(some):
         return [np.array(ids) for ids in tokenizer(some, truncation=False)["input_ids"]]  # each ends with </s>
@@ -75,7 +78,9 @@ def main(c):
     accelerator.print(f"{len(kept)} texts, {tokens / 1e6:.2f}M tokens; {model.num_parameters() / 1e6:.2f}M parameters")
 
     def steps_of(number):
-        return [[batch] for batch in batches(train_documents, c.steps_per_round, np.random.default_rng([c.seed, number]))]
+        return [
+            [batch] for batch in batches(train_documents, c.steps_per_round, np.random.default_rng([c.seed, number]))
+        ]
 
     def loss_of(model, batch):
         batch = {name: torch.tensor(ids, device=accelerator.device) for name, ids in batch.items()}

@@ -15,11 +15,12 @@ def main(c):
     from collections import Counter
     from pathlib import Path
 
-    from expert_merging.models import require_patch
+    from expert_merging.models import find_base, require_patch
     from expert_merging.tasks import get_task
 
     tasks = {task: get_task(task) for task in c.task_types}
     require_patch()
+    find_base(c, c.num_expert)
 
     from expert_merging import features, finetuning, histories, models, provenance
     from expert_merging.devices import make_accelerator

@@ -37,7 +37,10 @@ def main(c):
         )
         for task in tasks
     }
-    features = [steps.Step("datasets_preprocessing.py", {"num_expert": n}, Path(c.DATA_DIR) / task / "complete.json") for task in tasks]
+    features = [
+        steps.Step("datasets_preprocessing.py", {"num_expert": n}, Path(c.DATA_DIR) / task / "complete.json")
+        for task in tasks
+    ]
     reference = steps.Step("reference_scores.py", {"num_expert": n}, Path(sources) / "reference_scores.json")
 
     steps.run_missing([*features, *single_task.values(), reference, *configurations.values()], c)

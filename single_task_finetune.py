@@ -15,11 +15,12 @@ num_expert = 8  # experts in each sparse layer of the base model
 def main(c):
     from pathlib import Path
 
-    from expert_merging.models import require_patch
+    from expert_merging.models import find_base, require_patch
     from expert_merging.tasks import get_task
 
     get_task(c.task_type)
     require_patch()
+    find_base(c, c.num_expert)
 
     from expert_merging import features, finetuning, histories, models
     from expert_merging.devices import make_accelerator

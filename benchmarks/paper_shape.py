@@ -62,10 +62,14 @@ def main() -> None:
         for constant in ("AG_NEWS_PATH", "SQUAD_PATH", "XSUM_PATH"):
             shared += [f"--{constant}", str(chosen.data / constant.removesuffix("_PATH").lower())]
     rows = [measured(["datasets_preprocessing.py", *shared])]
-    rows += [measured(["single_task_finetune.py", *shared, "--task_type", task]) for task in ("ag_news", "squad", "xsum")]
+    rows += [
+        measured(["single_task_finetune.py", *shared, "--task_type", task]) for task in ("ag_news", "squad", "xsum")
+    ]
     rows += [measured(["Baseline_multi_task_finetune.py", *shared]), measured(["CAEM_multi_task_finetune.py", *shared])]
     for row in rows:  # where the folders lay is nobody's business
-        row["arguments"] = [word.replace(str(chosen.folder), "FOLDER").replace(str(chosen.data), "DATA") for word in row["arguments"]]
+        row["arguments"] = [
+            word.replace(str(chosen.folder), "FOLDER").replace(str(chosen.data), "DATA") for word in row["arguments"]
+        ]
     result = ROOT / "benchmarks" / "results" / "paper_shape.json"
     result.parent.mkdir(exist_ok=True)
     machine = {"cores": os.cpu_count(), "system": platform.platform()}

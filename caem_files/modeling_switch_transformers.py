@@ -753,6 +753,7 @@ class _SharedEmbedding:
     def _prune_heads(self, heads_to_prune):
         self.encoder._prune_heads(heads_to_prune)
 
+
 class _SwitchTransformersSeq2Seq(_SharedEmbedding, SwitchTransformersPreTrainedModel):
     """Encoder and decoder over one embedding: what the bare model and the one with a head share."""
 

@@ -102,7 +102,9 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     if accelerator.is_main_process and not (path.exists() and read_json(path)["asked"] == asked):
         try:
             weights = [SafetensorsFolder(source.folder) for source in sources]
-            state, record = merge(weights, [source.usage for source in sources], c.target_experts_num, c.alpha, c.reading)
+            state, record = merge(
+                weights, [source.usage for source in sources], c.target_experts_num, c.alpha, c.reading
+            )
         except ValueError as error:
             raise UserError(f"these models cannot be merged: {error}") from error
         # Names tied to one another hold one tensor, and a file holds each tensor once.

@@ -51,7 +51,8 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
     lines = {**_constants(vars(global_config)), **_constants(script)}
     comments = {**_comments(global_config), **_comments(script)}
     parser = _Parser(
-        prog=Path(script["__file__"]).name, usage="%(prog)s [--constant value ...]", description=script.get("__doc__"), allow_abbrev=False,
+        prog=Path(script["__file__"]).name, usage="%(prog)s [--constant value ...]", description=script.get("__doc__"),
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for name, value in lines.items():

@@ -39,7 +39,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -70,7 +72,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -100,7 +104,9 @@ def read_json(path: str | Path):
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); remove it and run the step that writes it again") from error
+        raise UserError(
+            f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"
+        ) from error
 
 
 def sha256(path: str | Path) -> str:

@@ -217,7 +217,9 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
 
 def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
     """The history that `single_task_finetune.py` left for `task`."""
-    remedy = f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    remedy = (
+        f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    )
     return histories.load(folder, f"single_task_{task}", remedy)
 
 

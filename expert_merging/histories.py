@@ -12,8 +12,22 @@ from expert_merging.errors import UserError
 from expert_merging.files import read_json, write_atomic, write_json
 
 # Where things lie and how often they are saved does not change a result.
-_WITHOUT_EFFECT = ("RUN_DIR", "DATA_DIR", "PICKLE_PATH", "MODEL_SAVE_PATH", "SOURCE_MODEL_WEIGHT_PATH", "SOURCE_PICKLE_PATH")
-_WITHOUT_EFFECT += ("BASE_MODEL_PATH", "AG_NEWS_PATH", "SQUAD_PATH", "XSUM_PATH", "checkpoint_minutes", "eval_batch_size")
+_WITHOUT_EFFECT = (
+    "RUN_DIR",
+    "DATA_DIR",
+    "PICKLE_PATH",
+    "MODEL_SAVE_PATH",
+    "SOURCE_MODEL_WEIGHT_PATH",
+    "SOURCE_PICKLE_PATH",
+)
+_WITHOUT_EFFECT += (
+    "BASE_MODEL_PATH",
+    "AG_NEWS_PATH",
+    "SQUAD_PATH",
+    "XSUM_PATH",
+    "checkpoint_minutes",
+    "eval_batch_size",
+)
 _WITHOUT_EFFECT += ("device", "merge_only")
 
 

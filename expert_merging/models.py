@@ -22,6 +22,13 @@ def require_patch() -> None:
         raise UserError("transformers is not patched with caem_files/; run: python caem_files/install.py")
 
 
+def find_base(constants: SimpleNamespace, experts: int) -> None:
+    """Look for the pre-trained model before anything slow. To be called before transformers is imported, which decides
+    then whether to try the hub. Raises UserError where BASE_MODEL_PATH is a folder that does not exist."""
+    if local_folder(constants.BASE_MODEL_PATH.format(experts=experts), "BASE_MODEL_PATH") is None:
+        offline_if_unreachable()
+
+
 def load_base(constants: SimpleNamespace, experts: int):
     """(tokenizer, model, ancestor): the pre-trained Switch Transformer with `experts` experts a sparse layer.
 
@@ -42,8 +49,6 @@ def load_model(path: str | Path, constant: str):
     Raises UserError where there is none, it is cut short, or it is another kind of model. `constant` named the path.
     """
     folder = local_folder(str(path), constant)
-    if folder is None:
-        offline_if_unreachable()
     import torch
     from safetensors import SafetensorError
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
@@ -72,8 +77,13 @@ def weights_sha256(model) -> str:
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder: weights, configuration and tokenizer; whole or not at all."""
+    from safetensors import SafetensorError
+
     with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(first_line(error)) from error
         tokenizer.save_pretrained(temporary)
 
 
@@ -82,4 +92,7 @@ def save_state_dict(model, path: Path) -> None:
     import torch
 
     with replacing(path) as temporary:
-        torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, temporary)
+        try:
+            torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, temporary)
+        except RuntimeError as error:  # a full disk, mostly
+            raise OSError(first_line(error)) from error

@@ -20,7 +20,11 @@ def command() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that numbers depend on, and the repository's commit."""
     names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge-score", "numpy")
-    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}, "commit": _commit()}
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str:

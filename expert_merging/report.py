@@ -10,7 +10,10 @@ from expert_merging.files import write_atomic, write_json
 
 
 def score_rows(
-    tasks: dict[str, str], references: dict[str, Any], singles: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]
+    tasks: dict[str, str],
+    references: dict[str, Any],
+    singles: dict[str, dict[str, Any]],
+    runs: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The rows of the table of results, on the test split.
 
@@ -37,15 +40,29 @@ def score_rows(
         test = {task: history[f"{task}_data"]["test"] for task in tasks}
         if "before" in history:
             before = history["before"]
-            rows.append(row(f"{label}, merged only", before["test"], before["overall"], history["parameters"], 0.0, history["file"]))
-        rows.append(row(label, test, history["overall"]["test"], history["parameters"], history["seconds"], history["file"]))
+            rows.append(
+                row(
+                    f"{label}, merged only",
+                    before["test"],
+                    before["overall"],
+                    history["parameters"],
+                    0.0,
+                    history["file"],
+                )
+            )
+        rows.append(
+            row(label, test, history["overall"]["test"], history["parameters"], history["seconds"], history["file"])
+        )
     return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table; numbers to two places, Overall and entropies to four."""
     columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(columns))) + "|"]
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(columns))) + "|",
+    ]
     lines += ["| " + " | ".join(_cell(name, row[name]) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
@@ -56,7 +73,13 @@ def _cell(name: str, value: Any) -> str:
     if name == "parameters":
         return f"{value / 1e6:.2f}M"
     if isinstance(value, float):
-        return f"{value:.0f}" if name == "seconds" else f"{value:.4f}" if name in ("Overall", "entropy") else f"{value:.2f}"
+        return (
+            f"{value:.0f}"
+            if name == "seconds"
+            else f"{value:.4f}"
+            if name in ("Overall", "entropy")
+            else f"{value:.2f}"
+        )
     return str(value)
 
 
@@ -100,7 +123,12 @@ def entropy_rows(singles: dict[str, dict[str, Any]], runs: dict[str, dict[str, A
 
 
 def write_report(
-    folder: Path, title: str, tasks: dict[str, str], references: dict[str, Any], singles: dict[str, Any], runs: dict[str, Any]
+    folder: Path,
+    title: str,
+    tasks: dict[str, str],
+    references: dict[str, Any],
+    singles: dict[str, Any],
+    runs: dict[str, Any],
 ) -> str:
     """Write the tables (Markdown, CSV, JSON) and figures into `folder`; returns the tables' text."""
     scores = score_rows(tasks, references, singles, runs)
@@ -109,14 +137,20 @@ def write_report(
     parts += [markdown(shown).replace("| configuration |", "| configuration |")]
     for label, history in runs.items():
         if "record_stay_num_experts_en" in history:
-            parts += ["", f"## {label}: experts from each task, with the entropy of its usage", "", markdown(allocation_rows(history))]
+            parts += [
+                "",
+                f"## {label}: experts from each task, with the entropy of its usage",
+                "",
+                markdown(allocation_rows(history)),
+            ]
             plots.allocation(history, folder / f"allocation_{label}.png")
         plots.expert_use(history, folder / f"expert_use_{label}.png")
     for task, history in singles.items():
         plots.expert_use(history, folder / f"expert_use_single_task_{task}.png")
     parts += ["", "## Mean normalised entropy of expert use on validation", "", markdown(entropy_rows(singles, runs))]
     goals = {
-        task: history[f"{task}_data"]["validation"][history["best_epoch"] - 1][tasks[task]] for task, history in singles.items()
+        task: history[f"{task}_data"]["validation"][history["best_epoch"] - 1][tasks[task]]
+        for task, history in singles.items()
     }
     plots.training_curves(runs, goals, folder / "training_curves.png")
     text = "\n".join(parts) + "\n"

@@ -5,7 +5,12 @@ import numpy as np
 
 
 def corrupt_spans(
-    tokens: np.ndarray, sentinels: np.ndarray, end: int, rng: np.random.Generator, density: float = 0.15, mean_span: int = 3
+    tokens: np.ndarray,
+    sentinels: np.ndarray,
+    end: int,
+    rng: np.random.Generator,
+    density: float = 0.15,
+    mean_span: int = 3,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mask random spans of `tokens` (1-D, at least 2 of them).
 

@@ -27,7 +27,11 @@ class Step:
             return False
         content = read_json(self.result)
         noted, wanted = content.get("identity") or content.get("asked") or {}, {**vars(shared), **self.constants}
-        return all(value == wanted[name] or tuple_as_list(wanted[name]) == value for name, value in noted.items() if name in wanted)
+        return all(
+            value == wanted[name] or tuple_as_list(wanted[name]) == value
+            for name, value in noted.items()
+            if name in wanted
+        )
 
     def arguments(self) -> list[str]:
         """The step's own constants as words of a command line."""
@@ -57,4 +61,6 @@ def run_missing(steps: list[Step], shared: SimpleNamespace) -> None:
         if status in (130, -2):
             raise KeyboardInterrupt
         if status != 0:
-            raise UserError(f"{words[0]} stopped with exit status {status}; mend what it says, then type the same command again")
+            raise UserError(
+                f"{words[0]} stopped with exit status {status}; mend what it says, then type the same command again"
+            )

@@ -22,7 +22,11 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         index, whole = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if not index.exists() and not whole.exists():
             raise UserError(f"{folder} holds no model.safetensors; train that model first, or bring its folder")
-        self.files = [self.folder / n for n in sorted(set(read_json(index)["weight_map"].values()))] if index.exists() else [whole]
+        self.files = (
+            [self.folder / n for n in sorted(set(read_json(index)["weight_map"].values()))]
+            if index.exists()
+            else [whole]
+        )
         self._open, self._file_of = ExitStack(), {}
         for path in self.files:
             try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from expert_merging import histories
@@ -82,7 +83,9 @@ def train(
             progress["step"] = number + 1
             now = time.monotonic()
             progress["seconds"] = seconds_before + now - started
-            bar.set_postfix({"loss": f"{loss:.3f}", "examples/s": f"{examples_seen / (now - started):.1f}"}, refresh=False)
+            bar.set_postfix(
+                {"loss": f"{loss:.3f}", "examples/s": f"{examples_seen / (now - started):.1f}"}, refresh=False
+            )
             bar.update()
             # The checkpoint after the last step spares the evaluation that follows from being paid with a whole epoch.
             if number + 1 == len(steps) or now - saved > 60 * checkpoint_minutes:
@@ -178,7 +181,7 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str,
             for older in [*_checkpoints(folder), *folder.glob("best-*")]:
                 if older.name not in kept:
                     shutil.rmtree(older)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {path}: {error}; free space (the last one is kept)") from error
     accelerator.wait_for_everyone()

@@ -33,7 +33,9 @@ def test_unpadded_it_is_the_loss_of_transformers(model):
         step = Size(1, len(row["input_ids"]), len(row["labels"]))
         stock = model(**collate([row], 0)).loss
         for reading in ("paper", "released"):
-            assert token_loss(model, model, collate([row], 0), step, reading).item() == pytest.approx(stock.item(), rel=1e-6)
+            assert token_loss(model, model, collate([row], 0), step, reading).item() == pytest.approx(
+                stock.item(), rel=1e-6
+            )
 
 
 def test_released_reading_is_the_loss_of_transformers(model):
@@ -89,7 +91,8 @@ def test_overall_gives_the_papers_figures():
     names = dict(zip(tasks, ("accuracy", "exact_match", "rougeL"), strict=True))
     goals = dict(zip(tasks, (94.4, 76.9, 31.2), strict=True))
     got = {
-        label: overall({t: {names[t]: s} for t, s in zip(tasks, row, strict=True)}, goals) for label, row in table.items()
+        label: overall({t: {names[t]: s} for t, s in zip(tasks, row, strict=True)}, goals)
+        for label, row in table.items()
     }
     assert got["CAEM-8"] - got["Baseline-8"] == pytest.approx(1.0056 - 0.9862, abs=1e-3)
 
@@ -127,3 +130,15 @@ def test_base_cut_short_is_refused(world, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="did not find a whole model"):
         models.load_model(tmp_path / "cut", "BASE_MODEL_PATH")
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(world, tmp_path, monkeypatch):
+    model = models.load_model(world.folder / "base-4", "BASE_MODEL_PATH")
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="cannot write .*a.pt: .*failed writing"):
+        models.save_state_dict(model, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []

@@ -39,13 +39,25 @@ def numbers(content):
 
 def test_table_and_figures(done):
     folder, printed = done
-    for row in ("most common training answer", "base model, not fine-tuned", "single-task models", "Baseline-4", "CAEM-4, merged only", "CAEM-4 "):
+    for row in (
+        "most common training answer",
+        "base model, not fine-tuned",
+        "single-task models",
+        "Baseline-4",
+        "CAEM-4, merged only",
+        "CAEM-4 ",
+    ):
         assert f"| {row}" in printed
     assert (folder / "report" / "table.md").read_text() in printed
     rows = json.loads((folder / "report" / "table.json").read_text())
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, (int, float)))
     figures = {path.name for path in (folder / "report").glob("*.png")}
-    assert {"training_curves.png", "allocation_CAEM-4.png", "expert_use_CAEM-4.png", "expert_use_single_task_squad.png"} <= figures
+    assert {
+        "training_curves.png",
+        "allocation_CAEM-4.png",
+        "expert_use_CAEM-4.png",
+        "expert_use_single_task_squad.png",
+    } <= figures
 
 
 def test_second_call_runs_nothing(world, done):
@@ -119,8 +131,10 @@ def test_killed_and_resumed_ends_the_same(world, done, tmp_path):
     models = tmp_path / "seed0" / "models" / "single_task_[4]"
     for steps in (1, 4):  # killed with the first checkpoint there, and in the second epoch
         process = start("single_task_finetune.py", words)
-        while process.poll() is None and len(checkpoints := sorted(models.glob("*.run/checkpoint-*"))) == 0 or (
-            process.poll() is None and _place(checkpoints[-1]) < steps
+        while (
+            process.poll() is None
+            and len(checkpoints := sorted(models.glob("*.run/checkpoint-*"))) == 0
+            or (process.poll() is None and _place(checkpoints[-1]) < steps)
         ):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -146,7 +160,9 @@ def _place(checkpoint) -> int:
 
 def test_one_line_and_status_2(world):
     """As a user meets it; the others below look at the same error inside this process."""
-    result = run_script("single_task_finetune.py", [*world.words("nowhere"), "--task_type", "poetry", "--num_expert", "4"])
+    result = run_script(
+        "single_task_finetune.py", [*world.words("nowhere"), "--task_type", "poetry", "--num_expert", "4"]
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "no task 'poetry'" in result.stderr or "poetry" in result.stderr and "squad" in result.stderr
     assert not (world.folder / "nowhere").exists()
