@@ -33,9 +33,10 @@ def main(c):
         c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c
     )
 
-    # The pre-trained model, and all tasks as features.
-    tokenizer, model, ancestor = models.load_base(c, c.experts_num)
+    # All tasks as features, and the pre-trained model.
+    tokenizer = models.base_tokenizer(c, c.experts_num)
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
+    model, ancestor = models.load_base(c, c.experts_num)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
     if histories.finished(c.PICKLE_PATH, name, identity):
         accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")

@@ -29,8 +29,9 @@ def main(c):
     accelerator = make_accelerator(c)
     folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
     goals = finetuning.single_task_goals(str(folder), c.task_types, c.num_expert, c)
-    tokenizer, model, ancestor = models.load_base(c, c.num_expert)
+    tokenizer = models.base_tokenizer(c, c.num_expert)
     data = {task: features.load(task, c, tokenizer) for task in tasks}
+    model, ancestor = models.load_base(c, c.num_expert)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
     if histories.finished(folder, "reference_scores", identity):
         accelerator.print(f"{folder}/reference_scores.json is there already; remove it to score again")

@@ -30,9 +30,10 @@ def main(c):
     models_folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.num_expert))
     histories_folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
 
-    # The pre-trained model, and the task as features.
-    tokenizer, model, ancestor = models.load_base(c, c.num_expert)
+    # The task as features, and the pre-trained model.
+    tokenizer = models.base_tokenizer(c, c.num_expert)
     data = {c.task_type: features.load(c.task_type, c, tokenizer)}
+    model, ancestor = models.load_base(c, c.num_expert)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
     if histories.finished(histories_folder, name, identity):
         accelerator.print(f"{histories_folder / name}.json is there already; remove it to train again")
