@@ -21,29 +21,34 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make the folder of `path`; what the system refuses becomes one line that names `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        said = f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        raise UserError(said) from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what is written there takes the place of `path` when the block ends well.
 
     Raises UserError when the disk is full or the folder cannot be written; nothing is left behind then.
     """
     path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(descriptor)
         temporary = Path(name)
-        os.chmod(temporary, 0o666 & ~_umask())
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    finally:
-        if temporary is not None:
+        try:
+            os.chmod(temporary, 0o666 & ~_umask())
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
             temporary.unlink(missing_ok=True)
 
 
@@ -54,29 +59,23 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises UserError as `replacing` does.
     """
     path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            _sync(file)
-        if path.exists():
-            # A folder cannot replace a full one in one step: the old one steps aside first, and is removed last.
-            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, aside)
-            os.replace(temporary, path)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    finally:
-        if temporary is not None:
+        try:
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                _sync(file)
+            if path.exists():
+                # A folder cannot replace a full one in one step: the old one steps aside first, and is removed last.
+                aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+                os.replace(path, aside)
+                os.replace(temporary, path)
+                shutil.rmtree(aside)
+            else:
+                os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
