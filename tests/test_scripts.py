@@ -124,6 +124,17 @@ def test_merge_into_more_experts_and_stop(world, done):
     assert before == {path: sha256(path) for path in before}
 
 
+def test_released_reading_doubles_the_projection(world, done):
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    words = [*world.words(reading="released", current_case_name="Released"), "--source_experts_num", "4"]
+    call_main("CAEM_multi_task_finetune.py", [*words, "--target_experts_num", "4", "--merge_only", "true"])
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(done[0] / "models" / "Released_[4|4]_merged")
+    encoder, decoder = model.encoder.embed_tokens.weight, model.decoder.embed_tokens.weight
+    assert not model.config.tie_word_embeddings
+    assert torch.allclose(model.lm_head.weight, encoder + decoder, atol=1e-6)
+
+
 def test_killed_and_resumed_ends_the_same(world, done, tmp_path):
     """SIGKILL at a few moments; the same command goes on and leaves the same bytes."""
     shutil.copytree(world.folder / "runs" / "data", tmp_path / "data")
