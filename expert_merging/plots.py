@@ -60,23 +60,29 @@ def training_curves(histories: dict[str, dict[str, Any]], goals: dict[str, float
 def expert_use(history: dict[str, Any], path: Path) -> None:
     """Heat maps of expert use, as in the paper's figure 3: a panel a task and stack; sparse layer x expert, share of tokens."""
     tasks = list(history["expert_usage_grid"])
+    stacks = {
+        "encoder": (history["expert_usage_grid"], history["entropy"]),
+        "decoder": (history["expert_usage_grid_de"], history["entropy_de"]),
+    }
+    shares = {
+        (stack, task): np.array(grids[task]) / np.maximum(np.sum(grids[task], axis=1, keepdims=True), 1)
+        for stack, (grids, _) in stacks.items()
+        for task in tasks
+    }
+    most = max(share.max() for share in shares.values())  # one scale for all panels, so that they compare
     figure, panels = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 4), squeeze=False)
-    for row, (stack, grids, entropies) in enumerate(
-        [
-            ("encoder", history["expert_usage_grid"], history["entropy"]),
-            ("decoder", history["expert_usage_grid_de"], history["entropy_de"]),
-        ]
-    ):
-        for axes, task in zip(panels[row], tasks, strict=True):
-            grid = np.array(grids[task], dtype=float)
-            share = grid / np.maximum(grid.sum(axis=1, keepdims=True), 1)
-            image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            axes.set(
-                title=f"{stack}, {task}\nentropy {np.mean(entropies[task]):.3f}", xlabel="expert", ylabel="sparse layer",
-                xticks=range(grid.shape[1]), yticks=range(grid.shape[0]),
-                xticklabels=range(1, grid.shape[1] + 1), yticklabels=range(1, grid.shape[0] + 1),
-            )  # fmt: skip
-            axes.grid(False)
+    for axes, ((stack, task), share) in zip(panels.flat, shares.items(), strict=True):
+        image = axes.imshow(share, vmin=0, vmax=most, cmap="viridis", aspect="auto")
+        axes.set(
+            title=f"{stack}, {task}\nentropy {np.mean(stacks[stack][1][task]):.3f}",
+            xlabel="expert",
+            ylabel="sparse layer",
+            xticks=range(share.shape[1]),
+            yticks=range(share.shape[0]),
+            xticklabels=range(1, share.shape[1] + 1),
+            yticklabels=range(1, share.shape[0] + 1),
+        )
+        axes.grid(False)
     figure.colorbar(image, ax=panels, label="share of tokens", shrink=0.8)
     figure.suptitle(history["name"])
     _save(figure, path)
@@ -93,7 +99,7 @@ def allocation(history: dict[str, Any], path: Path) -> None:
             axes.bar(layers, counts[:, number], bottom=counts[:, :number].sum(axis=1), label=task, color=f"C{number}")
         axes.set(title=stack, xlabel="sparse layer", xticks=layers)
     panels[0].set_ylabel("experts")
-    panels[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.2), ncols=len(tasks))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tasks))
     figure.suptitle(f"{history['name']}: experts from each task")
     _save(figure, path)
 

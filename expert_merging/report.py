@@ -46,7 +46,7 @@ def score_rows(
                     before["test"],
                     before["overall"],
                     history["parameters"],
-                    0.0,
+                    None,
                     history["file"],
                 )
             )
@@ -134,7 +134,7 @@ def write_report(
     scores = score_rows(tasks, references, singles, runs)
     parts = [f"# {title}", "Test scores; Overall is the mean over tasks of score / single-task score.", ""]
     shown = [{name: value for name, value in row.items() if name != "file"} for row in scores]
-    parts += [markdown(shown).replace("| configuration |", "| configuration |")]
+    parts += [markdown(shown)]
     for label, history in runs.items():
         if "record_stay_num_experts_en" in history:
             parts += [
