@@ -1,14 +1,20 @@
 """What needs no fine-tuning, to read the other rows of the table against.
 
 Reads   DATA_DIR/{task}, BASE_MODEL_PATH, and the single-task histories (for Overall).
-Writes  SOURCE_PICKLE_PATH/reference_scores.json: test scores of always giving the most common training answer, and of the
-        base model as it is.
+Writes  SOURCE_PICKLE_PATH/reference_scores.json: test scores of always giving the most common training answer, of the
+        input's first sentence, and of the base model as it is.
 Takes   at tiny about a minute on 2 CPU cores.
 """
 
 from expert_merging.constants import run
 
 num_expert = 8  # experts in each sparse layer of the base model
+
+
+def first_sentence(input_ids: list[int], tokenizer) -> str:
+    """The lead of an input, after the prompt's first word: what summaries are commonly compared with."""
+    text = tokenizer.decode(input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.partition(": ")[2].partition(". ")[0]
 
 
 def main(c):
@@ -46,10 +52,16 @@ def main(c):
         task: tasks[task].score([common[task]] * len(features["test"]), features["test"]["references"])
         for task, features in data.items()
     }
+    lead = {
+        task: tasks[task].score([first_sentence(ids, tokenizer) for ids in features["test"]["input_ids"]],
+                                features["test"]["references"])
+        for task, features in data.items()
+    }  # fmt: skip
     work = folder / "reference_scores.run.json"
     untrained = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, work)
     rows = {
         "most common training answer": {"test": constant, "overall": finetuning.overall(constant, goals["test"])},
+        "first sentence of the input": {"test": lead, "overall": finetuning.overall(lead, goals["test"])},
         "base model, not fine-tuned": untrained,
     }
     for row in rows.values():
