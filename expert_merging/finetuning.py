@@ -98,9 +98,13 @@ def finetune(
         return result
 
     def after_epoch(epoch: int) -> dict[str, Any]:
-        result = evaluate(selection_split(c.reading), f"epoch {epoch + 1}: validating")
+        label, split = f"epoch {epoch + 1}: validating", selection_split(c.reading)
+        result = evaluate("validation", label)
         scores = {task: one["scores"] for task, one in result.items()}
-        value = overall(scores, goals and goals[selection_split(c.reading)])
+        chosen_by = scores
+        if split != "validation":
+            chosen_by = {task: one["scores"] for task, one in evaluate(split, label).items()}
+        value = overall(chosen_by, goals and goals[split])
         shown = ", ".join(f"{task} {one[get_task(task).main_score]:.2f}" for task, one in scores.items())
         accelerator.print(f"{name} epoch {epoch + 1}: {shown}" + (f", Overall {value:.4f}" if goals else ""))
         return {"selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()}}
@@ -111,6 +115,8 @@ def finetune(
         after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=c.max_grad_norm,
         label=name,
     )  # fmt: skip
+    del optimizer  # its states are twice the model, and the best epoch's weights come beside the last one's
+    accelerator.free_memory()
     best = training.best_epoch(epochs)
     model = models.load_model(training.best_folder(work, epochs), "best epoch").to(accelerator.device)
     result = evaluate("test", "testing")
@@ -139,7 +145,8 @@ def finetune(
     }  # fmt: skip
     if goals:
         scores = {task: one["scores"] for task, one in result.items()}
-        history["overall"] = {"validation": epochs[best]["selection"], "test": overall(scores, goals["test"])}
+        validation = overall(epochs[best]["scores"], goals["validation"])
+        history["overall"] = {"validation": validation, "test": overall(scores, goals["test"])}
     if accelerator.is_main_process:
         models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
         models.save_model(model, tokenizer, models_folder / name)
