@@ -140,7 +140,9 @@ def test_released_reading_counts_every_padded_position(world, done, tmp_path):
     words = [*world.words(tmp_path, reading="released", num_epochs=1), "--task_type", "squad", "--num_expert", "4"]
     call_main("single_task_finetune.py", words)
     content = history(tmp_path / "seed0", "single_task_[4]/single_task_squad")
-    examples = json.loads((tmp_path / "data" / "squad" / "complete.json").read_text())["splits"]["validation"]["examples"]
+    examples = json.loads((tmp_path / "data" / "squad" / "complete.json").read_text())["splits"]["validation"][
+        "examples"
+    ]
     grid = content["expert_usage_grid"]["squad"]
     assert [sum(layer) for layer in grid] == [24 * examples] * 2  # the capacity, 64, cuts nothing here
     assert content["best_epoch"] == 1 and content["squad_data"]["validation"]
