@@ -10,6 +10,7 @@ Takes   at tiny about four minutes on 2 CPU cores; at paper some days on one GPU
 from expert_merging.constants import run
 
 experts_num = 8  # experts in each sparse layer
+same_compute = False  # train longer, by as many examples as the single-task models took together
 current_case_name = "Baseline"
 
 
@@ -42,10 +43,14 @@ def main(c):
         accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
         return
 
+    epochs = c.num_epochs
+    if c.same_compute:
+        epochs += finetuning.epochs_worth(data, c.num_epochs)
+
     # Fine-tune jointly; the best epoch by Overall on validation is kept and tested.
     history = finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=name + "_ep{epoch}.pt",
-        work=Path(c.MODEL_SAVE_PATH) / f"{name}.run", identity=identity, goals=goals,
+        work=Path(c.MODEL_SAVE_PATH) / f"{name}.run", identity=identity, goals=goals, num_epochs=epochs,
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from expert_merging.constants import run
 
 source_experts_num = 8  # experts in each sparse layer of the single-task models
 target_experts_num = 8  # of the merged model: at least one for each task, at most all they have
+merging = "caem"  # caem | average: every tensor averaged, experts slot by slot, as a control
 alpha = 1.0  # 1 shares by entropy (CAEM), 0 evenly (CAEM-Avg), between: a blend
 current_case_name = "CAEM"
 merge_only = False  # stop after merging
@@ -51,7 +52,8 @@ def main(c):
     # Merge: experts by entropy and usage, all else averaged (Algorithm 1). The result is an ordinary model folder.
     merged_folder = Path(c.MODEL_SAVE_PATH) / f"{name}_merged"
     record = caem.merge_sources(c, accelerator, sources, merged_folder)
-    accelerator.print(caem.allocation_lines(record, c.task_types))
+    if c.merging == "caem":
+        accelerator.print(caem.allocation_lines(record, c.task_types))
     if c.merge_only:
         accelerator.print(f"the merged model is in {merged_folder}")
         return
@@ -59,7 +61,7 @@ def main(c):
 
     # What merging alone gives.
     before = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, merged_folder / "test.json")
-    accelerator.print("merged, before fine-tuning: " + finetuning.scores_line(before["test"], before["overall"]))
+    accelerator.print("merged, before fine-tuning: " + finetuning.scores_line(before["test"], before["overall"]["test"]))
 
     # Fine-tune jointly, as the baseline does.
     history = finetuning.finetune(

@@ -7,7 +7,7 @@ from expert_merging.constants import by_scale
 
 scale = "paper"  # paper (Switch-Base on a GPU) | small (one GPU, under an hour) | tiny (a laptop, minutes)
 seed = 0  # of everything random but the data splits
-reading = "paper"  # paper: Algorithm 1 as printed | released: what the authors' code does (README, "Two readings")
+reading = "paper"  # paper: Algorithm 1 as printed | released: the authors' code | paper+counts: but for that (README)
 device = by_scale(paper="cuda", small="cuda", tiny="auto")  # cuda | cpu | auto
 
 # -- where things are read from and written to; {name} stands for another constant, {experts} for experts a layer
@@ -32,7 +32,7 @@ SQUAD_PATH = "rajpurkar/squad"  # hub name, or a folder with train-v1.1.json and
 XSUM_PATH = "EdinburghNLP/xsum"  # hub name, or a folder with {train,validation,test}.jsonl
 max_input_length = by_scale(paper=1000, small=512, tiny=256)  # tokens; longer inputs are cut
 max_decoder_length = by_scale(paper=200, small=64, tiny=48)  # tokens; longer targets are cut, decoding stops
-train_examples = by_scale(paper=0, small=0, tiny=2000)  # a task; 0 takes all there are
+train_examples = by_scale(paper=0, small=0, tiny=1200)  # a task; 0 takes all there are
 validation_examples = by_scale(paper=0, small=1000, tiny=240)  # a task; 0 takes all
 test_examples = by_scale(paper=0, small=1000, tiny=300)  # a task; 0 takes all
 
@@ -45,6 +45,7 @@ adam_eps = 1e-6  # the released code's; the paper prints 1e-16
 weight_decay = 0.005
 max_grad_norm = 0.0  # 0 does not clip, as in the paper
 num_epochs = by_scale(paper=10, small=6, tiny=3)  # at most; the best one on validation is kept
+test_each_epoch = by_scale(paper=False, small=True, tiny=True)  # note every epoch's test scores too; none is chosen by them
 checkpoint_minutes = 5.0  # between checkpoints inside an epoch; there is one after every epoch as well
 
 # -- decoding (paper, 4.1)

@@ -60,12 +60,10 @@ def main(c):
     work = folder / "reference_scores.run.json"
     untrained = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, work)
     rows = {
-        "most common training answer": {"test": constant, "overall": finetuning.overall(constant, goals["test"])},
-        "first sentence of the input": {"test": lead, "overall": finetuning.overall(lead, goals["test"])},
+        "most common training answer": {"test": constant, "overall": {"test": finetuning.overall(constant, goals["test"])}},
+        "first sentence of the input": {"test": lead, "overall": {"test": finetuning.overall(lead, goals["test"])}},
         "base model, not fine-tuned": untrained,
     }
-    for row in rows.values():
-        row["file"] = f"{folder.name}/reference_scores.json"
     if accelerator.is_main_process:
         write_json(
             folder / "reference_scores.json",
@@ -76,7 +74,7 @@ def main(c):
         )  # fmt: skip
         work.unlink()
     for label, row in rows.items():
-        accelerator.print(f"{label}: {finetuning.scores_line(row['test'], row['overall'])}")
+        accelerator.print(f"{label}: {finetuning.scores_line(row['test'], row['overall']['test'])}")
 
 
 if __name__ == "__main__":

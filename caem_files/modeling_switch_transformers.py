@@ -1297,6 +1297,7 @@ def merge(
     target_experts: int,
     alpha: float = 1.0,
     reading: str = "paper",
+    projection: str | None = None,
 ) -> tuple[dict, dict]:
     """
     Merge fine-tuned copies of one Switch Transformer into one model (paper, Algorithm 1).
@@ -1317,11 +1318,12 @@ def merge(
         reading: `"paper"`, or `"released"` for what the authors' code leaves: the encoder's and the decoder's embedding
             are averages with their stack's weights, and the output projection is the *sum* of the two, so that the
             initial logits double. Tied sources only; the result needs `merged_config`.
+        projection: another reading for embedding and output projection than for the allocation; None takes `reading`.
 
     Returns:
         The state dict, under the names of the first source (names tied to one another hold one tensor), in the sources'
-        dtype; and a record of plain Python values: `target_experts`, `alpha`, `reading`, `tie_word_embeddings`,
-        `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation` [layers][M], `experts`
+        dtype; and a record of plain Python values: `target_experts`, `alpha`, `reading`, `projection`,
+        `tie_word_embeddings`, `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation` [layers][M], `experts`
         [layers][M] lists of indices in order of usage, `weights` [M].
 
     Raises:
@@ -1337,7 +1339,10 @@ def merge(
             raise ValueError(f"sources 0 and {i} are not of one shape: only one of them has {differing[0]}")
     counts = {stack: _checked_usage(usage, stack, layouts) for stack in _STACKS}
 
-    record = {"target_experts": target_experts, "alpha": alpha, "reading": reading}
+    projection = reading if projection is None else projection
+    if projection not in _READINGS:
+        raise ValueError(f'merge: projection must be "paper" or "released", not {projection!r}')
+    record = {"target_experts": target_experts, "alpha": alpha, "reading": reading, "projection": projection}
     for stack in _STACKS:
         entropies = [normalized_entropy(count) for count in counts[stack]]
         depth = len(layouts[0].sparse[stack])
@@ -1495,7 +1500,7 @@ def _merge_embeddings(sources, layouts: Sequence[_Layout], record: dict) -> dict
     if len(set(tied)) > 1:
         raise ValueError(f"{_HEAD} is tied to the embedding in source {tied.index(True)}, not in {tied.index(False)}")
 
-    released = record["reading"] == "released"
+    released = record["projection"] == "released"
     if released and not tied[0]:
         raise ValueError(f"the released reading is for sources whose {_HEAD} is tied to the embedding")
     record["tie_word_embeddings"] = tied[0] and not released

@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import merge, merged_config
 
+from expert_merging import histories
+from expert_merging.averaging import average
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json, write_json
 from expert_merging.finetuning import single_task_history
 from expert_merging.hub import load_tokenizer
+from expert_merging.readings import deviates, of_method
 from expert_merging.tensors import SafetensorsFolder
 from expert_merging.usage import STACKS
 
@@ -40,8 +43,12 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
     """The single-task models of `tasks`, checked to fit together.
 
     Raises UserError where one is missing, damaged, of another ancestor, shape or number of experts, or without usage; and
-    when `target_experts` is out of range.
+    when `target_experts` is out of range or `c.merging` unknown.
     """
+    if c.merging not in ("caem", "average"):
+        raise UserError(f"merging is {c.merging!r}; it must be caem or average")
+    if c.merging == "average" and target_experts != experts:
+        raise UserError(f"merging average keeps the {experts} experts of its sources; target_experts_num is {target_experts}")
     if len(tasks) < 2:
         raise UserError(f"task_types names {len(tasks)} task; merging needs two or more")
     if not len(tasks) <= target_experts <= len(tasks) * experts:
@@ -70,7 +77,7 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     if config.num_experts != experts:
         raise UserError(f"{folder} has {config.num_experts} experts a sparse layer; source_experts_num is {experts}")
     try:
-        usage = {stack: torch.tensor(history[key][task]) for stack, key in _USAGE_KEYS.items()}
+        usage = {stack: torch.tensor(grid) for stack, grid in _usage(c, history, task, experts).items()}
         ancestor = history["identity"]["ancestor"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -86,25 +93,45 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     return Source(task, folder, config, usage, digests, ancestor)
 
 
+def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int) -> dict[str, list[list[int]]]:
+    """{stack: grid} counted as the reading asks: by the training run, or afterwards by count_expert_usage.py."""
+    if deviates(c.reading, "counts") == deviates(history["identity"]["reading"], "counts"):
+        return {stack: history[key][task] for stack, key in _USAGE_KEYS.items()}
+    counted = counted_usage(c, task, experts)
+    wanted = (of_method(c.reading, "counts"), c.max_input_length)
+    return next(row["usage"] for row in counted["rows"] if (row["counting"], row["input_length"]) == wanted)
+
+
+def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]:
+    """What count_expert_usage.py left for a single-task model. Raises UserError, naming the command, where it did not run."""
+    remedy = f"python count_expert_usage.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    return histories.load(c.SOURCE_PICKLE_PATH.format(experts=experts), f"expert_usage_{task}", remedy)
+
+
 def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:
     """Merge `sources` into the Hugging Face folder `folder` with `c.target_experts_num` experts a sparse layer.
 
-    Returns the record that goes into the history: for each stack the entropies, the experts each task got in each layer
+    `c.merging` is "caem" or, as a control, "average": every tensor averaged, experts slot by slot. Returns the record
+    that goes into the history; for CAEM each stack's entropies, the experts each task got in each layer
     (record_stay_num_experts_en / _de) and the tasks' weights.
 
     Raises UserError where the sources' tensors do not fit together.
     """
     asked = {
         "sources": {source.task: source.weights_sha256 for source in sources},
-        "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading,
+        "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
     }  # fmt: skip
     path = folder / "merging.json"
     if accelerator.is_main_process and not (path.exists() and read_json(path)["asked"] == asked):
         try:
             weights = [SafetensorsFolder(source.folder) for source in sources]
-            state, record = merge(
-                weights, [source.usage for source in sources], c.target_experts_num, c.alpha, c.reading
-            )
+            if c.merging == "average":
+                state, record, projection = average(weights), {}, "paper"
+            else:
+                rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
+                usage = [source.usage for source in sources]
+                state, record = merge(weights, usage, c.target_experts_num, c.alpha, rule, projection)
+                record = _as_history(record)
         except ValueError as error:
             raise UserError(f"these models cannot be merged: {error}") from error
         # Names tied to one another hold one tensor, and a file holds each tensor once.
@@ -112,9 +139,9 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
         state = {name: tensor for name, tensor in state.items() if once[id(tensor)] == name}
         with new_folder(folder) as temporary:
             save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-            merged_config(sources[0].config, c.target_experts_num, c.reading).save_pretrained(temporary)
+            merged_config(sources[0].config, c.target_experts_num, projection).save_pretrained(temporary)
             sources[0].tokenizer.save_pretrained(temporary)
-            write_json(temporary / "merging.json", {"asked": asked, **_as_history(record)})
+            write_json(temporary / "merging.json", {"asked": asked, **record})
     accelerator.wait_for_everyone()
     return read_json(path)
 

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 from expert_merging.errors import UserError
+from expert_merging.readings import deviates
 
 SCALES = ("paper", "small", "tiny")
 
@@ -59,7 +60,8 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
         kind = _kind(value)
         parser.add_argument(
             f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__, type=_boolean if kind is bool else kind,
-            nargs="+" if isinstance(_sample(value), tuple) else None,
+            nargs="+" if isinstance(_sample(value), tuple) else "?" if kind is bool else None,
+            const=True if kind is bool else None,  # `--merge_only` alone means true
             choices=SCALES if name == "scale" else None,
             help=f"{comments.get(name, '')} [{_shown(value)}]".replace("%", "%%").strip(),
         )  # fmt: skip
@@ -67,6 +69,7 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
     scale = given.get("scale", lines["scale"])
     if scale not in SCALES:
         raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(SCALES)}")
+    deviates(given.get("reading", lines["reading"]), "counts")  # raises when there is no such reading
     values = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in lines.items()}
     for name, value in given.items():
         values[name] = tuple(value) if isinstance(value, list) else value

@@ -47,7 +47,7 @@ def generate(
         ) as bar:  # fmt: skip
             for batch in batches:
                 examples = [{"input_ids": input_ids[row], "labels": []} for row in batch]
-                inputs = collate(examples, tokenizer.pad_token_id, padded_lengths(constants)[0])
+                inputs = collate(examples, tokenizer.pad_token_id, padded_lengths(constants, "counts")[0])
                 output = model.generate(
                     input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
                     generation_config=settings,

@@ -16,6 +16,7 @@ from expert_merging.constants import read_constants
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json
 from expert_merging.hub import first_line
+from expert_merging.readings import deviates
 from expert_merging.tasks import get_task
 
 SPLITS = ("train", "validation", "test")
@@ -164,9 +165,13 @@ def content_hash(features) -> str:
     return digest.hexdigest()
 
 
-def padded_lengths(constants: SimpleNamespace) -> tuple[int, int]:
-    """To how many tokens inputs and targets are padded at least: the released code fills every example up to the limits."""
-    return (constants.max_input_length, constants.max_decoder_length) if constants.reading == "released" else (0, 0)
+def padded_lengths(constants: SimpleNamespace, deviation: str) -> tuple[int, int]:
+    """To how many tokens inputs and targets are padded at least: the released code fills every example up to the limits.
+
+    `deviation` says what for: "padding" in training, "counts" where validation is decoded and usage counted.
+    """
+    filled = deviates(constants.reading, deviation)
+    return (constants.max_input_length, constants.max_decoder_length) if filled else (0, 0)
 
 
 def collate(

@@ -17,8 +17,10 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from expert_merging import decoding, histories, models, provenance, training, usage
 from expert_merging.batching import epoch_examples, length_grouped
+from expert_merging.cross_entropy import task_loss
 from expert_merging.features import collate, folder_of, padded_lengths
 from expert_merging.files import read_json, write_json
+from expert_merging.readings import deviates, of_method
 from expert_merging.tasks import get_task
 
 
@@ -43,7 +45,7 @@ class Size:
 def finetune(
     c: SimpleNamespace, accelerator, model, tokenizer, data: dict[str, Any], *,
     name: str, save_as: str, work: Path, identity: dict[str, Any], goals: dict[str, dict[str, float]] | None = None,
-    more: dict[str, Any] | None = None, models_folder: Path, histories_folder: Path,
+    more: dict[str, Any] | None = None, models_folder: Path, histories_folder: Path, num_epochs: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune `model` on the tasks of `data`, keep the best epoch, test it, and write weights and history.
 
@@ -54,12 +56,13 @@ def finetune(
         identity: what the run depends on; it is refused to go on from another's checkpoints.
         goals: {"validation": {task: score of the single-task model}, "test": ...}, by which Overall is measured.
         more: further entries of the history.
+        num_epochs: other than the constant of that name.
 
     Returns:
         The history (see README, "What a history holds").
     """
     training.claim(work, identity)
-    model.set_usage_counting(c.reading)
+    model.set_usage_counting(of_method(c.reading, "counts"))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
     )
@@ -83,7 +86,7 @@ def finetune(
         features = data[one.task]["train"].with_format("numpy", columns=["input_ids", "labels"])
         part = features[(mine if len(mine) else one.rows[:1]).tolist()]
         rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
-        batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c))
+        batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c, "padding"))
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         return token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
 
@@ -94,24 +97,32 @@ def finetune(
             scores, predictions = decoding.evaluate_task(
                 model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
             )
-            result[task] = {"scores": scores, "usage": usage.read_usage(model, accelerator), "predictions": predictions}
+            counted = usage.read_usage(model, accelerator)
+            scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
+            result[task] = {
+                "scores": scores, "usage": counted, "examples": _shown(features[split], predictions, tokenizer),
+            }  # fmt: skip
         return result
 
     def after_epoch(epoch: int) -> dict[str, Any]:
-        label, split = f"epoch {epoch + 1}: validating", selection_split(c.reading)
-        result = evaluate("validation", label)
+        split = selection_split(c.reading)
+        result = evaluate("validation", f"epoch {epoch + 1}: validating")
         scores = {task: one["scores"] for task, one in result.items()}
-        chosen_by = scores
-        if split != "validation":
-            chosen_by = {task: one["scores"] for task, one in evaluate(split, label).items()}
+        tested = {}
+        if c.test_each_epoch or split == "test":
+            tested = evaluate("test", f"epoch {epoch + 1}: testing")
+        chosen_by = {task: one["scores"] for task, one in (tested if split == "test" else result).items()}
         value = overall(chosen_by, goals and goals[split])
         shown = ", ".join(f"{task} {one[get_task(task).main_score]:.2f}" for task, one in scores.items())
         accelerator.print(f"{name} epoch {epoch + 1}: {shown}" + (f", Overall {value:.4f}" if goals else ""))
-        return {"selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()}}
+        return {
+            "selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()},
+            "test": {task: {key: one[key] for key in ("scores", "examples")} for task, one in tested.items()},
+        }  # fmt: skip
 
     started = time.strftime("%Y-%m-%d %H:%M")
     epochs = training.train(
-        accelerator, model, optimizer, num_epochs=c.num_epochs, steps_of=steps_of, loss_of=loss_of,
+        accelerator, model, optimizer, num_epochs=num_epochs or c.num_epochs, steps_of=steps_of, loss_of=loss_of,
         after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=c.max_grad_norm,
         label=name,
     )  # fmt: skip
@@ -119,11 +130,11 @@ def finetune(
     accelerator.free_memory()
     best = training.best_epoch(epochs)
     model = models.load_model(training.best_folder(work, epochs), "best epoch").to(accelerator.device)
-    result = evaluate("test", "testing")
+    result = epochs[best]["test"] or evaluate("test", "testing")
 
     history = {
         "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
-        "device": str(accelerator.device.type), "processes": accelerator.num_processes,
+        "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "identity": identity, "parameters": model.num_parameters(),
         "experts_num": model.config.num_experts, "tasks": list(data),
@@ -136,7 +147,8 @@ def finetune(
                 "main_score": get_task(task).main_score,
                 "validation": [epoch["scores"][task] for epoch in epochs],
                 "test": result[task]["scores"],
-                "examples": _shown(data[task]["test"], result[task]["predictions"], tokenizer),
+                "test_epochs": [epoch["test"][task]["scores"] for epoch in epochs if epoch["test"]],
+                "examples": result[task]["examples"],
             }
             for task in data
         },
@@ -160,8 +172,8 @@ def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, readi
     """What `batch` adds to its task's loss in a step: a scalar; over the step's batches these add up.
 
     The loss of a step is the cross-entropy a target token plus the weighted router losses: the z-loss a token, the balance
-    loss a sequence. So neither the cut of a step into batches nor the number of processes changes it. In the `paper`
-    reading the router losses see real tokens only; in `released` all positions, as in transformers.
+    loss a sequence. So neither the cut of a step into batches nor the number of processes changes it. The router losses
+    see real tokens only; with the deviation `padding` all positions, as in transformers.
 
     Args:
         wrapped: the model as the accelerator prepared it; `model` is the same without wrapping.
@@ -180,7 +192,7 @@ def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, readi
         (outputs.decoder_router_logits, labels != -100, step.target_tokens),
     ):
         of_rows = len(labels) / step.rows
-        if reading == "paper":
+        if not deviates(reading, "padding"):
             z_loss, balance_loss = router_losses(router_outputs, mask)
             of_tokens = mask.sum() / tokens
         else:  # every example is padded to the same length: its share of positions is its share of rows
@@ -193,7 +205,7 @@ def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, readi
 
 def selection_split(reading: str) -> str:
     """The split by which the best epoch is chosen. The released code looks at the test scores; the paper does not."""
-    return "test" if reading == "released" else "validation"
+    return "test" if deviates(reading, "selection") else "validation"
 
 
 def overall(scores: dict[str, dict[str, float]], goals: dict[str, float] | None) -> float:
@@ -230,6 +242,12 @@ def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace
     return histories.load(folder, f"single_task_{task}", remedy)
 
 
+def epochs_worth(data: dict[str, Any], num_epochs: int) -> int:
+    """How many joint epochs hold as many examples as `num_epochs` epochs of every task by itself, to the nearest."""
+    sizes = [len(features["train"]) for features in data.values()]
+    return round(num_epochs * sum(sizes) / (len(sizes) * min(sizes)))
+
+
 def data_hashes(c: SimpleNamespace, tasks: list[str]) -> dict[str, str]:
     """SHA-256 of each task's features, as datasets_preprocessing.py noted it."""
     return {task: read_json(folder_of(task, c) / "complete.json")["sha256"] for task in tasks}
@@ -259,17 +277,24 @@ def _shown(features, predictions: list[str], tokenizer, number: int = 8) -> list
 
 
 def test_once(c: SimpleNamespace, accelerator, model, tokenizer, data, goals, path: Path) -> dict[str, Any]:
-    """Test scores of `model` as it is, with Overall; noted in `path`, and read from there when they are there."""
+    """Scores of `model` as it is; noted in `path`, and read from there when they are there.
+
+    {"validation": {task: scores}, "test": ..., "overall": {"validation": number, "test": ...}}
+    """
     if not path.exists():
         model = model.to(accelerator.device)
-        scores = {
-            task: decoding.evaluate_task(
-                model, features["test"], get_task(task), tokenizer, c, accelerator, f"testing {task}"
-            )[0]
-            for task, features in data.items()
-        }
+        result: dict[str, Any] = {"overall": {}}
+        for split in ("validation", "test"):
+            result[split] = {}
+            for task, features in data.items():
+                scores, _ = decoding.evaluate_task(
+                    model, features[split], get_task(task), tokenizer, c, accelerator, f"{split}: {task}"
+                )
+                scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
+                result[split][task] = scores
+            result["overall"][split] = goals and overall(result[split], goals[split])
         if accelerator.is_main_process:
-            write_json(path, {"test": scores, "overall": goals and overall(scores, goals["test"])})
+            write_json(path, result)
         accelerator.wait_for_everyone()
     return read_json(path)
 

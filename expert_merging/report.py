@@ -30,7 +30,7 @@ def score_rows(
             "parameters": parameters, "seconds": seconds, "file": source,
         }  # fmt: skip
 
-    rows = [row(label, one["test"], one["overall"], source=one.get("file")) for label, one in references.items()]
+    rows = [row(label, one["test"], one["overall"]["test"], source=one.get("file")) for label, one in references.items()]
     test = {task: history[f"{task}_data"]["test"] for task, history in singles.items()}
     one = next(iter(singles.values()))
     seconds = sum(history["seconds"] for history in singles.values())
@@ -44,7 +44,7 @@ def score_rows(
                 row(
                     f"{label}, merged only",
                     before["test"],
-                    before["overall"],
+                    before["overall"]["test"],
                     history["parameters"],
                     None,
                     history["file"],

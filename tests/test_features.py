@@ -316,9 +316,9 @@ def test_data_dir_that_cannot_be_written(tmp_path):
 def test_the_released_reading_pads_to_the_limits():
     rows = [{"input_ids": [5, 6, 1], "labels": [7, 1]}, {"input_ids": [8, 1], "labels": [9, 10, 1]}]
     c = raw_data.constants(Path(), Path(), reading="released", max_input_length=6, max_decoder_length=5)
-    batch = features.collate(rows, 0, *features.padded_lengths(c))
+    batch = features.collate(rows, 0, *features.padded_lengths(c, "padding"))
     assert batch["input_ids"].tolist() == [[5, 6, 1, 0, 0, 0], [8, 1, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[7, 1, -100, -100, -100], [9, 10, 1, -100, -100]]
     c.reading = "paper"
-    assert features.collate(rows, 0, *features.padded_lengths(c))["input_ids"].shape == (2, 3)
+    assert features.collate(rows, 0, *features.padded_lengths(c, "padding"))["input_ids"].shape == (2, 3)

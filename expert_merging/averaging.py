@@ -1,0 +1,39 @@
+"""Weighted averages of models, tensor by tensor: plain averaging, soups, points on the line between two models."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] | None = None) -> dict:
+    """The average of state dicts with the same names and shapes; experts slot by slot.
+
+    Args:
+        models: state dicts, or mappings that read from disk; each tensor is asked for once.
+        weights: of each model, adding up to 1; None weighs all the same.
+
+    Returns:
+        A new state dict in the first model's dtypes, added up at least in float32.
+
+    Raises:
+        ValueError: no model; names or shapes that differ; weights that do not fit.
+    """
+    if not models:
+        raise ValueError("there is no model to average")
+    weights = [1 / len(models)] * len(models) if weights is None else list(weights)
+    if len(weights) != len(models) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"{len(weights)} weights adding up to {sum(weights)} for {len(models)} models")
+    for i, model in enumerate(models[1:], start=1):
+        if differing := sorted(set(model) ^ set(models[0])):
+            raise ValueError(f"models 0 and {i} are not of one shape: only one of them has {differing[0]}")
+    result = {}
+    for name in models[0]:
+        first = models[0][name]
+        total = torch.zeros(first.shape, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        for i, (model, weight) in enumerate(zip(models, weights, strict=True)):
+            tensor = first if i == 0 else model[name]
+            if tensor.shape != first.shape:
+                raise ValueError(f"{name} is {tuple(first.shape)} in model 0 and {tuple(tensor.shape)} in model {i}")
+            total.add_(tensor.detach().to(total), alpha=weight)
+        result[name] = total.to(first.dtype)
+    return result
