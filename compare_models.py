@@ -98,24 +98,22 @@ def main(c):
     kept = read_json(work) if work.exists() else {}
     found, seconds = (kept["found"], kept["seconds"]) if kept.get("identity") == identity else ({}, 0.0)
     rounds = {"soup": 1, "line": c.line_points + 2, "cka": 2}
-    bar = tqdm(
-        total=len(data) * sum(rounds[measure] for measure in dict.fromkeys(c.measures) if measure not in found),
+    with tqdm(
+        total=len(data) * sum(rounds[measure] for measure in set(c.measures) - set(found)),
         desc=f"{c.first} and {c.second}", unit="task", dynamic_ncols=True, disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    for measure in c.measures:
-        if measure in found:
-            continue
-        started = time.monotonic()
-        if measure == "soup":
-            found[measure] = pairs.soup(c, accelerator, runs, tokenizer, data, goals, bar.update)
-        else:
-            measured = pairs.line if measure == "line" else pairs.cka
-            found[measure] = measured(c, accelerator, runs, tokenizer, data, bar.update)
-        seconds += time.monotonic() - started
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(work, {"identity": identity, "found": found, "seconds": seconds})
-    bar.close()
+    ) as bar:  # fmt: skip
+        for measure in c.measures:
+            if measure in found:
+                continue
+            started = time.monotonic()
+            if measure == "soup":
+                found[measure] = pairs.soup(c, accelerator, runs, tokenizer, data, goals, bar.update)
+            else:
+                measured = pairs.line if measure == "line" else pairs.cka
+                found[measure] = measured(c, accelerator, runs, tokenizer, data, bar.update)
+            seconds += time.monotonic() - started
+            if accelerator.is_main_process:
+                write_json(work, {"identity": identity, "found": found, "seconds": seconds})
     if accelerator.is_main_process:
         about = {"command": provenance.command(), "versions": provenance.versions(), "identity": identity}
         about |= {"seconds": round(seconds, 1), "first": c.first, "second": c.second}

@@ -112,23 +112,30 @@ def _separate(run: Run) -> bool:
 
 
 class Line:
-    """The straight line between two runs' weights, experts slot by slot; `model` holds one point of it at a time."""
+    """The straight line between two runs' weights, experts slot by slot; `model` holds one point of it at a time.
+
+    Raises UserError where the two are not of one shape.
+    """
 
     def __init__(self, first: Run, second: Run, device):
         # Where only one model has projections of its own, so have the points in between.
         self.model = models.load_model((second if _separate(second) else first).folder, "MODEL_SAVE_PATH").to(device)
-        self.names = first.name, second.name
+        self.between = f"{first.name} and {second.name}"
         self.ends = [SafetensorsFolder(run.folder) for run in (first, second)]
+        names = set(self.model.state_dict())
+        for end in self.ends:
+            if odd := sorted((set(end) - names) | (names - set(end) - set(self.model._tied_weights_keys))):
+                raise UserError(f"{self.between} are not of one shape: only one of them has {odd[0]}")
 
     def move_to(self, t: float) -> None:
-        """Put `model` at (1 - t) first + t second, a tensor at a time. Raises UserError where shapes differ."""
+        """Put `model` at (1 - t) first + t second, a tensor at a time."""
         for name, place in self.model.state_dict().items():
             # Files hold tied weights once.
             pair = [{name: end[name if name in end else "shared.weight"]} for end in self.ends]
             try:
                 place.copy_(average(pair, [1 - t, t])[name])
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"there is nothing between {' and '.join(self.names)}: {error}") from error
+            except ValueError as error:
+                raise UserError(f"{self.between} are not of one shape: {error}") from error
 
 
 def soup(
