@@ -61,7 +61,9 @@ def main(c):
 
     # What merging alone gives.
     before = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, merged_folder / "test.json")
-    accelerator.print("merged, before fine-tuning: " + finetuning.scores_line(before["test"], before["overall"]["test"]))
+    accelerator.print(
+        "merged, before fine-tuning: " + finetuning.scores_line(before["test"], before["overall"]["test"])
+    )
 
     # Fine-tune jointly, as the baseline does.
     history = finetuning.finetune(

@@ -45,7 +45,9 @@ adam_eps = 1e-6  # the released code's; the paper prints 1e-16
 weight_decay = 0.005
 max_grad_norm = 0.0  # 0 does not clip, as in the paper
 num_epochs = by_scale(paper=10, small=6, tiny=3)  # at most; the best one on validation is kept
-test_each_epoch = by_scale(paper=False, small=True, tiny=True)  # note every epoch's test scores too; none is chosen by them
+test_each_epoch = by_scale(
+    paper=False, small=True, tiny=True
+)  # note every epoch's test scores too; none is chosen by them
 checkpoint_minutes = 5.0  # between checkpoints inside an epoch; there is one after every epoch as well
 
 # -- decoding (paper, 4.1)

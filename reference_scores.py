@@ -60,7 +60,10 @@ def main(c):
     work = folder / "reference_scores.run.json"
     untrained = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, work)
     rows = {
-        "most common training answer": {"test": constant, "overall": {"test": finetuning.overall(constant, goals["test"])}},
+        "most common training answer": {
+            "test": constant,
+            "overall": {"test": finetuning.overall(constant, goals["test"])},
+        },
         "first sentence of the input": {"test": lead, "overall": {"test": finetuning.overall(lead, goals["test"])}},
         "base model, not fine-tuned": untrained,
     }

@@ -1323,8 +1323,8 @@ def merge(
     Returns:
         The state dict, under the names of the first source (names tied to one another hold one tensor), in the sources'
         dtype; and a record of plain Python values: `target_experts`, `alpha`, `reading`, `projection`,
-        `tie_word_embeddings`, `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation` [layers][M], `experts`
-        [layers][M] lists of indices in order of usage, `weights` [M].
+        `tie_word_embeddings`, `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation`
+        [layers][M], `experts` [layers][M] lists of indices in order of usage, `weights` [M].
 
     Raises:
         ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape

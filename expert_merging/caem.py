@@ -48,7 +48,9 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
     if c.merging not in ("caem", "average"):
         raise UserError(f"merging is {c.merging!r}; it must be caem or average")
     if c.merging == "average" and target_experts != experts:
-        raise UserError(f"merging average keeps the {experts} experts of its sources; target_experts_num is {target_experts}")
+        raise UserError(
+            f"merging average keeps the {experts} experts of its sources; target_experts_num is {target_experts}"
+        )
     if len(tasks) < 2:
         raise UserError(f"task_types names {len(tasks)} task; merging needs two or more")
     if not len(tasks) <= target_experts <= len(tasks) * experts:

@@ -77,14 +77,16 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
 
 
 def shared_arguments(constants: SimpleNamespace) -> list[str]:
-    """Command-line words that give another script the same values of global_config.py's constants."""
+    """Command-line words that give another script the same values of global_config.py's constants; as few as do."""
     import global_config
 
-    defaults = vars(read_constants({"__file__": global_config.__file__}, ["--scale", constants.scale]))
+    script = {"__file__": global_config.__file__}
     words = ["--scale", constants.scale]
-    for name, default in defaults.items():
-        if (value := getattr(constants, name)) != default:
+    defaults = vars(read_constants(script, words))
+    for name in list(defaults):
+        if (value := getattr(constants, name)) != defaults[name]:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            defaults = vars(read_constants(script, words))  # paths may follow from it
     return words
 
 

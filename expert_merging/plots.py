@@ -1,5 +1,7 @@
-"""The figures: one function each, from histories to a PNG file. Colours follow the task or the configuration everywhere."""
+"""The figures: one function each, from records to a PNG or, by the path's ending, SVG file. Colours follow the task or
+the configuration everywhere."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from expert_merging.files import replacing  # noqa: E402
 plt.rcParams.update({
     "figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "svg.hashsalt": "caem", "svg.fonttype": "path",  # the same bytes each time
 })  # fmt: skip
 
 
@@ -25,35 +28,6 @@ def pretraining_curve(history: list[dict[str, Any]], path: Path, steps_per_round
     axes.plot(steps, [r["heldout_loss"] for r in history], label="held out", color="C0")
     axes.set(xlabel="step", ylabel="cross-entropy, nats a target token", title="Span corruption of docstrings")
     axes.legend()
-    _save(figure, path)
-
-
-def training_curves(histories: dict[str, dict[str, Any]], goals: dict[str, float], path: Path) -> None:
-    """Validation scores over epochs: a panel a task and one for Overall, a line a configuration.
-
-    Args:
-        histories: configuration -> history, all of the same tasks.
-        goals: task -> the single-task model's validation score, drawn as a dotted line.
-    """
-    tasks = next(iter(histories.values()))["tasks"]
-    figure, panels = plt.subplots(1, len(tasks) + 1, figsize=(3 * (len(tasks) + 1), 3))
-    for number, (label, history) in enumerate(histories.items()):
-        epochs = np.arange(1, len(history["selection"]) + 1)
-        style = {"marker": "o", "ms": 3, "color": f"C{number}", "label": label}
-        for axes, task in zip(panels, tasks, strict=False):
-            data = history[f"{task}_data"]
-            axes.plot(epochs, [scores[data["main_score"]] for scores in data["validation"]], **style)
-        panels[-1].plot(epochs, history["selection"], **style)
-        panels[-1].axvline(history["best_epoch"], color=f"C{number}", lw=0.8, ls=":")
-    for axes, task in zip(panels, tasks, strict=False):
-        axes.axhline(goals[task], color="0.3", lw=0.8, ls=":", label="single-task model")
-        axes.set(title=task, ylabel=next(iter(histories.values()))[f"{task}_data"]["main_score"])
-    panels[-1].axhline(1.0, color="0.3", lw=0.8, ls=":")
-    panels[-1].set(title="Overall (dotted: best epoch)", ylabel="mean of score / single-task score")
-    for axes in panels:
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].legend()
     _save(figure, path)
 
 
@@ -104,7 +78,142 @@ def allocation(history: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def over_epochs(
+    groups: dict[str, dict[str, dict[str, list[list[float]]]]],
+    ylabels: dict[str, str],
+    path: Path,
+    goal: str = "",
+) -> None:
+    """Curves over epochs, before training at 0: a row of panels a group, a panel a quantity, a line a configuration.
+
+    Args:
+        groups: group -> quantity -> configuration -> a curve a seed; drawn are their mean and standard deviation.
+        ylabels: quantity -> what its axis says.
+        goal: the quantity that has a dotted line at 1.
+    """
+    quantities = list(ylabels)
+    size = (3.1 * len(quantities), 2.7 * len(groups))
+    figure, panels = plt.subplots(len(groups), len(quantities), figsize=size, squeeze=False)
+    for line, (group, curves_of) in zip(panels, groups.items(), strict=True):
+        for axes, quantity in zip(line, quantities, strict=True):
+            for number, (label, curves) in enumerate(curves_of[quantity].items()):
+                values = np.array(curves)
+                mean, epochs = values.mean(axis=0), np.arange(values.shape[1])
+                axes.plot(epochs, mean, marker="o", ms=3, lw=1.2, color=f"C{number}", label=label)
+                if len(values) > 1:
+                    sd = values.std(axis=0, ddof=1)
+                    axes.fill_between(epochs, mean - sd, mean + sd, color=f"C{number}", alpha=0.12, lw=0)
+            if quantity == goal:
+                axes.axhline(1.0, color="0.3", lw=0.8, ls=":")
+            axes.set(title=f"{group}: {quantity}", xlabel="epoch", ylabel=ylabels[quantity])
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        line[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def cka(pairs: dict[str, list[dict[str, Any]]], tasks: Sequence[str], path: Path) -> None:
+    """Layer-wise CKA (paper, figures 2 and 4): a row a pair, encoder and decoder; a curve a task, dashed before and solid
+    after fine-tuning, the mean over seeds.
+
+    Args:
+        pairs: pair -> for each seed {"before": {task: {stack: [layer]}}, "after": ...}.
+    """
+    size = (7, 2.4 * len(pairs))
+    figure, panels = plt.subplots(len(pairs), 2, figsize=size, sharey=True, squeeze=False)
+    for line, (pair, seeds) in zip(panels, pairs.items(), strict=True):
+        for axes, stack in zip(line, ("encoder", "decoder"), strict=True):
+            for number, task in enumerate(tasks):
+                for when, style in (("before", "--"), ("after", "-")):
+                    values = np.mean([one[when][task][stack] for one in seeds], axis=0)
+                    layers = np.arange(1, len(values) + 1)
+                    label = task if when == "after" else None
+                    axes.plot(layers, values, style, marker="o", ms=3, lw=1.2, color=f"C{number}", label=label)
+            axes.set(title=f"{pair}: {stack}", xlabel="layer", ylim=(-0.03, 1.03), xticks=layers)
+        line[0].set_ylabel("linear CKA")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    for style, label in (("--", "before fine-tuning"), ("-", "after")):
+        handles += panels[0][0].plot([], [], style, color="0.4")
+        labels.append(label)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _save(figure, path)
+
+
+def lines_between(pairs: dict[str, list[tuple[list[float], list[float]]]], path: Path) -> None:
+    """Validation loss on the line between two models, a panel a pair: thin each seed, thick the mean.
+
+    Args:
+        pairs: pair -> for each seed (points t, mean loss over tasks).
+    """
+    columns = 3
+    rows = -(-len(pairs) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(9, 2.2 * rows), sharey=True, squeeze=False)
+    for axes in panels.flat[len(pairs) :]:
+        axes.set_visible(False)
+    for axes, (pair, seeds) in zip(panels.flat, pairs.items(), strict=False):
+        for points, losses in seeds:
+            axes.plot(points, losses, color="0.6", lw=0.8)
+        mean = np.mean([losses for _, losses in seeds], axis=0)
+        axes.plot(seeds[0][0], mean, color="C0", lw=1.6, marker="o", ms=3)
+        first, second = pair.split(" + ")
+        axes.set(title=pair, xticks=[0, 0.5, 1], xticklabels=[first, "soup", second])
+        axes.tick_params(axis="x", labelsize=7)
+        for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_horizontalalignment(side)
+    for line in panels:
+        line[0].set_ylabel("nats a token")
+    _save(figure, path)
+
+
+def entropy_by_task(groups: dict[str, dict[str, dict[str, list[list[float]]]]], path: Path) -> None:
+    """Entropy of expert use against the task: a panel a stack, a colour a group of models, a dot a seed (mean over layers).
+
+    Args:
+        groups: group -> stack -> task -> for each seed its layers' entropies.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+    for axes, stack in zip(panels, ("encoder", "decoder"), strict=True):
+        for number, (group, stacks) in enumerate(groups.items()):
+            tasks = list(stacks[stack])
+            shift = (number - (len(groups) - 1) / 2) * 0.18
+            means = [np.mean([np.mean(layers) for layers in stacks[stack][task]]) for task in tasks]
+            axes.plot(np.arange(len(tasks)) + shift, means, "_", ms=16, mew=2, color=f"C{number}", label=group)
+            for place, task in enumerate(tasks):
+                values = [np.mean(layers) for layers in stacks[stack][task]]
+                axes.plot([place + shift] * len(values), values, "o", ms=3, color=f"C{number}", alpha=0.6)
+        axes.set(title=stack, xticks=range(len(tasks)), xticklabels=tasks, xlim=(-0.5, len(tasks) - 0.5))
+        axes.grid(axis="x", visible=False)
+    panels[0].set_ylabel("normalised entropy (mean over layers)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
+    _save(figure, path)
+
+
+def entropy_by_length(tasks: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Entropy against the length that inputs are cut to: panels stack x way of counting, a curve a task.
+
+    Args:
+        tasks: task -> for each seed the rows of count_expert_usage.py.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(7, 5), sharey="row", sharex=True)
+    for line, stack in zip(panels, ("encoder", "decoder"), strict=True):
+        for axes, counting in zip(line, ("paper", "released"), strict=True):
+            for number, (task, seeds) in enumerate(tasks.items()):
+                rows = [[row for row in one if row["counting"] == counting] for one in seeds]
+                lengths = [np.mean([one[i]["mean_length"] for one in rows]) for i in range(len(rows[0]))]
+                curves = np.array([[np.mean(row["entropy"][stack]) for row in one] for one in rows])
+                axes.plot(lengths, curves.mean(axis=0), "o-", ms=3, lw=1.4, color=f"C{number}", label=task)
+                for curve in curves if len(curves) > 1 else ():
+                    axes.plot(lengths, curve, lw=0.5, color=f"C{number}", alpha=0.5)
+            means = {"paper": "real tokens, before the cut", "released": "all positions, after the cut"}
+            axes.set(title=f"{stack}: {means[counting]}", ylim=(0, 1.02))
+        line[0].set_ylabel("normalised entropy")
+    for axes in panels[1]:
+        axes.set_xlabel("mean tokens of the inputs, cut")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tasks))
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
+    kind = path.suffix[1:]
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)

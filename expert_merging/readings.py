@@ -19,9 +19,7 @@ def deviates(reading: str, what: str) -> bool:
     """Whether `reading` follows the authors' code in `what`, one of `DEVIATIONS`. Raises UserError for no reading."""
     first, *more = reading.split("+")
     if first not in ("paper", "released") or (first == "released" and more) or not set(more) <= DEVIATIONS.keys():
-        raise UserError(
-            f"reading is {reading!r}; it must be paper, released, or paper+ one of {', '.join(DEVIATIONS)}"
-        )
+        raise UserError(f"reading is {reading!r}; it must be paper, released, or paper+ one of {', '.join(DEVIATIONS)}")
     return first == "released" or what in more
 
 

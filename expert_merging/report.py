@@ -1,160 +1,251 @@
-"""Tables and figures from the histories on disk. Imports no model: whoever has the JSON files can make them again."""
+"""The report of an experiment: tables, figures and one page of HTML, from the records on disk."""
 
-import csv
-import io
+import base64
+import html
+import json
+import re
+import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from expert_merging import plots
-from expert_merging.files import write_atomic, write_json
+from expert_merging import evidence, plots
+from expert_merging.errors import UserError
+from expert_merging.evidence import STACKS, Evidence
+from expert_merging.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.tables import Table
+
+# What changes from run to run: left out of what `check` compares.
+_TIMES = ("cost",)
+_README_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def score_rows(
-    tasks: dict[str, str],
-    references: dict[str, Any],
-    singles: dict[str, dict[str, Any]],
-    runs: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """The rows of the table of results, on the test split.
+def collect(
+    folder: Path, scale: str, sizes: tuple[int, int], tasks: tuple[str, ...], files: dict[int, dict[str, Path]]
+) -> None:
+    """Copy the results of runs, {seed: {name: file}}, as they are, into `folder`/records."""
+    with new_folder(folder / "records") as records:
+        facts = {"scale": scale, "seeds": list(files), "experts_num": sizes[0], "larger_experts_num": sizes[1]}
+        write_json(records / "experiment.json", facts | {"tasks": list(tasks)})
+        for seed, of_seed in files.items():
+            (records / f"seed{seed}").mkdir()
+            for name, path in of_seed.items():
+                shutil.copyfile(path, records / f"seed{seed}" / evidence.file_name(name))
 
-    Args:
-        tasks: task -> name of its main score.
-        references: row label -> {"test": {task: scores}, "overall": number or None}, of what needs no training.
-        singles: task -> history of its single-task model.
-        runs: configuration -> history of a multi-task model; one with "before" gets a row for that too.
-    """
 
-    def row(label, test, overall, parameters=None, seconds=None, source=None):
-        return {
-            "configuration": label, "Overall": overall, **{task: test[task][main] for task, main in tasks.items()},
-            "parameters": parameters, "seconds": seconds, "file": source,
-        }  # fmt: skip
+def write(folder: Path) -> list[Table]:
+    """Write tables, figures and report.html into `folder` from the records there; returns the tables."""
+    e = evidence.read(folder)
+    tables = evidence.all_tables(e)
+    with new_folder(folder / "tables") as place:
+        for table in tables:
+            for name, text in _texts(table).items():
+                write_atomic(place / name, text)
+    with new_folder(folder / "figures") as place:
+        captions = figures(e, place)
+    times = read_json(folder / "times.json")["steps"] if (folder / "times.json").exists() else []
+    write_atomic(folder / "report.html", page(e, tables, captions, folder / "figures", times))
+    return tables
 
-    rows = [row(label, one["test"], one["overall"]["test"], source=one.get("file")) for label, one in references.items()]
-    test = {task: history[f"{task}_data"]["test"] for task, history in singles.items()}
-    one = next(iter(singles.values()))
-    seconds = sum(history["seconds"] for history in singles.values())
-    files = " ".join(history["file"] for history in singles.values())
-    rows.append(row(f"single-task models ({len(singles)})", test, 1.0, one["parameters"], seconds, files))
-    for label, history in runs.items():
-        test = {task: history[f"{task}_data"]["test"] for task in tasks}
-        if "before" in history:
-            before = history["before"]
-            rows.append(
-                row(
-                    f"{label}, merged only",
-                    before["test"],
-                    before["overall"]["test"],
-                    history["parameters"],
-                    None,
-                    history["file"],
+
+def check(folder: Path) -> list[str]:
+    """What in `folder`/tables is not what its records give, a line each; times aside. Raises UserError for no report."""
+    wrong = []
+    for table in evidence.all_tables(evidence.read(folder)):
+        for name, text in _texts(table).items():
+            path = folder / "tables" / name
+            if table.name not in _TIMES and (not path.exists() or path.read_text(encoding="utf-8") != text):
+                wrong.append(
+                    f"{path} {'differs from' if path.exists() else 'is missing; it follows from'} {folder}/records"
                 )
-            )
-        rows.append(
-            row(label, test, history["overall"]["test"], history["parameters"], history["seconds"], history["file"])
+    return wrong
+
+
+def publish(folder: Path, results: Path) -> None:
+    """Make `results` (results/{scale} in the repository) a copy of the report, and put its tables into README and docs."""
+    with new_folder(results) as place:
+        shutil.copytree(folder, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.svg"))
+    root = results.parent.parent
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        write_atomic(path, filled(path.read_text(encoding="utf-8"), root))
+
+
+def filled(text: str, root: Path) -> str:
+    """A Markdown page with each table between `<!-- table: path -->` and `<!-- end -->` taken from its file."""
+
+    def table(found: re.Match) -> str:
+        path = root / found[2]
+        if not path.exists():
+            raise UserError(f"a page asks for the table {found[2]}, which is not there")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [line for line in lines if line.startswith("|")]
+        if rows[0].endswith("| from |"):
+            rows = [row.rsplit("|", 2)[0] + "|" for row in rows]
+        return f"{found[1]}{chr(10).join(rows)}\n{found[3]}"
+
+    return _README_TABLE.sub(table, text)
+
+
+def _texts(table: Table) -> dict[str, str]:
+    return {f"{table.name}.md": table.markdown(), f"{table.name}.csv": table.csv(), f"{table.name}.tex": table.latex()}
+
+
+def figures(e: Evidence, folder: Path) -> dict[str, str]:
+    """Draw every figure that the records allow, as PNG and SVG; returns {name: caption}."""
+    captions: dict[str, str] = {}
+    first = next(iter(e.records))
+
+    def draw(name: str, caption: str, function: Any, *arguments: Any, **more: Any) -> None:
+        for kind in ("png", "svg"):
+            function(*arguments, folder / f"{name}.{kind}", **more)
+        captions[name] = caption
+
+    names = e.multi_task()
+    few = [x for x in names if not x.endswith(f"{e.m}") and not x.endswith(f"{e.m}-Avg")]
+    groups = {f"{e.n} experts": few, f"{e.m} experts": [x for x in names if x not in few]}
+    groups = {group: members for group, members in groups.items() if members}
+    seeds = "" if len(e.records) == 1 else f", mean and standard deviation over {len(e.records)} seeds"
+    if names:
+        mains = {task: e.main_score(task) for task in e.tasks}
+        goals = {
+            (group, task): _goal(e, e.m if group.startswith(f"{e.m} ") else e.n, task)
+            for group in groups
+            for task in e.tasks
+        }
+
+        def overall(group: str, scores: dict[str, Any]) -> float:
+            return fmean(scores[t][mains[t]] / goals[group, t] for t in e.tasks if goals[group, t] > 0)
+
+        by_score = {
+            group: {
+                "Overall": {x: evidence.start_and_epochs(e, x, lambda s, g=group: overall(g, s)) for x in members},
+                **{t: {x: evidence.start_and_epochs(e, x, lambda s, t=t: s[t][mains[t]]) for x in members} for t in e.tasks},
+            }
+            for group, members in groups.items()
+        }  # fmt: skip
+        labels = {"Overall": "score / single-task score", **mains}
+        caption = f"Scores on validation over epochs{seeds}; 0 is before the joint fine-tuning."
+        draw("scores_over_epochs", caption, plots.over_epochs, by_score, labels, goal="Overall")
+        by_loss = {
+            group: {
+                t: {x: evidence.start_and_epochs(e, x, lambda s, t=t: s[t]["loss"]) for x in members} for t in e.tasks
+            }
+            for group, members in groups.items()
+        }
+        caption = f"Cross-entropy on validation over epochs{seeds}."
+        draw("loss_over_epochs", caption, plots.over_epochs, by_loss, dict.fromkeys(e.tasks, "nats a target token"))
+
+    pairs = {pair: [one["cka"] for (one,) in e.get(pair) if "cka" in one] for pair in e.pairs()}
+    if pairs := {pair: found for pair, found in pairs.items() if found}:
+        caption = "Layer-wise linear CKA, before (dashed) and after (solid) fine-tuning (paper, figures 2 and 4)."
+        draw("cka", caption, plots.cka, pairs, e.tasks)
+    lines = {}
+    for pair in e.pairs():
+        found = [one["line"] for (one,) in e.get(pair) if "line" in one]
+        if found:
+            lines[pair] = [(x["t"], [fmean(point) for point in zip(*x["loss"].values(), strict=True)]) for x in found]
+    if lines:
+        caption = "Validation loss (mean over tasks) on the line between two models; the soup is at the middle."
+        draw("lines_between", caption, plots.lines_between, lines)
+    complexity = {}
+    for experts in (e.n, e.m):
+        if all(e.get(f"single-task-{experts} {task}") for task in e.tasks):
+            complexity[f"single-task, {experts} experts"] = {
+                stack: {t: [one[key][t] for (one,) in e.get(f"single-task-{experts} {t}")] for t in e.tasks}
+                for stack, key in STACKS.items()
+            }
+    if complexity:
+        caption = "Entropy of expert use against the task: the single-task models, a dot a seed."
+        draw("entropy_by_task", caption, plots.entropy_by_task, complexity)
+    usage = {task: [one["rows"] for (one,) in e.get(f"usage {task}")] for task in e.tasks}
+    if all(usage.values()):
+        caption = "Entropy of expert use when the same inputs are cut to a length, counted both ways."
+        draw("entropy_by_length", caption, plots.entropy_by_length, usage)
+    for name in names:
+        if name not in e.records[first]:
+            continue
+        record = e.records[first][name]
+        caption = f"Expert use of {name} on validation, seed {first} (paper, figure 3)."
+        draw(f"expert_use_{name}", caption, plots.expert_use, record)
+        if "weights" in record:
+            draw(f"allocation_{name}", f"Experts from each task in {name}, seed {first}.", plots.allocation, record)
+    return captions
+
+
+def _goal(e: Evidence, experts: int, task: str) -> float:
+    """Validation score of the single-task model, mean over seeds."""
+    found = [one for (one,) in e.get(f"single-task-{experts} {task}")]
+    values = [one[f"{task}_data"]["validation"][one["best_epoch"] - 1][e.main_score(task)] for one in found]
+    return fmean(values) if values else 0.0
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid #d5d9de; }
+p.note, figcaption { color: #57606a; font-size: .88rem; max-width: 46rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .83rem; margin: .6rem 0 1rem; border: solid; border-width: 1.5px 0; }
+th { text-align: left; border-bottom: 1px solid; font-weight: 600; }
+td, th { padding: .22rem .7rem .22rem 0; vertical-align: top; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+nav { font-size: .88rem; columns: 2; } pre { font-size: .78rem; white-space: pre-wrap; background: #f6f8fa; padding: .8rem; }
+@media print { body { margin: 0; max-width: none; font-size: 10pt; } nav { display: none; } .wide { overflow: visible; }
+  table { font-size: 7.5pt; } figure, tr, h2 { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def page(e: Evidence, tables: list[Table], captions: dict[str, str], folder: Path, times: list[dict[str, Any]]) -> str:
+    """The report as one HTML page that needs no other file."""
+    seeds = ", ".join(map(str, e.records))
+    title = f"CAEM-MoE at scale {e.scale}"
+    records = [record for of_seed in e.records.values() for record in of_seed.values() if "identity" in record]
+    parts = [
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>", f"<h1>{title}</h1>",
+        f'<p class="note">Seeds {seeds}; tasks {", ".join(e.tasks)}. Rest the pointer on the first cell of a row to see the '
+        "records that it is made of.</p>", "<nav><ul>",
+        *(f'<li><a href="#{table.name}">{html.escape(table.title)}</a></li>' for table in tables),
+        '<li><a href="#figures">Figures</a></li><li><a href="#provenance">Provenance</a></li></ul></nav>',
+    ]  # fmt: skip
+    for table in tables:
+        parts += [
+            f'<h2 id="{table.name}">{html.escape(table.title)}</h2>',
+            f'<p class="note">{html.escape(table.note)}</p>',
+        ]
+        parts.append(f'<div class="wide">{table.html()}</div>')
+    parts.append('<h2 id="figures">Figures</h2>')
+    for name, caption in captions.items():
+        data = base64.b64encode((folder / f"{name}.svg").read_bytes()).decode()
+        text = html.escape(caption)
+        image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+        parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    parts += ['<h2 id="provenance">Provenance</h2>', *_provenance(records, times), "</body></html>"]
+    return "\n".join(parts) + "\n"
+
+
+def _provenance(records: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[str]:
+    versions = sorted({json.dumps(record["versions"], sort_keys=True) for record in records})
+    trained = [record for record in records if "selection" in record]
+    machines = sorted({f"{r['device']}, {r['processes']} process(es), {r['threads']} thread(s)" for r in trained})
+    lines = ["<p>Versions (and the repository's commit) that the runs noted:</p>"]
+    lines += [f"<pre>{html.escape(version)}</pre>" for version in versions]
+    lines.append(f"<p>Ran on: {html.escape('; '.join(machines))}.</p>")
+    if times:
+        seconds = sum(row["seconds"] for row in times)
+        joules = [row["joules"] for row in times if row["joules"] is not None]
+        energy = (
+            f"{sum(joules) / 3.6e6:.3f} kWh drawn by the GPUs" if joules else "no energy was measured (no nvidia-smi)"
         )
-    return rows
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table; numbers to two places, Overall and entropies to four."""
-    columns = list(rows[0])
-    lines = [
-        "| " + " | ".join(columns) + " |",
-        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(columns))) + "|",
-    ]
-    lines += ["| " + " | ".join(_cell(name, row[name]) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name == "parameters":
-        return f"{value / 1e6:.2f}M"
-    if isinstance(value, float):
-        return (
-            f"{value:.0f}"
-            if name == "seconds"
-            else f"{value:.4f}"
-            if name in ("Overall", "entropy")
-            else f"{value:.2f}"
-        )
-    return str(value)
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as CSV, unrounded."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def allocation_rows(history: dict[str, Any]) -> list[dict[str, Any]]:
-    """Experts that each task got in each sparse layer of a merged model, with the entropies they follow from."""
-    rows = []
-    for stack, key in (("encoder", "en"), ("decoder", "de")):
-        for layer, counts in enumerate(history[f"record_stay_num_experts_{key}"]):
-            entropies = history["entropies"][stack]
-            row: dict[str, Any] = {"stack": stack, "sparse layer": layer + 1}
-            for number, task in enumerate(history["tasks"]):
-                row[task] = f"{counts[number]} (H {entropies[number][layer]:.3f})"
-            rows.append(row)
-    weights = history["weights"]
-    for stack in ("encoder", "decoder"):
-        row = {"stack": stack, "sparse layer": "weight w"}
-        rows.append(row | {task: f"{weights[stack][n]:.4f}" for n, task in enumerate(history["tasks"])})
-    return rows
-
-
-def entropy_rows(singles: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean normalised entropy of expert use on validation, over the sparse layers of each stack (as the paper's table 3)."""
-    rows = []
-    named = [(f"single-task, {task}", history) for task, history in singles.items()] + list(runs.items())
-    for label, history in named:
-        for task in history["tasks"]:
-            row: dict[str, Any] = {"configuration": label, "task": task}
-            for stack, key in (("encoder", "entropy"), ("decoder", "entropy_de")):
-                row[stack] = f"{sum(history[key][task]) / len(history[key][task]):.4f}"
-            rows.append(row)
-    return rows
-
-
-def write_report(
-    folder: Path,
-    title: str,
-    tasks: dict[str, str],
-    references: dict[str, Any],
-    singles: dict[str, Any],
-    runs: dict[str, Any],
-) -> str:
-    """Write the tables (Markdown, CSV, JSON) and figures into `folder`; returns the tables' text."""
-    scores = score_rows(tasks, references, singles, runs)
-    parts = [f"# {title}", "Test scores; Overall is the mean over tasks of score / single-task score.", ""]
-    shown = [{name: value for name, value in row.items() if name != "file"} for row in scores]
-    parts += [markdown(shown)]
-    for label, history in runs.items():
-        if "record_stay_num_experts_en" in history:
-            parts += [
-                "",
-                f"## {label}: experts from each task, with the entropy of its usage",
-                "",
-                markdown(allocation_rows(history)),
-            ]
-            plots.allocation(history, folder / f"allocation_{label}.png")
-        plots.expert_use(history, folder / f"expert_use_{label}.png")
-    for task, history in singles.items():
-        plots.expert_use(history, folder / f"expert_use_single_task_{task}.png")
-    parts += ["", "## Mean normalised entropy of expert use on validation", "", markdown(entropy_rows(singles, runs))]
-    goals = {
-        task: history[f"{task}_data"]["validation"][history["best_epoch"] - 1][tasks[task]]
-        for task, history in singles.items()
-    }
-    plots.training_curves(runs, goals, folder / "training_curves.png")
-    text = "\n".join(parts) + "\n"
-    write_json(folder / "table.json", scores)
-    write_atomic(folder / "table.csv", csv_text(scores))
-    write_atomic(folder / "table.md", text)
-    return text
+        lines.append(f"<p>Wall time of the {len(times)} steps noted: {seconds / 3600:.2f} h; {energy}.</p>")
+    shared = [record["identity"] for record in trained]
+    if shared:
+        same = {key: value for key, value in shared[0].items() if all(one.get(key) == value for one in shared)}
+        lines += [
+            "<p>Constants that all training runs share:</p>",
+            f"<pre>{html.escape(json.dumps(same, indent=1))}</pre>",
+        ]
+    commands = sorted({record["command"] for record in records})
+    return [*lines, "<p>Commands:</p>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expert_merging.averaging import average
 from expert_merging.errors import UserError
@@ -11,7 +12,9 @@ from expert_merging.readings import DEVIATIONS, deviates
 
 def models(number, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [{"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)} for _ in range(number)]
+    return [
+        {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)} for _ in range(number)
+    ]
 
 
 @given(st.integers(1, 5), st.integers(0, 100))

@@ -1,26 +1,30 @@
 """The real scripts, as processes, from raw data to the table; killed and resumed; and what they say to bad input."""
 
+import contextlib
 import json
 import math
 import pickle
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 import torch
 from conftest import call_main, run_script, start
 
+from expert_merging import report
 from expert_merging.errors import UserError
 from expert_merging.files import sha256
 
 TASKS = ("ag_news", "squad", "xsum")
+SIZES = ("--experts_num", "4", "--larger_experts_num", "6")
 
 
 @pytest.fixture(scope="session")
 def done(world):
     """Everything that reproduce_tables.py runs, done once."""
-    result = run_script("reproduce_tables.py", [*world.words(), "--num_expert", "4"])
+    result = run_script("reproduce_tables.py", [*world.words(), *SIZES, "--parts", "comparison", "CAEM-4 + Baseline-4"])
     assert result.returncode == 0, result.stderr
     return world.folder / "runs" / "seed0", result.stdout
 
@@ -38,34 +42,73 @@ def numbers(content):
 
 
 def test_table_and_figures(done):
-    folder, printed = done
-    for row in (
-        "most common training answer",
-        "base model, not fine-tuned",
-        "single-task models",
-        "Baseline-4",
-        "CAEM-4, merged only",
-        "CAEM-4 ",
-    ):
+    folder, printed = done[0].parent / "report", done[1]
+    rows = ("most common training answer", "base model, not fine-tuned", "single-task models", "Baseline-4", "CAEM-4 ")
+    for row in rows:
         assert f"| {row}" in printed
-    assert (folder / "report" / "table.md").read_text() in printed
-    rows = json.loads((folder / "report" / "table.json").read_text())
-    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, (int, float)))
-    figures = {path.name for path in (folder / "report").glob("*.png")}
-    assert {
-        "training_curves.png",
-        "allocation_CAEM-4.png",
-        "expert_use_CAEM-4.png",
-        "expert_use_single_task_squad.png",
-    } <= figures
+    assert (folder / "tables" / "scores.md").read_text() in printed
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    wanted = {
+        "scores_over_epochs",
+        "loss_over_epochs",
+        "cka",
+        "lines_between",
+        "allocation_CAEM-4",
+        "expert_use_CAEM-4",
+    }
+    assert wanted <= figures
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == len(figures) and 'src="http' not in page and "reproduce_tables" not in page
+    assert all(table in page for table in ("table 2", "tables 4 and 5", "figures 2 and 4"))
+    assert report.check(folder) == []
+
+
+def test_a_changed_record_is_noticed(done, tmp_path):
+    shutil.copytree(done[0].parent / "report", tmp_path / "report")
+    path = tmp_path / "report" / "records" / "seed0" / "CAEM-4.json"
+    content = json.loads(path.read_text())
+    content["overall"]["test"] += 0.1
+    path.write_text(json.dumps(content))
+    wrong = report.check(tmp_path / "report")
+    assert any("scores.md differs" in line for line in wrong) and any("claims.csv differs" in line for line in wrong)
+
+
+def test_killed_reproduction_ends_with_the_same_tables(world, done, tmp_path):
+    """SIGKILL at three moments while the multi-task models are trained; tables and records as undisturbed."""
+    for part in ("data", "seed0/models/single_task_[4]", "seed0/histories/single_task_[4]"):
+        shutil.copytree(done[0].parent / part, tmp_path / part)
+    words = [*world.words(tmp_path), *SIZES, "--parts", "comparison", "--checkpoint_minutes", "0"]
+    for seconds in (9, 12, 15):
+        process = start("reproduce_tables.py", words)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.communicate()
+    result = run_script("reproduce_tables.py", words)
+    assert result.returncode == 0, result.stderr
+    for name in ("scores", "allocation", "entropies_after", "merged_only"):
+        mine, theirs = (
+            (folder / "report" / "tables" / f"{name}.csv").read_text() for folder in (tmp_path, done[0].parent)
+        )
+        assert mine == theirs
 
 
 def test_second_call_runs_nothing(world, done):
     began = time.monotonic()
-    again = run_script("reproduce_tables.py", [*world.words(), "--num_expert", "4"])
+    again = run_script("reproduce_tables.py", [*world.words(), *SIZES, "--parts", "comparison", "CAEM-4 + Baseline-4"])
     assert again.returncode == 0 and "all runs are there already" in again.stdout
     assert again.stdout.split("all runs are there already\n")[1] in done[1]
     assert time.monotonic() - began < 120
+
+
+def test_single_parts_and_what_they_need(world, done, tmp_path):
+    words = [*world.words(tmp_path), *SIZES, "--plan_only", "--seeds", "0", "1", "--parts"]
+    plan = run_script("reproduce_tables.py", [*words, "CAEM-4-to-6"]).stdout
+    assert "single-task-4 squad" in plan and "single-task-6 squad" in plan and "Baseline" not in plan
+    assert "CAEM-4-to-6" in plan and "0 of 2 there" in plan
+    result = run_script("reproduce_tables.py", [*words, "tables"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "parts names 'tables'" in result.stderr
+    assert not (tmp_path / "seed0").exists()
 
 
 @pytest.mark.parametrize("name", ["single_task_[4]/single_task_squad", "Baseline_[4]", "CAEM_[4|4]"])
@@ -286,7 +329,8 @@ def test_usage_counted_afterwards(world, done, copied):
     """count_expert_usage.py agrees with the training run's own counts, and feeds the reading that counts as released."""
     folder, words = copied
     for task in TASKS:
-        call_main("count_expert_usage.py", [*world.words(folder), "--task_type", task, "--num_expert", "4", "--input_lengths", "8"])
+        words_of_task = ["--task_type", task, "--num_expert", "4", "--input_lengths", "8"]
+        call_main("count_expert_usage.py", [*world.words(folder), *words_of_task])
         counted = json.loads((folder / "seed0/histories/single_task_[4]" / f"expert_usage_{task}.json").read_text())
         rows = {(row["counting"], row["input_length"]): row for row in counted["rows"]}
         assert len(rows) == 4
@@ -302,7 +346,10 @@ def test_average_is_the_mean_of_the_sources(world, copied):
     from safetensors.torch import load_file
 
     folder, words = copied
-    call_main("CAEM_multi_task_finetune.py", [*words, "--merging", "average", "--current_case_name", "Average", "--merge_only"])
+    call_main(
+        "CAEM_multi_task_finetune.py",
+        [*words, "--merging", "average", "--current_case_name", "Average", "--merge_only"],
+    )
     models = folder / "seed0" / "models"
     merged = load_file(models / "Average_[4|4]_merged" / "model.safetensors")
     sources = [load_file(models / "single_task_[4]" / f"single_task_{task}" / "model.safetensors") for task in TASKS]
