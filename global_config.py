@@ -32,9 +32,9 @@ SQUAD_PATH = "rajpurkar/squad"  # hub name, or a folder with train-v1.1.json and
 XSUM_PATH = "EdinburghNLP/xsum"  # hub name, or a folder with {train,validation,test}.jsonl
 max_input_length = by_scale(paper=1000, small=512, tiny=256)  # tokens; longer inputs are cut
 max_decoder_length = by_scale(paper=200, small=64, tiny=48)  # tokens; longer targets are cut, decoding stops
-train_examples = by_scale(paper=0, small=0, tiny=1200)  # a task; 0 takes all there are
-validation_examples = by_scale(paper=0, small=1000, tiny=240)  # a task; 0 takes all
-test_examples = by_scale(paper=0, small=1000, tiny=300)  # a task; 0 takes all
+train_examples = by_scale(paper=0, small=0, tiny=800)  # a task; 0 takes all there are
+validation_examples = by_scale(paper=0, small=1000, tiny=160)  # a task; 0 takes all
+test_examples = by_scale(paper=0, small=1000, tiny=240)  # a task; 0 takes all
 
 # -- training (paper, A.3): AdamW at a constant rate
 batch_size = by_scale(paper=8, small=24, tiny=24)  # examples of a task in one forward pass, over all processes
@@ -45,9 +45,7 @@ adam_eps = 1e-6  # the released code's; the paper prints 1e-16
 weight_decay = 0.005
 max_grad_norm = 0.0  # 0 does not clip, as in the paper
 num_epochs = by_scale(paper=10, small=6, tiny=3)  # at most; the best one on validation is kept
-test_each_epoch = by_scale(
-    paper=False, small=True, tiny=True
-)  # note every epoch's test scores too; none is chosen by them
+test_each_epoch = False  # note the test scores of every epoch too; none is chosen by them
 checkpoint_minutes = 5.0  # between checkpoints inside an epoch; there is one after every epoch as well
 
 # -- decoding (paper, 4.1)
