@@ -84,12 +84,13 @@ def grid(c: SimpleNamespace) -> Grid:
         constants = own | {"current_case_name": run}
         add(name, script, constants, pickles / f"{run}_[{suffix}].json", *needed)
 
+    # For the audit: what the test scores would have chosen. At paper scale a look at them costs hours.
+    every_epoch = {"test_each_epoch": c.test_each_epoch or c.scale != "paper"}
     for experts in (n, m):
-        multi_task(
-            f"Baseline-{experts}", one, "Baseline", *singles[experts], f"reference-{experts}", experts_num=experts
-        )
+        own = {"experts_num": experts} | (every_epoch if experts == n else {})
+        multi_task(f"Baseline-{experts}", one, "Baseline", *singles[experts], f"reference-{experts}", **own)
     for name, run, source, target, own in (
-        (f"CAEM-{n}", "CAEM", n, n, {}),
+        (f"CAEM-{n}", "CAEM", n, n, every_epoch),
         (f"CAEM-{n}-to-{m}", "CAEM", n, m, {}),
         (f"CAEM-{m}", "CAEM", m, m, {}),
         (f"CAEM-{n}-Avg", "CAEM-Avg", n, n, {"alpha": 0.0}),
