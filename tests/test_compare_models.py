@@ -13,6 +13,7 @@ from expert_merging.constants import read_constants
 from expert_merging.errors import UserError
 from expert_merging.steps import Step
 
+SHORT = {"num_epochs": 1, "train_examples": 8, "batch_size": 8, "gradient_accumulation_steps": 1}  # a step or two
 TASKS = ("ag_news", "squad", "xsum")
 CAEM, BASELINE, RELEASED, WIDE = "CAEM_[4|4]", "Baseline_[4]", "Released_[4|4]", "Baseline_[6]"
 
@@ -20,7 +21,7 @@ CAEM, BASELINE, RELEASED, WIDE = "CAEM_[4|4]", "Baseline_[4]", "Released_[4|4]",
 @pytest.fixture(scope="module")
 def runs(world):
     """Four runs of one epoch, and the words that name their folder."""
-    words = world.words("pairs", num_epochs=1)
+    words = world.words("pairs", **SHORT)
     call_main("datasets_preprocessing.py", [*words, "--num_expert", "4"])
     for task in TASKS:
         call_main("single_task_finetune.py", [*words, "--task_type", task, "--num_expert", "4"])
@@ -251,7 +252,7 @@ def test_bad_input(runs, words, said):
 def copied(world, runs, tmp_path):
     """A copy of the runs, to spoil."""
     shutil.copytree(world.folder / "pairs", tmp_path / "runs", ignore=shutil.ignore_patterns("pairs"))
-    return SimpleNamespace(folder=tmp_path / "runs" / "seed0", words=world.words(tmp_path / "runs", num_epochs=1))
+    return SimpleNamespace(folder=tmp_path / "runs" / "seed0", words=world.words(tmp_path / "runs", **SHORT))
 
 
 def without_weights(models: Path):
@@ -298,6 +299,17 @@ def test_runs_that_do_not_fit(copied, spoil, said):
     with pytest.raises(UserError, match=said):
         compare(copied, CAEM, BASELINE)
     assert not list(copied.folder.rglob("*__*.json"))
+
+
+def test_overall_is_by_the_single_task_scores(copied):
+    """Made up: the models here score nothing."""
+    for name, score in (("single_task_[4]/single_task_squad", 50), (CAEM, 30), (BASELINE, 10)):
+        path = copied.folder / "histories" / f"{name}.json"
+        past = json.loads(path.read_text())
+        past["squad_data"]["test"]["exact_match"] = score
+        path.write_text(json.dumps(past))
+    parents = compare(copied, CAEM, BASELINE, "--measures", "soup")["soup"]["parents"]
+    assert [parent["overall"] for parent in parents.values()] == pytest.approx([0.6, 0.2])
 
 
 def test_depths_that_cka_cannot_compare(copied):
