@@ -1,5 +1,7 @@
 """compare_models.py on small finished runs."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -62,21 +64,21 @@ def load(folder):
 
 @pytest.fixture(scope="module")
 def done(runs):
-    """All of it, by a process of its own."""
-    words = ["--first", CAEM, "--second", BASELINE, "--line_points", "3"]
-    result = run_script("compare_models.py", [*runs.words, *words])
-    assert result.returncode == 0, result.stderr
-    return json.loads((runs.folder / "histories" / "pairs" / f"{CAEM}__{BASELINE}.json").read_text()), result
+    """(all that is measured of two runs, what was printed, the bar)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        content = compare(runs, CAEM, BASELINE, "--line_points", "3")
+    return content, out.getvalue(), err.getvalue()
 
 
 def test_what_is_written(runs, done):
-    content, result = done
+    content, printed, bar = done
     assert list(content) == ["command", "versions", "identity", "seconds", "first", "second", "soup", "line", "cka"]
     assert content["first"] == CAEM and content["second"] == BASELINE
     assert content["identity"]["weights"].keys() == {CAEM, BASELINE} == content["identity"]["starts"].keys()
-    assert "compare_models.py" in content["command"] and content["seconds"] > 0
-    assert "soup: ag_news" in result.stdout and "barrier" in result.stdout and "CKA before" in result.stdout
-    assert "24/24" in result.stderr  # the bar: three tasks of a soup, five points, and two pairs
+    assert content["seconds"] > 0
+    assert "soup: ag_news" in printed and "barrier" in printed and "CKA before" in printed
+    assert "24/24" in bar  # three tasks of a soup, of five points, and of two pairs
     assert not list((runs.folder / "histories" / "pairs").glob(f"{CAEM}*.run.json"))
 
 
@@ -246,6 +248,12 @@ def test_interrupted(runs, done, monkeypatch):
 def test_bad_input(runs, words, said):
     with pytest.raises(UserError, match=said):
         call_main("compare_models.py", [*runs.words, "--first", CAEM, "--second", BASELINE, *words])
+
+
+def test_one_line_on_stderr(runs):
+    result = run_script("compare_models.py", [*runs.words, "--second", "Baseline_[5]"])
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("compare_models.py: ") and "python CAEM_multi_task_finetune.py" in result.stderr
 
 
 @pytest.fixture
