@@ -89,17 +89,19 @@ def plan(jobs: list[Job], left: list[Job], *records: Path) -> str:
     """What there is to do, for people: a line a kind of run, with the time it is expected to take."""
     kinds: dict[str, list[int]] = {}
     for job in jobs:
-        count = kinds.setdefault(job.kind, [0, 0])
+        count = kinds.setdefault(job.kind, [0, 0, 0])
         count[0] += 1
         count[1] += job in left
+        count[2] += job.step.is_done(job.shared)
     lines, total, known = [], 0.0, True
     width = max(map(len, kinds))
-    for kind, (number, to_run) in kinds.items():
+    for kind, (number, to_run, done) in kinds.items():
         seconds = expected(kind, *records)
         total += to_run * (seconds or 0)
         known = known and (seconds is not None or not to_run)
         each = f"{to_run} to run, about {minutes(seconds)} each" if seconds else f"{to_run} to run"
-        lines.append(f"  {kind:<{width}}  {number - to_run} of {number} there{f'; {each}' if to_run else ''}")
+        left_to_say = f"; {each}" if to_run else "; comes with another" if done < number else ""
+        lines.append(f"  {kind:<{width}}  {done} of {number} there{left_to_say}")
     if not left:
         return "\n".join([*lines, "all runs are there already"])
     words = f"about {minutes(total)}" if known else f"{minutes(total)} for those whose time is known"
