@@ -202,10 +202,9 @@ def cka(
         for task, features in data.items():
             examples = features["validation"]
             examples = examples.select(range(min(c.cka_examples or len(examples), len(examples))))
+            label = f"cka {when}: {task}" if accelerator.is_main_process else ""
             try:
-                result[when][task] = layerwise_cka(
-                    *pair, examples, tokenizer, c, accelerator.device, f"cka {when}: {task}"
-                )
+                result[when][task] = layerwise_cka(*pair, examples, tokenizer, c, accelerator.device, label)
             except ValueError as error:
                 raise UserError(
                     f"{runs[0].name} and {runs[1].name} cannot be compared by cka on {task}: {error}"
