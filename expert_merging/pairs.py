@@ -55,8 +55,7 @@ def _data_entries(hashes: dict[str, str], tasks: dict[str, str]) -> dict[str, st
 
 def weights_sha256(folder: Path) -> list[str]:
     """SHA-256 of each file of weights in a model's folder. Raises UserError where it holds none."""
-    with SafetensorsFolder(folder) as weights:
-        return weights.sha256()
+    return SafetensorsFolder(folder).sha256()
 
 
 def start_sha256(run: Run) -> list[str]:
@@ -210,4 +209,5 @@ def cka(
                     f"{runs[0].name} and {runs[1].name} cannot be compared by cka on {task}: {error}"
                 ) from error
             advance()
+        del pair  # two models at a time, not four
     return result
