@@ -33,8 +33,7 @@ def main(c):
     model_folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.num_expert)) / f"single_task_{c.task_type}"
     folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
     finetuning.single_task_history(str(folder), c.task_type, c.num_expert, c)
-    with SafetensorsFolder(model_folder) as weights:
-        digests = weights.sha256()
+    digests = SafetensorsFolder(model_folder).sha256()
     tokenizer = load_tokenizer(str(model_folder), "SOURCE_MODEL_WEIGHT_PATH")
     data = features.load(c.task_type, c, tokenizer)["validation"]
     identity = histories.identity(c, weights=digests, data=finetuning.data_hashes(c, [c.task_type]))

@@ -1330,6 +1330,26 @@ def merge(
         ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape
             or of no token; an argument that `allocate_experts` refuses.
     """
+    record, tensors = merge_lazily(sources, usage, target_experts, alpha, reading, projection)
+    return dict(tensors), record
+
+
+def merge_lazily(
+    sources: Sequence[Mapping[str, torch.Tensor]],
+    usage: Sequence[Mapping[str, torch.Tensor]],
+    target_experts: int,
+    alpha: float = 1.0,
+    reading: str = "paper",
+    projection: str | None = None,
+) -> tuple[dict, Iterator[tuple[str, torch.Tensor]]]:
+    """
+    As `merge`, but the result's tensors come one after another, each made when it is asked for: nothing is kept of those
+    before. Names tied to one another come in a row, with the same tensor. Experts that were not chosen are never read.
+
+    Returns:
+        The record, in which `tie_word_embeddings` and `separate_embeddings` stand when the last tensor has come; and an
+        iterator over (name, tensor). What shapes it finds not to fit, it says on the way.
+    """
     layouts = [_Layout(source, i) for i, source in enumerate(sources)]
     limits = [layout.num_experts for layout in layouts]
     _check_range(limits, target_experts, len(layouts))
@@ -1340,8 +1360,8 @@ def merge(
     counts = {stack: _checked_usage(usage, stack, layouts) for stack in _STACKS}
 
     projection = reading if projection is None else projection
-    if projection not in _READINGS:
-        raise ValueError(f'merge: projection must be "paper" or "released", not {projection!r}')
+    if not {reading, projection} <= set(_READINGS):
+        raise ValueError(f'merge: reading and projection must be "paper" or "released", not {reading!r}, {projection!r}')
     record = {"target_experts": target_experts, "alpha": alpha, "reading": reading, "projection": projection}
     for stack in _STACKS:
         entropies = [normalized_entropy(count) for count in counts[stack]]
@@ -1358,17 +1378,18 @@ def merge(
             "weights": [number / sum(given) for number in given],
         }
 
-    state = {}
-    for stack in _STACKS:
-        for prefix, chosen in zip(layouts[0].sparse[stack], record[stack]["experts"], strict=True):
-            state.update(_merge_sparse_layer(sources, layouts, prefix, chosen))
-        for name in layouts[0].dense[stack]:
-            average = _Average(name)
-            for source, weight in zip(sources, record[stack]["weights"], strict=True):
-                average.add(source[name], weight)
-            state[name] = average.result()
-    state.update(_merge_embeddings(sources, layouts, record))
-    return state, record
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for stack in _STACKS:
+            for prefix, chosen in zip(layouts[0].sparse[stack], record[stack]["experts"], strict=True):
+                yield from _merge_sparse_layer(sources, layouts, prefix, chosen)
+            for name in layouts[0].dense[stack]:
+                average = _Average(name)
+                for source, weight in zip(sources, record[stack]["weights"], strict=True):
+                    average.add(source[name], weight)
+                yield name, average.result()
+        yield from _merge_embeddings(sources, layouts, record).items()
+
+    return record, tensors()
 
 
 class _Layout:
@@ -1432,9 +1453,10 @@ def _checked_usage(usage, stack: str, layouts: Sequence[_Layout]) -> list:
     return checked
 
 
-def _merge_sparse_layer(sources, layouts: Sequence[_Layout], prefix: str, chosen: Sequence[Sequence[int]]) -> dict:
+def _merge_sparse_layer(
+    sources, layouts: Sequence[_Layout], prefix: str, chosen: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The chosen experts of every source and their rows of the classifier, in the target's order."""
-    state = {}
     for kind in layouts[0].routers[prefix]:
         name = f"{prefix}.router.classifier.{kind}"
         rows = []
@@ -1444,18 +1466,17 @@ def _merge_sparse_layer(sources, layouts: Sequence[_Layout], prefix: str, chosen
                 raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, which does not fit the others")
             taken = tensor[torch.tensor(experts, device=tensor.device)]
             rows.append(taken.to(rows[0].device) if rows else taken)
-        state[name] = torch.cat(rows)
+        yield name, torch.cat(rows)
     for part in layouts[0].expert_parts[prefix]:
         slots = [(i, expert) for i, experts in enumerate(chosen) for expert in experts]
-        first = None
+        shape = None
         for slot, (i, expert) in enumerate(slots):
-            tensor = sources[i][f"{prefix}.experts.expert_{expert}.{part}"].detach()
-            first = tensor if first is None else first
-            if tensor.shape != first.shape:
-                name = f"{prefix}.experts.expert_{expert}.{part}"
-                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, not {tuple(first.shape)}")
-            state[f"{prefix}.experts.expert_{slot}.{part}"] = tensor.clone(memory_format=torch.contiguous_format)
-    return state
+            name = f"{prefix}.experts.expert_{expert}.{part}"
+            tensor = sources[i][name].detach()
+            shape = tensor.shape if shape is None else shape
+            if tensor.shape != shape:
+                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, not {tuple(shape)}")
+            yield f"{prefix}.experts.expert_{slot}.{part}", tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Average:

@@ -1,19 +1,29 @@
 """Weighted averages of models, tensor by tensor: plain averaging, soups, points on the line between two models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 
 def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] | None = None) -> dict:
-    """The average of state dicts with the same names and shapes; experts slot by slot.
+    """The average of state dicts with the same names and shapes, experts slot by slot, as a new state dict.
+
+    Arguments and errors as of `average_lazily`.
+    """
+    return dict(average_lazily(models, weights))
+
+
+def average_lazily(
+    models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the average, one after another, each made when it is asked for.
 
     Args:
         models: state dicts, or mappings that read from disk; each tensor is asked for once.
         weights: of each model, adding up to 1; None weighs all the same.
 
     Returns:
-        A new state dict in the first model's dtypes, added up at least in float32.
+        (name, tensor), in the first model's order and dtypes, added up at least in float32.
 
     Raises:
         ValueError: no model; names or shapes that differ; weights that do not fit.
@@ -26,7 +36,6 @@ def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[floa
     for i, model in enumerate(models[1:], start=1):
         if differing := sorted(set(model) ^ set(models[0])):
             raise ValueError(f"models 0 and {i} are not of one shape: only one of them has {differing[0]}")
-    result = {}
     for name in models[0]:
         first = models[0][name]
         total = torch.zeros(first.shape, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
@@ -35,5 +44,4 @@ def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[floa
             if tensor.shape != first.shape:
                 raise ValueError(f"{name} is {tuple(first.shape)} in model 0 and {tuple(tensor.shape)} in model {i}")
             total.add_(tensor.detach().to(total), alpha=weight)
-        result[name] = total.to(first.dtype)
-    return result
+        yield name, total.to(first.dtype)

@@ -9,18 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import SwitchTransformersConfig
-from transformers.models.switch_transformers.modeling_switch_transformers import merge, merged_config
+from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily, merged_config
 
 from expert_merging import histories
-from expert_merging.averaging import average
+from expert_merging.averaging import average_lazily
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json, write_json
 from expert_merging.finetuning import single_task_history
 from expert_merging.hub import load_tokenizer
 from expert_merging.readings import deviates, of_method
-from expert_merging.tensors import SafetensorsFolder
+from expert_merging.tensors import SafetensorsFolder, write_tensors
 from expert_merging.usage import STACKS
 
 _USAGE_KEYS = {"encoder": "expert_usage_grid", "decoder": "expert_usage_grid_de"}
@@ -73,8 +72,7 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
 def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=experts)) / f"single_task_{task}"
     history = single_task_history(c.SOURCE_PICKLE_PATH.format(experts=experts), task, experts, c)
-    with SafetensorsFolder(folder) as weights:
-        digests = weights.sha256()
+    digests = SafetensorsFolder(folder).sha256()
     config = SwitchTransformersConfig.from_pretrained(folder)
     if config.num_experts != experts:
         raise UserError(f"{folder} has {config.num_experts} experts a sparse layer; source_experts_num is {experts}")
@@ -125,22 +123,19 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     }  # fmt: skip
     path = folder / "merging.json"
     if accelerator.is_main_process and not (path.exists() and read_json(path)["asked"] == asked):
-        try:
-            weights = [SafetensorsFolder(source.folder) for source in sources]
-            if c.merging == "average":
-                state, record, projection = average(weights), {}, "paper"
-            else:
-                rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
-                usage = [source.usage for source in sources]
-                state, record = merge(weights, usage, c.target_experts_num, c.alpha, rule, projection)
-                record = _as_history(record)
-        except ValueError as error:
-            raise UserError(f"these models cannot be merged: {error}") from error
-        # Names tied to one another hold one tensor, and a file holds each tensor once.
-        once = {id(tensor): name for name, tensor in reversed(state.items())}
-        state = {name: tensor for name, tensor in state.items() if once[id(tensor)] == name}
+        weights = [SafetensorsFolder(source.folder) for source in sources]
         with new_folder(folder) as temporary:
-            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+            try:
+                if c.merging == "average":
+                    tensors, record, projection = average_lazily(weights), {}, "paper"
+                else:
+                    rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
+                    usage = [source.usage for source in sources]
+                    record, tensors = merge_lazily(weights, usage, c.target_experts_num, c.alpha, rule, projection)
+                    record = _as_history(record)
+                write_tensors(tensors, temporary)
+            except ValueError as error:
+                raise UserError(f"these models cannot be merged: {error}") from error
             merged_config(sources[0].config, c.target_experts_num, projection).save_pretrained(temporary)
             sources[0].tokenizer.save_pretrained(temporary)
             write_json(temporary / "merging.json", {"asked": asked, **record})

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 HELD, NOT, UNKNOWN = "held", "did not hold", "cannot tell"
 RULE = (
     "A difference is taken within each seed. It holds, or does not, when the 95% t-interval of its mean over seeds lies "
-    "on one side of 0; with one seed there is none. All seeds share one test set, so this says nothing of other data."
+    "on one side of 0; with one seed there is none. Shown: the mean [the interval] (the difference of each seed). All "
+    "seeds share one test set, so this says nothing of other data."
 )
 
 

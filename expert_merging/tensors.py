@@ -1,20 +1,24 @@
-"""A model folder as a mapping from names to tensors, each read from disk when it is asked for."""
+"""A model folder as a mapping from names to tensors, each read from disk when it is asked for; and written as they come."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from expert_merging.errors import UserError
-from expert_merging.files import read_json, sha256
+from expert_merging.files import read_json, sha256, write_json
+
+SHARD_BYTES = 500_000_000  # what is held before it is written
 
 
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
     """The weights of a Hugging Face folder (model.safetensors, or shards and their index).
 
-    Raises UserError when the folder has none, or a file is cut short. Close it, or use it in a `with` block.
+    Every access maps its file anew, so that nothing stays in memory but the tensors in use.
+
+    Raises UserError when the folder has none, or a file is cut short.
     """
 
     def __init__(self, folder: str | Path):
@@ -27,16 +31,20 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             if index.exists()
             else [whole]
         )
-        self._open, self._file_of = ExitStack(), {}
+        self._file_of = {}
         for path in self.files:
             try:
-                file = self._open.enter_context(safe_open(path, framework="pt"))
+                with safe_open(path, framework="pt") as file:
+                    self._file_of |= dict.fromkeys(file.keys(), path)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} is cut short or damaged ({error}); train that model again") from error
-            self._file_of |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -44,12 +52,41 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
-    def __enter__(self) -> "SafetensorsFolder":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._open.close()
-
     def sha256(self) -> list[str]:
         """SHA-256 of each file."""
         return [sha256(path) for path in self.files]
+
+
+def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Write (name, tensor) pairs as they come: model.safetensors, or, above SHARD_BYTES, shards and their index.
+
+    Names in a row with the same tensor are tied; the file holds it once, under the first.
+    """
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    places: dict[str, int] = {}
+    held = total = 0
+    previous = None
+
+    def part(number: int) -> Path:
+        return folder / f"part-{number}.safetensors"
+
+    for name, tensor in tensors:
+        if tensor is previous:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and held + size > SHARD_BYTES:
+            save_file(shards[-1], part(len(shards) - 1), metadata={"format": "pt"})
+            shards[-1] = {}
+            shards.append({})
+            held = 0
+        shards[-1][name], places[name], previous = tensor, len(shards) - 1, tensor
+        held, total = held + size, total + size
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    save_file(shards[-1], part(len(shards) - 1), metadata={"format": "pt"})
+    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    for number, name in enumerate(names):
+        part(number).rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in places.items()}}
+    write_json(folder / "model.safetensors.index.json", index)

@@ -58,7 +58,7 @@ def algorithm_1(states, usage, experts, target, alpha, reading):
     return {k: torch.stack(v) if isinstance(v, list) else v for k, v in expected.items()}, weights
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=4),
     st.data(),

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from raw_data import sentences, tiny_tokenizer
 
@@ -30,7 +30,6 @@ def by_gram_matrices(x, y):
     return ((k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()).item()
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 999))
 def test_equals_gram_matrices_however_batched(n, p, q, rows, seed):
     x, y = normal(n, p, seed=seed) + 3, normal(n, q, seed=seed + 1000) * 5

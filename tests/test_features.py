@@ -9,7 +9,7 @@ import datasets
 import pytest
 import raw_data
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging import features
@@ -272,7 +272,6 @@ def test_no_tokenizer(tmp_path, monkeypatch):
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=5))
 def test_collate(pairs):
     batch = features.collate([{"input_ids": i, "labels": t, "references": ["x"]} for i, t in pairs], pad_token_id=0)

@@ -86,7 +86,7 @@ def test_ag_news_with_header_and_byte_order_mark(tmp_path):
     assert all(plain[split].to_list() == headed[split].to_list() for split in plain)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.lists(
         st.tuples(st.integers(1, 4), *[st.text(st.characters(codec="utf-8", exclude_characters="\x00"))] * 2),

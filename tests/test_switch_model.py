@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from stock_switch import PLAIN, batch, build, ours, same, switch_settings
 from transformers import AutoModelForSeq2SeqLM
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 seeds = st.integers(0, 10_000)
 
 

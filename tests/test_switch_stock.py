@@ -10,7 +10,7 @@ from stock_switch import PLAIN, batch, build, needs_stock, ours, same, stock, sw
 from transformers import DynamicCache, EncoderDecoderCache
 
 pytestmark = needs_stock
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=12)
 seeds = st.integers(0, 10_000)
 
 
