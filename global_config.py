@@ -37,14 +37,14 @@ validation_examples = by_scale(paper=0, small=1000, tiny=160)  # a task; 0 takes
 test_examples = by_scale(paper=0, small=1000, tiny=240)  # a task; 0 takes all
 
 # -- training (paper, A.3): AdamW at a constant rate
-batch_size = by_scale(paper=8, small=24, tiny=24)  # examples of a task in one forward pass, over all processes
-gradient_accumulation_steps = by_scale(paper=3, small=1, tiny=1)  # passes a task: 24 examples of each task a step
+batch_size = by_scale(paper=8, small=24, tiny=8)  # examples of a task in one forward pass, over all processes
+gradient_accumulation_steps = by_scale(paper=3, small=1, tiny=1)  # passes a task: at paper 24 examples of each a step
 lr = by_scale(paper=3e-4, small=5e-4, tiny=1e-3)  # constant
 adam_betas = (0.9, 0.98)
 adam_eps = 1e-6  # the released code's; the paper prints 1e-16
 weight_decay = 0.005
 max_grad_norm = 0.0  # 0 does not clip, as in the paper
-num_epochs = by_scale(paper=10, small=6, tiny=3)  # at most; the best one on validation is kept
+num_epochs = by_scale(paper=10, small=6, tiny=2)  # at most; the best one on validation is kept
 test_each_epoch = False  # note the test scores of every epoch too; none is chosen by them
 checkpoint_minutes = 5.0  # between checkpoints inside an epoch; there is one after every epoch as well
 
