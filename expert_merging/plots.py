@@ -99,7 +99,8 @@ def over_epochs(
             for number, (label, curves) in enumerate(curves_of[quantity].items()):
                 values = np.array(curves)
                 mean, epochs = values.mean(axis=0), np.arange(values.shape[1])
-                axes.plot(epochs, mean, marker="o", ms=3, lw=1.2, color=f"C{number}", label=label)
+                width = max(3.0 - 0.5 * number, 1.0)  # what is the same for two stays visible
+                axes.plot(epochs, mean, marker="o", ms=3, lw=width, color=f"C{number}", label=label)
                 if len(values) > 1:
                     sd = values.std(axis=0, ddof=1)
                     axes.fill_between(epochs, mean - sd, mean + sd, color=f"C{number}", alpha=0.12, lw=0)
