@@ -1,0 +1,117 @@
+"""Decoding with the paper's beams: ours against the released recipe, examples a second, and whether the strings agree.
+
+    python benchmarks/evaluation.py [--layers 4] [--examples 8] [--pairs 5]
+
+Theirs is stock transformers with every input padded to 1,000 tokens, in the order of the data; ours the patched model with
+inputs padded to their batch's longest, of similar length together. Same weights (random, of Switch-Base's widths), same
+beams, batches of 8. A random model would never stop, so both stop at a length like that of the task's answers: 4, 8 and 32
+tokens. Inputs are as long as those of AG News, SQuAD and XSum. Needs the stock files that caem_files/install.py keeps.
+Writes benchmarks/results/evaluation.json.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LENGTHS = {"ag_news": (55, 4), "squad": (150, 8), "xsum": (480, 32)}  # tokens of inputs (mean) and of answers
+TARGET = 6.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="of encoder and decoder each; Switch-Base has 12 [4]")
+    parser.add_argument("--examples", type=int, default=8, help="of each task [8]")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements [5]")
+    chosen = parser.parse_args()
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, GenerationConfig, SwitchTransformersConfig
+    from transformers import SwitchTransformersForConditionalGeneration as Ours
+    from transformers.models.switch_transformers_stock.modeling_switch_transformers import (
+        SwitchTransformersForConditionalGeneration as Stock,
+    )
+
+    from expert_merging import decoding
+    from expert_merging.files import write_json
+    from expert_merging.provenance import versions
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")
+    sparse = {"num_sparse_encoder_layers": chosen.layers // 2, "num_sparse_decoder_layers": chosen.layers // 2}
+    sizes = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_experts": 8}
+    layers = {"num_layers": chosen.layers, "num_decoder_layers": chosen.layers, "decoder_start_token_id": 0}
+    config = SwitchTransformersConfig(**sizes, **sparse, **layers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    ours = Ours(config).eval().to(device)
+    theirs = Stock(config).eval().to(device)
+    theirs.load_state_dict(ours.state_dict())
+
+    random = np.random.default_rng(0)
+    data = {}
+    for task, (mean, _) in LENGTHS.items():
+        lengths = np.clip(random.normal(mean, mean / 4, chosen.examples), 8, 1000).astype(int)
+        rows = [[*random.integers(10, len(tokenizer), length - 1).tolist(), 1] for length in lengths]
+        data[task] = Dataset.from_dict({"input_ids": rows})
+    beams = {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "length_penalty": 1.0}
+
+    def by_ours() -> list[str]:
+        texts = []
+        for task, (_, answer) in LENGTHS.items():
+            constants = SimpleNamespace(**beams, max_decoder_length=answer, max_input_length=1000, reading="paper")
+            texts += decoding.in_order([decoding.generate(ours, data[task], tokenizer, constants, device, 8)])
+        return texts
+
+    def by_theirs() -> list[str]:
+        texts = []
+        for task, (_, answer) in LENGTHS.items():
+            settings = GenerationConfig(
+                **beams,
+                max_length=answer,
+                early_stopping=True,
+                decoder_start_token_id=0,
+                eos_token_id=1,
+                pad_token_id=0,
+            )
+            for start in range(0, chosen.examples, 8):
+                rows = data[task]["input_ids"][start : start + 8]
+                ids = torch.tensor([row + [0] * (1000 - len(row)) for row in rows], device=device)
+                with torch.inference_mode():
+                    output = theirs.generate(
+                        input_ids=ids, attention_mask=(ids != 0).long(), generation_config=settings
+                    )
+                texts += tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts
+
+    pairs, same = [], 0
+    for number in range(chosen.pairs + 1):  # the first warms up
+        seconds, texts = [], []
+        for decode in (by_ours, by_theirs):
+            started = time.monotonic()
+            texts.append(decode())
+            seconds.append(time.monotonic() - started)
+        same = sum(a == b for a, b in zip(*texts, strict=True))
+        if number:
+            pairs.append([round(len(texts[0]) / one, 3) for one in seconds])
+    row = {"name": f"evaluation on {device}", "ratio": round(statistics.median(a / b for a, b in pairs), 3)}
+    row |= {"target": TARGET, "better": "higher", "unit": "examples/s", "identical": f"{same} of {len(texts[0])}"}
+    row |= {"ours": statistics.median(a for a, _ in pairs), "theirs": statistics.median(b for _, b in pairs)}
+    rows = [row | {"pairs": pairs}]
+    print(
+        "{name}: {ours} {unit} against {theirs}: ratio {ratio}, target {target}; {identical} strings identical".format(
+            **row
+        )
+    )
+    write_json(
+        ROOT / "benchmarks" / "results" / "evaluation.json",
+        {"layers": chosen.layers, "threads": torch.get_num_threads(), "versions": versions(), "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Raw examples -> features on disk: ours against the released recipe, examples a second and bytes an example.
+
+    python benchmarks/preprocessing.py [--examples 1000] [--pairs 5]
+
+The released recipe, as its description has it: one example at a time through the tokenizer, inputs padded to 1,000 tokens
+and targets to 200, the padding of targets replaced by -100 in a loop, everything saved. The texts are made of the tokenizer's
+own words, as long as those of AG News, SQuAD and XSum. Writes benchmarks/results/preprocessing.json.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WORDS = {"ag_news": (40, 2), "squad": (120, 3), "xsum": (370, 21)}  # about, of inputs and targets
+SPEED, SIZE = 10.0, 0.1  # targets
+
+
+def make_examples(tokenizer, number: int) -> dict[str, list[dict]]:
+    """Raw examples of each task, in the fields that the tasks read."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    words = sorted(word.strip("▁") for word in tokenizer.get_vocab() if word.startswith("▁") and word[1:].isalpha())
+
+    def text(mean: int) -> str:
+        return " ".join(random.choice(words, max(1, int(random.normal(mean, mean / 4)))))
+
+    made = {task: [(text(long), text(short)) for _ in range(number)] for task, (long, short) in WORDS.items()}
+    return {
+        "ag_news": [{"text": a, "label": i % 4} for i, (a, _) in enumerate(made["ag_news"])],
+        "squad": [{"question": b, "context": a, "answers": {"text": [b]}} for a, b in made["squad"]],
+        "xsum": [{"document": a, "summary": b} for a, b in made["xsum"]],
+    }
+
+
+def released(examples: dict[str, list[dict]], tokenizer, folder: Path) -> None:
+    """One example at a time, all padded to the limits."""
+    from datasets import Dataset
+
+    from expert_merging.tasks import get_task
+
+    for name, rows in examples.items():
+        task = get_task(name)
+        fill = {"padding": "max_length", "truncation": True}
+
+        def features(row, task=task, fill=fill):
+            inputs = tokenizer(task.prompt(row), max_length=1000, **fill)
+            labels = tokenizer(task.target(row), max_length=200, **fill)["input_ids"]
+            labels = [-100 if token == tokenizer.pad_token_id else token for token in labels]
+            return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+
+        made = Dataset.from_list(rows).map(features, load_from_cache_file=False, keep_in_memory=True)
+        made.save_to_disk(str(folder / name))
+
+
+def ours(examples: dict[str, list[dict]], tokenizer, folder: Path) -> None:
+    """What datasets_preprocessing.py does with raw examples."""
+    from expert_merging import features
+
+    constants = SimpleNamespace(
+        scale="paper", reading="paper", DATA_DIR=str(folder), BASE_MODEL_PATH="base_models/tiny-{experts}",
+        AG_NEWS_PATH="", SQUAD_PATH="", XSUM_PATH="", max_input_length=1000, max_decoder_length=200,
+        train_examples=0, validation_examples=0, test_examples=0,
+    )  # fmt: skip
+    for name, rows in examples.items():
+        features.prepare(name, constants, tokenizer, {"train": rows, "validation": rows[:1], "test": rows[:1]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000, help="of each task [1000]")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements [5]")
+    chosen = parser.parse_args()
+    import datasets
+    from transformers import AutoTokenizer
+
+    from expert_merging.files import write_json
+    from expert_merging.provenance import versions
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")
+    examples = make_examples(tokenizer, chosen.examples)
+    total = sum(map(len, examples.values()))
+    rates, sizes = [], []
+    for _ in range(chosen.pairs):
+        rate, size = [], []
+        for recipe in (ours, released):
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.monotonic()
+                recipe(examples, tokenizer, Path(folder))
+                rate.append(total / (time.monotonic() - started))
+                size.append(sum(file.stat().st_size for file in Path(folder).rglob("*.arrow")) / total)
+        rates.append(rate)
+        sizes.append(size)
+    rows = []
+    for name, pairs, target, unit in (
+        ("preprocessing: speed", rates, SPEED, "examples/s"), ("preprocessing: disk", sizes, SIZE, "bytes an example"),
+    ):  # fmt: skip
+        row = {"name": name, "ratio": round(statistics.median(a / b for a, b in pairs), 3), "target": target}
+        row |= {"better": "higher" if target > 1 else "lower", "unit": unit}
+        row |= {
+            key: round(statistics.median(values), 1)
+            for key, values in zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True)
+        }
+        rows.append(row | {"pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]})
+        print("{name}: {ours} {unit} against {theirs}: ratio {ratio}, target {target}".format(**row))
+    write_json(ROOT / "benchmarks" / "results" / "preprocessing.json", {"versions": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""How long `--help` of every script takes, and that a mistyped constant is refused before torch is imported.
+
+    python benchmarks/startup.py [--pairs 5]
+
+Writes benchmarks/results/startup.json.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TARGET = 1.5  # seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each script [5]")
+    chosen = parser.parse_args()
+    from expert_merging.files import write_json
+    from expert_merging.provenance import versions
+
+    scripts = [path.name for path in sorted(ROOT.glob("*.py")) if path.name != "global_config.py"]
+    rows = []
+    for script in scripts:
+        seconds = []
+        for _ in range(chosen.pairs):
+            started = time.monotonic()
+            subprocess.run([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            seconds.append(round(time.monotonic() - started, 3))
+        wrong = [sys.executable, "-X", "importtime", script, "--no_such_constant", "1"]
+        imported = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True).stderr
+        middle = statistics.median(seconds)
+        row = {"name": f"{script} --help", "ratio": round(middle / TARGET, 3), "target": 1.0, "better": "lower"}
+        row |= {"ours": middle, "theirs": TARGET, "unit": "s", "pairs": [[one, TARGET] for one in seconds]}
+        rows.append(row | {"imports torch for a mistyped constant": " torch\n" in imported})
+        print(f"{row['name']}: {middle} s, target {TARGET}; torch imported: {' torch' + chr(10) in imported}")
+    write_json(ROOT / "benchmarks" / "results" / "startup.json", {"versions": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
