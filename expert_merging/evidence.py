@@ -105,7 +105,8 @@ def scores(e: Evidence) -> Table:
     kept = len(e.records)
     table = Table(
         "scores", "Test scores (table 2)",
-        f"Overall: mean over tasks of score / score of the single-task model with as many experts. {_seeds(kept)}",
+        "Overall: mean over tasks of score / score of the single-task model with as many experts. "
+        f"{_seeds(kept)}{_left_out(e)}",
     )  # fmt: skip
 
     def add(label: str, name: str, test_of: Callable[[Any], Any], overall_of: Callable[[Any], Any]) -> None:
@@ -405,6 +406,18 @@ def claimed(e: Evidence) -> Table:
 
 def _seeds(number: int) -> str:
     return "One seed." if number == 1 else f"Mean ± standard deviation over {number} seeds."
+
+
+def _left_out(e: Evidence) -> str:
+    """Which single-task scores of 0 Overall cannot divide by, in a sentence."""
+    zero = [
+        f"{task} ({experts} experts, seed {seed})"
+        for experts in (e.n, e.m)
+        for task in e.tasks
+        for seed, record in _by_seed(e, f"single-task-{experts} {task}")
+        if record[f"{task}_data"]["test"][e.main_score(task)] == 0
+    ]
+    return f" Left out, the single-task score being 0: {', '.join(zero)}." if zero else ""
 
 
 def _by_seed(e: Evidence, name: str) -> list[tuple[int, Any]]:

@@ -6,6 +6,7 @@ After each epoch every validation example is decoded; the best epoch is kept, an
 """
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,9 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
         score, best = get_task(task).main_score, history["best_epoch"] - 1
         goals["validation"][task] = history[f"{task}_data"]["validation"][best][score]
         goals["test"][task] = history[f"{task}_data"]["test"][score]
+    for split, of_split in goals.items():
+        if zero := [task for task, value in of_split.items() if value == 0]:
+            warnings.warn(f"Overall on {split} leaves out {', '.join(zero)}: the single-task score is 0", stacklevel=2)
     return goals
 
 

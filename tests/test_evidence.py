@@ -141,6 +141,15 @@ def test_scores_are_means_over_seeds(without_figures, folder):
     assert "| CAEM-4 | 1.0017 ± 0.0076 |" in (folder / "tables" / "scores.md").read_text()
 
 
+def test_a_task_that_overall_leaves_out_is_named(without_figures, folder):
+    path = folder / "records" / "seed1" / "single-task-4.squad.json"
+    content = json.loads(path.read_text())
+    content["squad_data"]["test"]["exact_match"] = 0.0
+    path.write_text(json.dumps(content))
+    report.write(folder)
+    assert "the single-task score being 0: squad (4 experts, seed 1)." in (folder / "tables" / "scores.md").read_text()
+
+
 def test_claims(without_figures, folder):
     report.write(folder)
     verdicts = {(row["claim"], row["numbers"].split(":")[0]): row["verdict"] for row in rows_of(folder, "claims")}
