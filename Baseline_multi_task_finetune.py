@@ -4,7 +4,7 @@ Reads   DATA_DIR/{task} (datasets_preprocessing.py), BASE_MODEL_PATH, and the si
         by which Overall is measured (single_task_finetune.py).
 Writes  MODEL_SAVE_PATH/Baseline_[{experts_num}]_ep{n}.pt (n: the best epoch by Overall on validation), the same weights as
         the Hugging Face folder Baseline_[{experts_num}], and PICKLE_PATH/Baseline_[{experts_num}].pkl and .json.
-Takes   at tiny about four minutes on 2 CPU cores; at paper some days on one GPU. Interrupted, it goes on.
+Takes   at tiny about two minutes on 2 CPU cores; at paper some days on one GPU. Interrupted, it goes on.
 """
 
 from expert_merging.constants import run

@@ -3,7 +3,7 @@
 Reads   DATA_DIR/{task_type} (datasets_preprocessing.py) and BASE_MODEL_PATH.
 Writes  SOURCE_MODEL_WEIGHT_PATH/single_task_{task_type}.pt, the same weights as a Hugging Face folder without the .pt, and
         SOURCE_PICKLE_PATH/single_task_{task_type}.pkl and .json: scores, losses, expert usage on validation and its entropy.
-Takes   at tiny about a minute and a half on 2 CPU cores; at paper a day or so on one GPU. Interrupted, it goes on.
+Takes   at tiny about a minute on 2 CPU cores; at paper a day or so on one GPU. Interrupted, it goes on.
 """
 
 from expert_merging.constants import run
