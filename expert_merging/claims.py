@@ -5,8 +5,8 @@ from collections.abc import Sequence
 HELD, NOT, UNKNOWN = "held", "did not hold", "cannot tell"
 RULE = (
     "A difference is taken within each seed. It holds, or does not, when the 95% t-interval of its mean over seeds lies "
-    "on one side of 0; with one seed there is none. Shown: the mean [the interval] (the difference of each seed). All "
-    "seeds share one test set, so this says nothing of other data."
+    "on one side of 0; with one seed there is none. Shown: the mean [the interval] (the difference of each seed). The "
+    "interval knows nothing of the chance in the test examples, which all seeds share, nor of how many claims there are."
 )
 
 

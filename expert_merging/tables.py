@@ -29,6 +29,7 @@ class Stat:
 
     def __str__(self) -> str:
         mean = f"{self.mean:.{self.decimals}f}"
+        mean = mean.lstrip("-") if float(mean) == 0 else mean
         return mean if self.sd is None else f"{mean} ± {self.sd:.{self.decimals}f}"
 
 
