@@ -68,14 +68,10 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 _PRODUCT_FROM = 2**21  # multiplications from which on `_product` is faster, its calls being dearer
 
 
-def _large_on_cpu(states: torch.Tensor, columns: int) -> bool:
-    """Whether `_product` is the way to take [..., m] to [..., columns]."""
-    return (
-        _ONEDNN
-        and states.device.type == "cpu"
-        and states.dtype == torch.float32
-        and states.numel() * columns >= _PRODUCT_FROM
-    )
+def _large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
+    """Whether `_product` is the way to a product of so many multiplications with these states."""
+    on_cpu = _ONEDNN and states.device.type == "cpu" and states.dtype == torch.float32
+    return on_cpu and multiplications >= _PRODUCT_FROM
 
 
 class _LinearByOneDNN(torch.autograd.Function):
@@ -103,7 +99,7 @@ class _Linear(nn.Linear):
     def forward(self, states):
         weight = self.weight
         plain = self.bias is not None or weight.dtype != states.dtype or weight.device != states.device
-        if plain or not _large_on_cpu(states, len(weight)) or torch.is_autocast_enabled("cpu"):
+        if plain or not _large_on_cpu(states, states.numel() * len(weight)) or torch.is_autocast_enabled("cpu"):
             return super().forward(states)
         return _LinearByOneDNN.apply(states.contiguous(), weight)
 
@@ -246,7 +242,7 @@ class SwitchTransformersAttention(T5Attention):
         shown = output_attentions or layer_head_mask is not None
         if query.is_cuda and not shown:
             made = _attend_on_gpu(query, key, value, bias, mask, dropout)
-        elif _large_on_cpu(query[0, 0], key.shape[2]) and not shown:
+        elif _large_on_cpu(query, length * key.shape[2] * self.key_value_proj_dim) and not shown:
             made = _Attend.apply(query.contiguous(), key.contiguous(), value.contiguous(), bias, mask, dropout)
         else:
             weights = F.dropout(_attention_weights(query, key, bias, mask), dropout)
@@ -487,20 +483,69 @@ class SwitchTransformersSparseMLP(nn.Module):
         assigned, top_prob, router_logits = self.router(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         choice = assigned.reshape(-1, assigned.shape[-1])
-
-        # Bring the tokens of each expert together. The one host synchronisation of the layer is `sizes`.
-        sizes = choice.sum(dim=0).tolist()
+        # Bring the tokens of each expert together: sorted by expert, with those beyond capacity last.
         overflowed_last = torch.where(choice.any(dim=-1), choice.argmax(dim=-1), choice.shape[-1])
-        order = overflowed_last.argsort(stable=True)[: sum(sizes)]
-        if sizes and order.numel():
-            made = self._run_experts(tokens[order], sizes)
-            tokens = tokens.index_copy(0, order, made.to(tokens.dtype))  # autocast may have changed the dtype
-        return top_prob * tokens.view_as(hidden_states), (router_logits, assigned.argmax(dim=-1))
+        order, sizes = overflowed_last.argsort(stable=True), choice.sum(dim=0)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tokens.dtype
+        if tokens.is_cuda and dtype == torch.bfloat16 and self._alike():
+            made = self._run_experts_at_once(tokens.to(dtype), order, sizes)
+            made = torch.where(choice.any(dim=-1, keepdim=True), made.to(tokens.dtype), tokens)
+        else:
+            sizes = sizes.tolist()  # on a GPU the one moment of the layer that waits for it
+            order = order[: sum(sizes)]
+            made = tokens
+            if sizes and len(order):
+                new = self._run_experts(tokens[order], sizes)
+                made = tokens.index_copy(0, order, new.to(tokens.dtype))  # autocast may have changed the dtype
+        return top_prob * made.view_as(hidden_states), (router_logits, assigned.argmax(dim=-1))
 
     def _run_experts(self, tokens: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Tokens sorted by expert, `sizes[i]` of them for expert i: [sum(sizes), d_model] to the same shape."""
         pairs = zip(self.experts.values(), tokens.split(sizes), strict=True)
         return torch.cat([expert(part) for expert, part in pairs if len(part)])
+
+    def _alike(self) -> bool:
+        """Whether the experts can be stacked: none quantised or wrapped by an adapter, and of sizes the kernels take."""
+        return all(
+            type(expert) is SwitchTransformersDenseActDense
+            and type(expert.wi) is type(expert.wo) is _Linear
+            and all(size % 8 == 0 for size in expert.wi.weight.shape)
+            for expert in self.experts.values()
+        )
+
+    def _run_experts_at_once(self, tokens: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """
+        All experts by two grouped products, with all numbers of tokens known to the device only: nothing waits for it.
+
+        Args:
+            tokens: [tokens, d_model].
+            order: of the tokens by expert, those without one last, [tokens].
+            sizes: tokens of each expert, [experts].
+
+        Returns:
+            [tokens, d_model] in the order of `tokens`; anything where a token has no expert.
+        """
+        number, device = len(tokens), tokens.device
+        room = (sizes + 7) // 8 * 8  # the kernels want the 16 bytes' alignment of eight bfloat16
+        last, last_with_room = sizes.cumsum(0), room.cumsum(0)
+        rank = torch.arange(number, device=device)
+        expert = torch.searchsorted(last, rank, right=True).clamp(max=len(sizes) - 1)
+        place = rank + (last_with_room - room - last + sizes)[expert]  # of the tokens in `order`, among rows with room
+
+        # Rows are filled from `tokens`, those between two experts from a row of zeros. The grouped products give rows
+        # after the last expert no value and no gradient; they come from the zeros as well, and go nowhere.
+        rows = number + 8 * len(sizes)
+        origin = torch.full((rows,), number, device=device).index_copy(0, place.clamp(max=rows - 1), order)
+        origin = torch.where(torch.arange(rows, device=device) < last_with_room[-1], origin, number)
+        grouped = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])]).index_select(0, origin)
+
+        first, ends = next(iter(self.experts.values())), last_with_room.int()
+        for part in ("wi", "wo"):
+            weights = torch.stack([getattr(one, part).weight.to(tokens.dtype) for one in self.experts.values()])
+            grouped = F.grouped_mm(grouped, weights.transpose(-1, -2), offs=ends)
+            grouped = first.dropout(first.act(grouped)) if part == "wi" else grouped
+        where = torch.empty_like(place).index_copy(0, order, place.clamp(max=rows - 1))
+        return grouped.index_select(0, where)
 
 
 class SwitchTransformersLayerFF(nn.Module):
