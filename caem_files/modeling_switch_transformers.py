@@ -13,6 +13,7 @@ The second part is CAEM (complexity-aware expert merging), as functions on named
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -49,10 +50,266 @@ CAEM_PATCH = "1"  # read as text by install.py, to tell this file from the stock
 
 # Layers that Switch shares with T5, weight for weight and number for number.
 SwitchTransformersLayerNorm = T5LayerNorm
-SwitchTransformersDenseActDense = T5DenseActDense
-SwitchTransformersAttention = T5Attention
-SwitchTransformersLayerSelfAttention = T5LayerSelfAttention
-SwitchTransformersLayerCrossAttention = T5LayerCrossAttention
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """
+    a b^T of float32 [..., m] and [n, m] on a CPU, by oneDNN: torch itself calls MKL there, which leaves half the speed
+    of AMD's processors unused. Each must be contiguous or the transpose of such a matrix; others are slow.
+    """
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+_PRODUCT_FROM = 2**21  # multiplications from which on `_product` is faster, its calls being dearer
+
+
+def _large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
+    """Whether `_product` is the way to a product of so many multiplications with these states."""
+    on_cpu = _ONEDNN and states.device.type == "cpu" and states.dtype == torch.float32
+    return on_cpu and multiplications >= _PRODUCT_FROM
+
+
+class _LinearByOneDNN(torch.autograd.Function):
+    """states [..., m] and weight [n, m] to [..., n]."""
+
+    @staticmethod
+    def forward(ctx, states, weight):
+        ctx.save_for_backward(states, weight)
+        return _product(states, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        states, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_states = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_states, None
+        return to_states, _product(grad.flatten(0, -2).t(), states.flatten(0, -2).t())
+
+
+class _Linear(nn.Linear):
+    """`nn.Linear`; large float32 products on a CPU go by oneDNN."""
+
+    def forward(self, states):
+        weight = self.weight
+        plain = self.bias is not None or weight.dtype != states.dtype or weight.device != states.device
+        if plain or not _large_on_cpu(states, states.numel() * len(weight)) or torch.is_autocast_enabled("cpu"):
+            return super().forward(states)
+        return _LinearByOneDNN.apply(states.contiguous(), weight)
+
+
+class SwitchTransformersDenseActDense(T5DenseActDense):
+    """The dense feed-forward layer, and each expert: T5's."""
+
+    def __init__(self, config: SwitchTransformersConfig):
+        super().__init__(config)
+        _by_onednn(self)
+
+
+def _by_onednn(module: nn.Module) -> None:
+    """Make the linear layers directly in `module` compute as `_Linear` does."""
+    for layer in module.children():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Linear
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class _Attend(torch.autograd.Function):
+    """
+    softmax(q k^T + bias + mask) v on a CPU, a head at a time, the weights computed again in the backward pass: what is
+    worked on stays in the processor's cache, and what is kept is linear in the length. (torch's own such kernel for
+    CPUs gives no gradient for the bias.)
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, mask, dropout):
+        """
+        Args:
+            query, key, value: float32 [batch, heads, tokens, d_kv], contiguous.
+            bias: [1, heads, queries, keys] or None.
+            mask: [batch, 1, 1 or queries, keys] or None; gets no gradient.
+            dropout: probability, of the weights.
+
+        Returns:
+            [batch, heads, queries, d_kv]
+        """
+        ctx.dropout, ctx.seed = dropout, int(torch.randint(2**62, ())) if dropout > 0 else 0
+        made = torch.empty_like(query)
+        for row, head, weights, kept in _weights_by_head(query, key, bias, mask, dropout, ctx.seed):
+            dropped = weights if kept is None else weights.mul_(kept)
+            made[row, head] = _product(dropped, value[row, head].t())
+        ctx.save_for_backward(query, key, value, bias, mask, made)
+        return made
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, bias, mask, made = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_query, to_key, to_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        to_bias = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
+        along = (grad * made).sum(dim=-1, keepdim=True)  # over the keys, the sum of weights times their gradients
+        for row, head, weights, kept in _weights_by_head(query, key, bias, mask, ctx.dropout, ctx.seed):
+            q, k, v, g = (tensor[row, head] for tensor in (query, key, value, grad))
+            to_scores = _product(g, v)
+            dropped = weights
+            if kept is not None:
+                dropped = weights * kept
+                to_scores *= kept
+            to_scores.sub_(along[row, head]).mul_(weights)
+            to_value[row, head] = _product(g.t(), dropped.t()).t()  # faster than the transposed product
+            to_key[row, head] = _product(q.t(), to_scores.t()).t()
+            to_query[row, head] = _product(to_scores, k.t())
+            if to_bias is not None:
+                to_bias[0, head] = to_scores if row == 0 else to_bias[0, head].add_(to_scores)
+        return to_query, to_key, to_value, to_bias, None, None
+
+
+def _weights_by_head(query, key, bias, mask, dropout: float, seed: int) -> Iterator[tuple]:
+    """
+    Each head of each row: (row, head, attention weights [queries, keys], kept); `kept` is 1 / (1 - dropout) at a weight
+    that stays and 0 at others, the same for the same seed, or None without dropout.
+    """
+    generator = torch.Generator().manual_seed(seed) if dropout > 0 else None
+    for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
+        weights = _product(query[row, head], key[row, head])
+        if bias is not None:
+            weights += bias[0, head]
+        if mask is not None:
+            weights += mask[row, 0]
+        torch.softmax(weights, dim=-1, out=weights)
+        kept = None
+        if dropout > 0:
+            kept = torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        yield row, head, weights, kept
+
+
+class SwitchTransformersAttention(T5Attention):
+    """T5's attention: to the states themselves with a bias by distance, or, in a decoder, to the encoder's states."""
+
+    def __init__(self, config, has_relative_attention_bias=False, layer_idx: int | None = None):
+        super().__init__(config, has_relative_attention_bias, layer_idx)
+        _by_onednn(self)
+
+    def forward(
+        self,
+        hidden_states,
+        mask=None,
+        key_value_states=None,
+        position_bias=None,
+        past_key_value=None,
+        layer_head_mask=None,
+        query_length=None,
+        use_cache=False,
+        output_attentions=False,
+        cache_position=None,
+    ):
+        """
+        Args:
+            hidden_states: [batch, tokens, d_model].
+            mask: added to the scores, [batch, 1, 1 or tokens, keys].
+            position_bias: that of an earlier layer, [1, heads, tokens, keys]; computed here if there is none and this
+                layer has the weights.
+
+        Returns:
+            New states of the same shape; the cache; the bias (without the mask; None if no layer had one); with
+            `output_attentions` the weights [batch, heads, tokens, keys].
+        """
+        batch, length = hidden_states.shape[:2]
+        query = self._heads(self.q(hidden_states))
+        key, value = self._keys_and_values(hidden_states, key_value_states, past_key_value, cache_position)
+
+        if position_bias is None and self.has_relative_attention_bias:
+            position_bias = self.compute_bias(
+                query_length or key.shape[2], key.shape[2], device=query.device, cache_position=cache_position
+            )[:, :, -length:]
+        bias = position_bias
+        if bias is not None and self.pruned_heads:
+            bias = bias[:, [head for head in range(bias.shape[1]) if head not in self.pruned_heads]]
+        if mask is not None:
+            mask = mask[..., : key.shape[2]]
+
+        dropout = self.dropout if self.training else 0.0
+        shown = output_attentions or layer_head_mask is not None
+        if query.is_cuda and not shown:
+            made = _attend_on_gpu(query, key, value, bias, mask, dropout)
+        elif _large_on_cpu(query, length * key.shape[2] * self.key_value_proj_dim) and not shown:
+            made = _Attend.apply(query.contiguous(), key.contiguous(), value.contiguous(), bias, mask, dropout)
+        else:
+            weights = F.dropout(_attention_weights(query, key, bias, mask), dropout)
+            if layer_head_mask is not None:
+                weights = weights * layer_head_mask
+            made = weights @ value
+        made = self.o(made.transpose(1, 2).reshape(batch, length, self.inner_dim))
+        return (made, past_key_value, position_bias, *((weights,) if output_attentions else ()))
+
+    def _heads(self, states):
+        """[batch, tokens, heads * d_kv] to [batch, heads, tokens, d_kv]."""
+        return states.view(len(states), -1, self.n_heads, self.key_value_proj_dim).transpose(1, 2)
+
+    def _keys_and_values(self, hidden_states, key_value_states, cache, cache_position):
+        """Those of the states, or of the encoder's where they are given; with a cache, after the earlier ones."""
+        crossing = key_value_states is not None
+        if cache is not None and crossing and cache.is_updated.get(self.layer_idx):
+            earlier = cache.cross_attention_cache  # the encoder's states do not change while decoding
+            return earlier.key_cache[self.layer_idx], earlier.value_cache[self.layer_idx]
+        states = key_value_states if crossing else hidden_states
+        key, value = self._heads(self.k(states)), self._heads(self.v(states))
+        if cache is not None:
+            earlier = cache.cross_attention_cache if crossing else cache.self_attention_cache
+            positions = {"cache_position": None if crossing else cache_position}
+            key, value = earlier.update(key, value, self.layer_idx, positions)
+            if crossing:
+                cache.is_updated[self.layer_idx] = True
+        return key, value
+
+
+def _attention_weights(query, key, bias, mask):
+    """Attention weights, [batch, heads, queries, keys]; rounded where stock rounds."""
+    scores = query @ key.transpose(-1, -2)
+    added = mask if bias is None else bias if mask is None else bias + mask
+    if added is not None:
+        scores += added
+    return scores.float().softmax(dim=-1).type_as(scores)
+
+
+def _attend_on_gpu(query, key, value, bias, mask, dropout: float) -> torch.Tensor:
+    """As `_Attend`, by torch's kernels for GPUs; those give a gradient for the bias."""
+    added = mask if bias is None else bias if mask is None else bias + mask
+    if added is not None:
+        # In the scores' precision, where the mask's lowest number must not become infinite.
+        added = added.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        added = added.expand(len(query), query.shape[1], query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout, scale=1.0)
+
+
+class SwitchTransformersLayerSelfAttention(T5LayerSelfAttention):
+    """Norm, attention to the states themselves, dropout, residual."""
+
+    def __init__(self, config, has_relative_attention_bias=False, layer_idx: int | None = None):
+        nn.Module.__init__(self)  # with our attention in place of T5's
+        self.SelfAttention = SwitchTransformersAttention(config, has_relative_attention_bias, layer_idx)
+        self.layer_norm = SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+
+class SwitchTransformersLayerCrossAttention(T5LayerCrossAttention):
+    """Norm, attention to the encoder's states, dropout, residual."""
+
+    def __init__(self, config, layer_idx: int | None = None):
+        nn.Module.__init__(self)
+        self.EncDecAttention = SwitchTransformersAttention(config, layer_idx=layer_idx)
+        self.layer_norm = SwitchTransformersLayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -226,20 +483,69 @@ class SwitchTransformersSparseMLP(nn.Module):
         assigned, top_prob, router_logits = self.router(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         choice = assigned.reshape(-1, assigned.shape[-1])
-
-        # Bring the tokens of each expert together. The one host synchronisation of the layer is `sizes`.
-        sizes = choice.sum(dim=0).tolist()
+        # Bring the tokens of each expert together: sorted by expert, with those beyond capacity last.
         overflowed_last = torch.where(choice.any(dim=-1), choice.argmax(dim=-1), choice.shape[-1])
-        order = overflowed_last.argsort(stable=True)[: sum(sizes)]
-        if sizes and order.numel():
-            made = self._run_experts(tokens[order], sizes)
-            tokens = tokens.index_copy(0, order, made.to(tokens.dtype))  # autocast may have changed the dtype
-        return top_prob * tokens.view_as(hidden_states), (router_logits, assigned.argmax(dim=-1))
+        order, sizes = overflowed_last.argsort(stable=True), choice.sum(dim=0)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tokens.dtype
+        if tokens.is_cuda and dtype == torch.bfloat16 and self._alike():
+            made = self._run_experts_at_once(tokens.to(dtype), order, sizes)
+            made = torch.where(choice.any(dim=-1, keepdim=True), made.to(tokens.dtype), tokens)
+        else:
+            sizes = sizes.tolist()  # on a GPU the one moment of the layer that waits for it
+            order = order[: sum(sizes)]
+            made = tokens
+            if sizes and len(order):
+                new = self._run_experts(tokens[order], sizes)
+                made = tokens.index_copy(0, order, new.to(tokens.dtype))  # autocast may have changed the dtype
+        return top_prob * made.view_as(hidden_states), (router_logits, assigned.argmax(dim=-1))
 
     def _run_experts(self, tokens: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Tokens sorted by expert, `sizes[i]` of them for expert i: [sum(sizes), d_model] to the same shape."""
         pairs = zip(self.experts.values(), tokens.split(sizes), strict=True)
         return torch.cat([expert(part) for expert, part in pairs if len(part)])
+
+    def _alike(self) -> bool:
+        """Whether the experts can be stacked: none quantised or wrapped by an adapter, and of sizes the kernels take."""
+        return all(
+            type(expert) is SwitchTransformersDenseActDense
+            and type(expert.wi) is type(expert.wo) is _Linear
+            and all(size % 8 == 0 for size in expert.wi.weight.shape)
+            for expert in self.experts.values()
+        )
+
+    def _run_experts_at_once(self, tokens: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """
+        All experts by two grouped products, with all numbers of tokens known to the device only: nothing waits for it.
+
+        Args:
+            tokens: [tokens, d_model].
+            order: of the tokens by expert, those without one last, [tokens].
+            sizes: tokens of each expert, [experts].
+
+        Returns:
+            [tokens, d_model] in the order of `tokens`; anything where a token has no expert.
+        """
+        number, device = len(tokens), tokens.device
+        room = (sizes + 7) // 8 * 8  # the kernels want the 16 bytes' alignment of eight bfloat16
+        last, last_with_room = sizes.cumsum(0), room.cumsum(0)
+        rank = torch.arange(number, device=device)
+        expert = torch.searchsorted(last, rank, right=True).clamp(max=len(sizes) - 1)
+        place = rank + (last_with_room - room - last + sizes)[expert]  # of the tokens in `order`, among rows with room
+
+        # Rows are filled from `tokens`, those between two experts from a row of zeros. The grouped products give rows
+        # after the last expert no value and no gradient; they come from the zeros as well, and go nowhere.
+        rows = number + 8 * len(sizes)
+        origin = torch.full((rows,), number, device=device).index_copy(0, place.clamp(max=rows - 1), order)
+        origin = torch.where(torch.arange(rows, device=device) < last_with_room[-1], origin, number)
+        grouped = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])]).index_select(0, origin)
+
+        first, ends = next(iter(self.experts.values())), last_with_room.int()
+        for part in ("wi", "wo"):
+            weights = torch.stack([getattr(one, part).weight.to(tokens.dtype) for one in self.experts.values()])
+            grouped = F.grouped_mm(grouped, weights.transpose(-1, -2), offs=ends)
+            grouped = first.dropout(first.act(grouped)) if part == "wi" else grouped
+        where = torch.empty_like(place).index_copy(0, order, place.clamp(max=rows - 1))
+        return grouped.index_select(0, where)
 
 
 class SwitchTransformersLayerFF(nn.Module):
@@ -932,7 +1238,7 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
     def __init__(self, config: SwitchTransformersConfig):
         super().__init__(config)
         self.model_dim = config.d_model
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = _Linear(config.d_model, config.vocab_size, bias=False)
         self.router_z_loss_coef = config.router_z_loss_coef
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.post_init()

@@ -1,0 +1,228 @@
+"""The fast ways of the patched Switch Transformers, which models as small as the other tests' do not take by themselves."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stock_switch import PLAIN, batch, build, needs_stock, ours, same, stock, switch_settings
+
+few = settings(max_examples=8, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+def fast():
+    """Every float32 product takes the way of the large ones."""
+    return mock.patch.object(ours, "_PRODUCT_FROM", 1)
+
+
+onednn = pytest.mark.skipif(not ours._ONEDNN, reason="this torch has no oneDNN")
+
+
+@onednn
+@needs_stock
+@few
+@given(switch_settings(), seeds, st.booleans(), st.integers(1, 12), st.integers(1, 9))
+def test_large_products_give_stocks_outputs_and_gradients(config, seed, training, inputs, targets):
+    config["dropout_rate"] = 0.0  # which weights drop is drawn otherwise than in stock
+    a, b = build(ours, config, seed), build(stock, config, seed)
+    a.load_state_dict(b.state_dict())
+    data, outputs = batch(seed, inputs=inputs, targets=targets), []
+    for model in (a, b):
+        model.train(training)
+        torch.manual_seed(seed)
+        with fast():
+            output = model(**data, output_hidden_states=True)
+            output.loss.backward()
+        outputs.append(output)
+    same(*outputs)
+    same(*({name: p.grad for name, p in model.named_parameters()} for model in (a, b)))
+
+
+@onednn
+@needs_stock
+@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3, "no_repeat_ngram_size": 3, "early_stopping": True}])
+def test_large_products_generate_alike(decoding):
+    a, b = build(ours, PLAIN), build(stock, PLAIN)
+    a.load_state_dict(b.state_dict())
+    data = batch(0)
+    call = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"], "max_length": 14} | decoding
+    with fast():
+        made = a.generate(**call)
+    assert torch.equal(made, b.generate(**call))
+
+
+@onednn
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_large_products_under_gradient_checkpointing(reentrant):
+    """Dropout draws alike when a block is computed again."""
+    losses, models = [], [build(ours, PLAIN | {"dropout_rate": 0.3}) for _ in range(2)]
+    models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for model in models:
+        torch.manual_seed(0)
+        with fast():
+            losses.append(model.train()(**batch(0), use_cache=False).loss)
+            losses[-1].backward()
+    same(losses[1], losses[0])
+    same(*({name: p.grad for name, p in model.named_parameters()} for model in reversed(models)))
+
+
+@onednn
+def test_pruned_heads_and_autocast_with_large_products():
+    model, data = build(ours, PLAIN, kind="EncoderModel"), batch(0)
+    model.prune_heads({0: [1], 2: [0, 2]})
+    call = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"]}
+    expected = model(**call).last_hidden_state
+    with fast():
+        same(model(**call).last_hidden_state, expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            same(model(**call).last_hidden_state.float(), expected, 0.1)
+
+
+def attention_inputs(seed, rows, heads, queries, keys, masked, biased):
+    rng = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(rows, heads, size, 4, generator=rng) for size in (queries, keys, keys))
+    bias = torch.randn(1, heads, queries, keys, generator=rng) if biased else None
+    mask = None
+    if masked:
+        mask = torch.rand(rows, 1, queries, keys, generator=rng).lt(0.4).float() * torch.finfo(torch.float32).min
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value, bias) if tensor is not None]
+    return query, key, value, bias, mask, leaves
+
+
+sizes = st.integers(1, 4)
+
+
+@onednn
+@few
+@given(seeds, sizes, sizes, sizes, sizes, st.booleans(), st.booleans(), st.sampled_from([0.0, 0.4]))
+def test_attention_on_the_cpu_is_its_formula(seed, rows, heads, queries, keys, masked, biased, dropout):
+    query, key, value, bias, mask, leaves = attention_inputs(seed, rows, heads, queries, keys, masked, biased)
+    weights = ours._attention_weights(query, key, bias, mask)
+    kept = torch.ones_like(weights)
+    torch.manual_seed(seed)
+    if dropout:
+        drawn = int(torch.randint(2**62, ()))
+        for row, head, _, one in ours._weights_by_head(query, key, bias, mask, dropout, drawn):
+            assert all(x in (0.0, pytest.approx(1 / (1 - dropout))) for x in one.unique().tolist())
+            kept[row, head] = one
+    given_ = torch.randn(rows, heads, queries, 4)
+    expected = (weights * kept) @ value
+    wanted = torch.autograd.grad(expected, leaves, given_)
+
+    torch.manual_seed(seed)
+    made = ours._Attend.apply(query, key, value, bias, mask, dropout)
+    same(made, expected)
+    same(torch.autograd.grad(made, leaves, given_), wanted)
+
+
+@onednn
+def test_attention_drops_as_many_weights_as_asked():
+    query = torch.zeros(2, 3, 50, 4)
+    torch.manual_seed(0)
+    made = ours._Attend.apply(query, query, torch.ones_like(query), None, None, 0.25)
+    assert made.mean().item() == pytest.approx(1.0, abs=0.02)  # mean of 15,000 weights, kept with 3/4, times 4/3
+    assert made.std().item() == pytest.approx((1 / 3 / 50) ** 0.5, rel=0.2)
+
+
+@onednn
+def test_attention_keeps_memory_linear_in_the_length():
+    def kept(length):
+        query, key, value, _, _, _ = attention_inputs(0, 2, 3, length, length, False, False)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            ours._Attend.apply(query, key, value, None, None, 0.0)
+        return sum(numbers)
+
+    assert kept(64) == 2 * kept(32) > 0
+
+
+@few
+@given(seeds, sizes, sizes, sizes, sizes, st.booleans(), st.booleans())
+def test_attention_on_gpus_is_its_formula(seed, rows, heads, queries, keys, masked, biased):
+    query, key, value, bias, mask, leaves = attention_inputs(seed, rows, heads, queries, keys, masked, biased)
+    if masked:
+        mask[..., 0] = 0  # of a row that is masked throughout, torch's kernels get the gradient wrong
+    expected = ours._attention_weights(query, key, bias, mask) @ value
+    made = ours._attend_on_gpu(query, key, value, bias, mask, 0.0)
+    same(made, expected)
+    given_ = torch.randn_like(made)
+    same(torch.autograd.grad(made, leaves, given_), torch.autograd.grad(expected, leaves, given_))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_on_gpus_of_wholly_masked_rows_is_finite(dtype):
+    query, bias = torch.randn(1, 2, 3, 4).to(dtype), torch.full((1, 2, 3, 3), -40.0)
+    for lowest in (torch.finfo(torch.float32).min, torch.finfo(dtype).min):
+        mask = torch.full((1, 1, 1, 3), lowest)
+        assert ours._attend_on_gpu(query, query, query, bias, mask, 0.0).isfinite().all()
+
+
+@few
+@given(
+    st.integers(1, 30), st.integers(1, 6), st.sampled_from(["relu", "gelu_new"]),
+    st.sampled_from([torch.float32, torch.bfloat16]), seeds,
+)  # fmt: skip
+def test_experts_at_once_are_the_experts_one_by_one(number, experts, act, dtype, seed):
+    """As on a GPU, but for the kernel: also where some experts, or tokens, have nothing to do."""
+    torch.manual_seed(seed)
+    config = ours.SwitchTransformersConfig(**PLAIN | {"num_experts": experts, "dense_act_fn": act, "d_model": 16})
+    layer = ours.SwitchTransformersSparseMLP(config).eval().to(dtype)
+    chosen = torch.randint(experts + 1, (number,))  # `experts` stands for none
+    tokens = torch.randn(number, 16, dtype=dtype, requires_grad=True)
+    order, sizes_ = chosen.argsort(stable=True), torch.bincount(chosen, minlength=experts + 1)[:experts]
+    served = (chosen < experts).unsqueeze(-1)
+    made = torch.where(served, layer._run_experts_at_once(tokens, order, sizes_), tokens)
+    expected = tokens.clone()
+    for i, expert in enumerate(layer.experts.values()):
+        expected = torch.where((chosen == i).unsqueeze(-1), expert(tokens), expected)
+    same(made, expected, 1e-5 if dtype == torch.float32 else 0.05)
+    leaves = [tokens, *(p for expert in layer.experts.values() for p in expert.parameters())]
+    given_ = torch.randn_like(made)
+    found, wanted = (torch.autograd.grad(one, leaves, given_) for one in (made, expected))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.isfinite().all()
+        same(a, b, 1e-4 if dtype == torch.float32 else 0.1 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sparse_layer_at_once_is_the_sparse_layer(training):
+    """The whole layer, with tokens beyond capacity, where `is_cuda` is true of every tensor."""
+    torch.manual_seed(0)
+    layer = ours.SwitchTransformersSparseMLP(
+        ours.SwitchTransformersConfig(**PLAIN | {"expert_capacity": 2, "d_model": 16})
+    )
+    layer = layer.train(training).to(torch.bfloat16)
+    layer.router.jitter_noise, states = 0.0, torch.randn(3, 9, 16).to(torch.bfloat16)
+    for expert in layer.experts.values():
+        expert.dropout.p = 0.0
+    expected = layer(states)
+    one_by_one = mock.Mock(side_effect=AssertionError("one by one"))
+    with mock.patch.object(torch.Tensor, "is_cuda", True), contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(layer, "_run_experts", one_by_one))
+        made = layer(states)
+    same(made[0].float(), expected[0].float(), 0.02)
+    same(made[1], expected[1])
+
+
+def test_quantised_or_adapted_experts_run_one_by_one():
+    assert not ours.SwitchTransformersSparseMLP(ours.SwitchTransformersConfig(**PLAIN))._alike()  # 12 is not 8 n
+    layer = ours.SwitchTransformersSparseMLP(ours.SwitchTransformersConfig(**PLAIN | {"d_model": 16}))
+    assert layer._alike()
+    layer.experts["expert_1"].wi = torch.nn.Sequential(layer.experts["expert_1"].wi)
+    assert not layer._alike()
+
+
+@onednn
+def test_linear_layers_without_a_bias_in_float32_only_go_by_onednn():
+    layer, states = ours._Linear(6, 4, bias=False), torch.randn(2, 3, 6)
+    with fast(), mock.patch.object(ours, "_product", side_effect=AssertionError("oneDNN")):
+        with pytest.raises(AssertionError, match="oneDNN"):
+            layer(states)
+        same(layer(states[:0]), F.linear(states[:0], layer.weight))
+        half, biased = layer.to(torch.bfloat16), ours._Linear(6, 4)
+        same(half(states.bfloat16()), F.linear(states.bfloat16(), half.weight))
+        same(biased(states), F.linear(states, biased.weight, biased.bias))
