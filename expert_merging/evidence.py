@@ -385,8 +385,9 @@ def claimed(e: Evidence) -> Table:
         ),
         (across, f"soups with {n}-to-{m} collapse (less than a tenth is kept)", lambda kept: kept < 0.1),
     ):
-        kept = {pair: [_kept(*one) for one in e.get(pair, *pair.split(" + "))] for pair in group}
-        if kept:
+        shares = {pair: [_kept(*one) for one in e.get(pair, *pair.split(" + "))] for pair in group}
+        kept = {pair: [share for share in of_pair if share is not None] for pair, of_pair in shares.items()}
+        if any(kept.values()):
             answers = [judge(value) for values in kept.values() for value in values]
             verdict = claims.HELD if all(answers) else claims.NOT if not any(answers) else claims.UNKNOWN
             numbers = "; ".join(f"{pair}: {Stat(tuple(v), 3)}" for pair, v in kept.items() if v)
@@ -476,6 +477,7 @@ def _overall_by_epoch(e: Evidence, record: Any, seed: int) -> list[float]:
     return [fmean(one) for one in zip(*ratios, strict=True)]
 
 
-def _kept(soup: Any, a: Any, b: Any) -> float:
-    """Overall of a soup as a share of its parents' mean."""
-    return soup["soup"]["overall"] / fmean([a["overall"]["test"], b["overall"]["test"]])
+def _kept(soup: Any, a: Any, b: Any) -> float | None:
+    """Overall of a soup as a share of its parents' mean; None where they have nothing to keep."""
+    parents = fmean([a["overall"]["test"], b["overall"]["test"]])
+    return soup["soup"]["overall"] / parents if parents > 0 else None

@@ -150,6 +150,16 @@ def test_a_task_that_overall_leaves_out_is_named(without_figures, folder):
     assert "the single-task score being 0: squad (4 experts, seed 1)." in (folder / "tables" / "scores.md").read_text()
 
 
+def test_models_that_learnt_nothing(without_figures, folder):
+    for path in (folder / "records").glob("seed*/*.json"):
+        content = json.loads(path.read_text())
+        if "overall" in content:
+            path.write_text(json.dumps(content | {"overall": {"test": 0.0, "validation": 0.0}}))
+    report.write(folder)
+    assert rows_of(folder, "soups")[0]["kept"] == "" and report.check(folder) == []
+    assert not any(row["claim"].startswith("soups") for row in rows_of(folder, "claims"))
+
+
 def test_claims(without_figures, folder):
     report.write(folder)
     verdicts = {(row["claim"], row["numbers"].split(":")[0]): row["verdict"] for row in rows_of(folder, "claims")}
