@@ -169,8 +169,10 @@ class _Attend(torch.autograd.Function):
             to_value[row, head] = _product(g.t(), dropped.t()).t()  # faster than the transposed product
             to_key[row, head] = _product(q.t(), to_scores.t()).t()
             to_query[row, head] = _product(to_scores, k.t())
-            if to_bias is not None:
-                to_bias[0, head] = to_scores if row == 0 else to_bias[0, head].add_(to_scores)
+            if to_bias is not None and row == 0:
+                to_bias[0, head] = to_scores
+            elif to_bias is not None:
+                to_bias[0, head] += to_scores
         return to_query, to_key, to_value, to_bias, None, None
 
 
@@ -217,32 +219,37 @@ class SwitchTransformersAttention(T5Attention):
         Args:
             hidden_states: [batch, tokens, d_model].
             mask: added to the scores, [batch, 1, 1 or tokens, keys].
-            position_bias: that of an earlier layer, [1, heads, tokens, keys]; computed here if there is none and this
-                layer has the weights.
+            position_bias: what an earlier layer of the stack gave; computed here if there is none.
 
         Returns:
-            New states of the same shape; the cache; the bias (without the mask; None if no layer had one); with
-            `output_attentions` the weights [batch, heads, tokens, keys].
+            New states of the same shape; the cache; the bias by distance [1, heads, tokens, keys] or None, on GPUs with
+            the mask in it; with `output_attentions` the weights [batch, heads, tokens, keys].
         """
         batch, length = hidden_states.shape[:2]
         query = self._heads(self.q(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_value, cache_position)
 
-        if position_bias is None and self.has_relative_attention_bias:
-            position_bias = self.compute_bias(
-                query_length or key.shape[2], key.shape[2], device=query.device, cache_position=cache_position
-            )[:, :, -length:]
-        bias = position_bias
-        if bias is not None and self.pruned_heads:
-            bias = bias[:, [head for head in range(bias.shape[1]) if head not in self.pruned_heads]]
         if mask is not None:
             mask = mask[..., : key.shape[2]]
+        shown = output_attentions or layer_head_mask is not None
+        on_gpu = query.is_cuda and not shown
+        if position_bias is None:
+            if self.has_relative_attention_bias:
+                position_bias = self.compute_bias(
+                    query_length or key.shape[2], key.shape[2], device=query.device, cache_position=cache_position
+                )[:, :, -length:]
+            if on_gpu:
+                position_bias = _bias_with_mask(position_bias, mask, query.dtype)
+        bias = position_bias
+        if bias is not None and self.pruned_heads and bias.shape[1] > 1:
+            bias = bias[:, [head for head in range(bias.shape[1]) if head not in self.pruned_heads]]
 
         dropout = self.dropout if self.training else 0.0
-        shown = output_attentions or layer_head_mask is not None
-        if query.is_cuda and not shown:
-            made = _attend_on_gpu(query, key, value, bias, mask, dropout)
-        elif _large_on_cpu(query, length * key.shape[2] * self.key_value_proj_dim) and not shown:
+        if on_gpu:
+            if bias is not None:
+                bias = bias.expand(batch, self.n_heads, length, key.shape[2])
+            made = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=1.0)
+        elif batch and not shown and _large_on_cpu(query, length * key.shape[2] * self.key_value_proj_dim):
             made = _Attend.apply(query.contiguous(), key.contiguous(), value.contiguous(), bias, mask, dropout)
         else:
             weights = F.dropout(_attention_weights(query, key, bias, mask), dropout)
@@ -282,14 +289,13 @@ def _attention_weights(query, key, bias, mask):
     return scores.float().softmax(dim=-1).type_as(scores)
 
 
-def _attend_on_gpu(query, key, value, bias, mask, dropout: float) -> torch.Tensor:
-    """As `_Attend`, by torch's kernels for GPUs; those give a gradient for the bias."""
-    added = mask if bias is None else bias if mask is None else bias + mask
-    if added is not None:
-        # In the scores' precision, where the mask's lowest number must not become infinite.
-        added = added.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-        added = added.expand(len(query), query.shape[1], query.shape[2], key.shape[2])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout, scale=1.0)
+def _bias_with_mask(bias, mask, dtype: torch.dtype):
+    """
+    Bias and mask in one, for torch's kernels on GPUs; all layers of a stack share it. The scores' `dtype` is that of
+    autocast, say, in which the mask's lowest number would otherwise become infinite.
+    """
+    both = mask if bias is None else bias if mask is None else bias + mask
+    return both if both is None else both.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 class SwitchTransformersLayerSelfAttention(T5LayerSelfAttention):

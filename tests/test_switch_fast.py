@@ -140,25 +140,52 @@ def test_attention_keeps_memory_linear_in_the_length():
     assert kept(64) == 2 * kept(32) > 0
 
 
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """The way of GPUs, with torch's kernels for CPUs."""
+    with mock.patch.object(torch.Tensor, "is_cuda", True):
+        yield
+
+
 @few
-@given(seeds, sizes, sizes, sizes, sizes, st.booleans(), st.booleans())
-def test_attention_on_gpus_is_its_formula(seed, rows, heads, queries, keys, masked, biased):
-    query, key, value, bias, mask, leaves = attention_inputs(seed, rows, heads, queries, keys, masked, biased)
-    if masked:
-        mask[..., 0] = 0  # of a row that is masked throughout, torch's kernels get the gradient wrong
-    expected = ours._attention_weights(query, key, bias, mask) @ value
-    made = ours._attend_on_gpu(query, key, value, bias, mask, 0.0)
-    same(made, expected)
-    given_ = torch.randn_like(made)
-    same(torch.autograd.grad(made, leaves, given_), torch.autograd.grad(expected, leaves, given_))
+@given(switch_settings(), seeds, st.booleans())
+def test_attention_as_on_a_gpu(config, seed, training):
+    config["dropout_rate"] = 0.0
+    models, outputs = [build(ours, config, seed) for _ in range(2)], []
+    for model, way in zip(models, (as_on_a_gpu, contextlib.nullcontext), strict=True):
+        torch.manual_seed(seed)
+        with way():
+            output = model.train(training)(**batch(seed))
+        output.loss.backward()
+        outputs.append(output)
+    same(*outputs)
+    same(*({name: p.grad for name, p in model.named_parameters()} for model in models))
+
+
+@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3, "early_stopping": True}])
+def test_generation_as_on_a_gpu(decoding):
+    model, data = build(ours, PLAIN), batch(0)
+    call = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"], "max_length": 14} | decoding
+    expected = model.generate(**call)
+    with as_on_a_gpu():
+        assert torch.equal(model.generate(**call), expected)
+
+
+def test_pruned_heads_as_on_a_gpu():
+    model, data = build(ours, PLAIN, kind="EncoderModel"), batch(0)
+    model.prune_heads({0: [1], 2: [0, 2]})
+    call = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"]}
+    expected = model(**call).last_hidden_state
+    with as_on_a_gpu():
+        same(model(**call).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_on_gpus_of_wholly_masked_rows_is_finite(dtype):
-    query, bias = torch.randn(1, 2, 3, 4).to(dtype), torch.full((1, 2, 3, 3), -40.0)
+def test_the_lowest_number_of_a_mask_stays_finite_on_gpus(dtype):
+    bias = torch.full((1, 2, 3, 3), -40.0)
     for lowest in (torch.finfo(torch.float32).min, torch.finfo(dtype).min):
-        mask = torch.full((1, 1, 1, 3), lowest)
-        assert ours._attend_on_gpu(query, query, query, bias, mask, 0.0).isfinite().all()
+        assert ours._bias_with_mask(bias, torch.full((1, 1, 1, 3), lowest), dtype).isfinite().all()
+    assert ours._bias_with_mask(None, None, dtype) is None
 
 
 @few
@@ -190,7 +217,7 @@ def test_experts_at_once_are_the_experts_one_by_one(number, experts, act, dtype,
 
 @pytest.mark.parametrize("training", [True, False])
 def test_sparse_layer_at_once_is_the_sparse_layer(training):
-    """The whole layer, with tokens beyond capacity, where `is_cuda` is true of every tensor."""
+    """The whole layer, with tokens beyond capacity, by the way of GPUs."""
     torch.manual_seed(0)
     layer = ours.SwitchTransformersSparseMLP(
         ours.SwitchTransformersConfig(**PLAIN | {"expert_capacity": 2, "d_model": 16})
@@ -201,8 +228,7 @@ def test_sparse_layer_at_once_is_the_sparse_layer(training):
         expert.dropout.p = 0.0
     expected = layer(states)
     one_by_one = mock.Mock(side_effect=AssertionError("one by one"))
-    with mock.patch.object(torch.Tensor, "is_cuda", True), contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layer, "_run_experts", one_by_one))
+    with as_on_a_gpu(), mock.patch.object(layer, "_run_experts", one_by_one):
         made = layer(states)
     same(made[0].float(), expected[0].float(), 0.02)
     same(made[1], expected[1])
