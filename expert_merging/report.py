@@ -114,7 +114,8 @@ def figures(e: Evidence, folder: Path) -> dict[str, str]:
         }
 
         def overall(group: str, scores: dict[str, Any]) -> float:
-            return fmean(scores[t][mains[t]] / goals[group, t] for t in e.tasks if goals[group, t] > 0)
+            ratios = [scores[t][mains[t]] / goals[group, t] for t in e.tasks if goals[group, t] > 0]
+            return fmean(ratios) if ratios else 0.0
 
         by_score = {
             group: {
