@@ -60,11 +60,11 @@ def seconds(run: Callable[[], object]) -> float:
     return clock() - started
 
 
-def row(name: str, mine: Callable, theirs: Callable, pairs: int, target: float | None, share: int = 1) -> dict:
-    """Time the two in turn, after a run of each to warm up; seconds are divided by `share`."""
+def row(name: str, mine: Callable, theirs: Callable, pairs: int, target: float | None, share=(1, 1)) -> dict:
+    """Time the two in turn, after a run of each to warm up; seconds are divided by each's `share`."""
     times = []
     for _ in range(pairs + 1):
-        times.append((seconds(mine) / share, seconds(theirs) / share))
+        times.append((seconds(mine) / share[0], seconds(theirs) / share[1]))
     mine, theirs = zip(*times[1:], strict=True)
     ratio = statistics.median(b / a for a, b in times[1:])
     return {
