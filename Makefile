@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup reproduce evidence test lint
+.PHONY: setup reproduce evidence test lint bench
 
 setup: $(VENV)/ready
 	@$(RUN) caem_files/install.py
@@ -22,6 +22,14 @@ evidence: setup
 
 test: setup
 	$(RUN) -m pytest
+
+bench: setup
+	$(RUN) benchmarks/layer.py
+	$(RUN) benchmarks/training.py
+	$(RUN) benchmarks/evaluation.py
+	$(RUN) benchmarks/preprocessing.py
+	$(RUN) benchmarks/startup.py
+	$(RUN) benchmarks/table.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,0 +1,34 @@
+"""What the benchmarks found, as one Markdown table in benchmarks/results/table.md, and from there in the README.
+
+python benchmarks/table.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    from expert_merging.files import read_json, write_atomic
+    from expert_merging.report import filled
+    from expert_merging.tables import Table
+
+    note = "Medians of interleaved pairs. The ratio is the gain over theirs or, where less is better, ours as a share."
+    table = Table("table", "Benchmarks", note)
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        for row in read_json(path).get("rows", []):
+            table.rows.append({
+                "what": row["name"], "ours": f"{row['ours']:.4g}", "theirs": f"{row['theirs']:.4g}", "unit": row["unit"],
+                "ratio": f"{row['ratio']:.3g}", "target": "" if row["target"] is None else f"{row['target']:.3g}",
+                "from": f"benchmarks/results/{path.name}",
+            })  # fmt: skip
+    write_atomic(ROOT / "benchmarks" / "results" / "table.md", table.markdown())
+    readme = ROOT / "README.md"
+    write_atomic(readme, filled(readme.read_text(encoding="utf-8"), ROOT))
+    print(table.markdown())
+
+
+if __name__ == "__main__":
+    main()
