@@ -18,7 +18,7 @@ def main() -> None:
     note = "Medians of interleaved pairs. The ratio is the gain over theirs or, where less is better, ours as a share."
     table = Table("table", "Benchmarks", note)
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        for row in read_json(path).get("rows", []):
+        for row in (row for row in read_json(path).get("rows", []) if "ratio" in row):
             table.rows.append({
                 "what": row["name"], "ours": f"{row['ours']:.4g}", "theirs": f"{row['theirs']:.4g}", "unit": row["unit"],
                 "ratio": f"{row['ratio']:.3g}", "target": "" if row["target"] is None else f"{row['target']:.3g}",
