@@ -30,6 +30,7 @@ def main(c):
 
     accelerator = make_accelerator(c)
     name = f"{c.current_case_name}_[{c.experts_num}]"
+    work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
     goals = finetuning.single_task_goals(
         c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c
     )
@@ -39,7 +40,7 @@ def main(c):
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
     model, ancestor = models.load_base(c, c.experts_num)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
-    if histories.finished(c.PICKLE_PATH, name, identity):
+    if histories.finished(c.PICKLE_PATH, name, identity, work):
         accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
         return
 
@@ -50,7 +51,7 @@ def main(c):
     # Fine-tune jointly; the best epoch by Overall on validation is kept and tested.
     history = finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=name + "_ep{epoch}.pt",
-        work=Path(c.MODEL_SAVE_PATH) / f"{name}.run", identity=identity, goals=goals, num_epochs=epochs,
+        work=work, identity=identity, goals=goals, num_epochs=epochs,
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
 

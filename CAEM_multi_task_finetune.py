@@ -34,6 +34,7 @@ def main(c):
 
     accelerator = make_accelerator(c)
     name = f"{c.current_case_name}_[{c.source_experts_num}|{c.target_experts_num}]"
+    work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
     sources = caem.open_sources(c, c.task_types, c.source_experts_num, c.target_experts_num)
     tokenizer = sources[0].tokenizer
     data = {} if c.merge_only else {task: features.load(task, c, tokenizer) for task in c.task_types}
@@ -45,7 +46,7 @@ def main(c):
         c, data=finetuning.data_hashes(c, list(data)), goals=goals,
         sources={source.task: source.weights_sha256 for source in sources},
     )  # fmt: skip
-    if histories.finished(c.PICKLE_PATH, name, identity):
+    if histories.finished(c.PICKLE_PATH, name, identity, work):
         accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
         return
 
@@ -68,7 +69,7 @@ def main(c):
     # Fine-tune jointly, as the baseline does.
     history = finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=name + "_ep{epoch}.pt",
-        work=Path(c.MODEL_SAVE_PATH) / f"{name}.run", identity=identity, goals=goals, more={**record, "before": before},
+        work=work, identity=identity, goals=goals, more={**record, "before": before},
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
 

@@ -87,14 +87,14 @@ def main(c):
         starts={one.name: pairs.start_sha256(one) for one in runs} if "cka" in c.measures else None,
     )  # fmt: skip
     folder, name = Path(c.PICKLE_PATH) / "pairs", f"{c.first}__{c.second}"
-    if histories.finished(folder, name, identity):
+    work = folder / f"{name}.run.json"
+    if histories.finished(folder, name, identity, work):
         accelerator.print(f"{folder}/{name}.json is there already; remove it to compare again")
         return
     for one in runs:
         if "cka" in c.measures and one.start is None:
             pairs.load_start(c, one)  # another base model is refused now, not after hours
 
-    work = folder / f"{name}.run.json"
     kept = read_json(work) if work.exists() else {}
     found, seconds = (kept["found"], kept["seconds"]) if kept.get("identity") == identity else ({}, 0.0)
     rounds = {"soup": 1, "line": c.line_points + 2, "cka": 2}

@@ -16,7 +16,7 @@ num_expert = 8  # of the base model whose tokenizer is used; the one with 16 exp
 def main(c):
     from pathlib import Path
 
-    from expert_merging import features, hub
+    from expert_merging import features, files, hub
     from expert_merging.tasks import get_task
 
     # What can be found wrong without reading any data.
@@ -35,6 +35,8 @@ def main(c):
 
     manifests = {name: features.is_complete(name, c, tokenizer) for name in tasks}
     missing = [name for name in tasks if manifests[name] is None]
+    if missing:
+        files.hold(c.DATA_DIR)
     # All raw examples are read, and so checked, before the first are tokenised.
     raw = {name: tasks[name].load(c) for name in missing}
     datasets.disable_progress_bars()  # its bars of saving would stand between ours

@@ -38,11 +38,12 @@ def main(c):
     from expert_merging.span_corruption import corrupt_spans
 
     base = Path(c.BASE_MODEL_PATH.format(experts=c.num_expert))
+    work = Path(f"{base}.run")
     if (base / "pretraining.json").exists():
         print(f"{base} is there already; remove it to pre-train again")
+        training.release(work)
         return
     accelerator = make_accelerator(c)
-    work = Path(f"{base}.run")
     identity = {name: value for name, value in vars(c).items() if name in globals() or name in ("seed", "scale")}
 
     texts = docstrings.pretraining_texts(docstrings.read_docstrings())
@@ -126,6 +127,7 @@ def main(c):
             tokenizer.save_pretrained(folder)
             plots.pretraining_curve(history, folder / "pretraining.png", c.steps_per_round)
             write_json(folder / "pretraining.json", record)
+        training.release(work)
         print(f"wrote {base}")
 
 

@@ -39,7 +39,8 @@ def main(c):
     data = {task: features.load(task, c, tokenizer) for task in tasks}
     model, ancestor = models.load_base(c, c.num_expert)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
-    if histories.finished(folder, "reference_scores", identity):
+    work = folder / "reference_scores.run.json"
+    if histories.finished(folder, "reference_scores", identity, work):
         accelerator.print(f"{folder}/reference_scores.json is there already; remove it to score again")
         return
 
@@ -57,7 +58,6 @@ def main(c):
                                 features["test"]["references"])
         for task, features in data.items()
     }  # fmt: skip
-    work = folder / "reference_scores.run.json"
     untrained = finetuning.test_once(c, accelerator, model, tokenizer, data, goals, work)
     rows = {
         "most common training answer": {

@@ -38,7 +38,7 @@ def main(c):
         print(f"the tables of {', '.join(str(folder.relative_to(ROOT)) for folder in found)} follow from their records")
         return
 
-    from expert_merging import grid, steps
+    from expert_merging import files, grid, steps
     from expert_merging.models import require_patch
     from expert_merging.tasks import get_task
 
@@ -62,12 +62,13 @@ def main(c):
     print(steps.plan(jobs, missing, times, guesses))
     if c.plan_only:
         return
+    files.hold(c.RUN_DIR)
     if missing:
         steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", guesses)
 
     # Every result that is there, whatever part it belongs to, becomes a record; tables and figures follow from those.
     folder = Path(c.REPORT_DIR)
-    files = {
+    results = {
         seed: {
             name: step.result
             for name, step in of_seed.steps.items()
@@ -75,9 +76,9 @@ def main(c):
         }
         for seed, of_seed in grids.items()
     }
-    report.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, files)
+    report.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results)
     if times.exists():
-        (folder / "times.json").write_bytes(times.read_bytes())
+        files.write_atomic(folder / "times.json", times.read_bytes())
     tables = report.write(folder)
     for table in tables:
         if table.name in ("scores", "claims"):

@@ -29,19 +29,20 @@ def main(c):
     name = f"single_task_{c.task_type}"
     models_folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.num_expert))
     histories_folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))
+    work = models_folder / f"{name}.run"
 
     # The task as features, and the pre-trained model.
     tokenizer = models.base_tokenizer(c, c.num_expert)
     data = {c.task_type: features.load(c.task_type, c, tokenizer)}
     model, ancestor = models.load_base(c, c.num_expert)
     identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
-    if histories.finished(histories_folder, name, identity):
+    if histories.finished(histories_folder, name, identity, work):
         accelerator.print(f"{histories_folder / name}.json is there already; remove it to train again")
         return
 
     # Fine-tune; the best epoch by validation is kept, tested, and its expert usage on validation noted.
     history = finetuning.finetune(
-        c, accelerator, model, tokenizer, data, name=name, save_as=f"{name}.pt", work=models_folder / f"{name}.run",
+        c, accelerator, model, tokenizer, data, name=name, save_as=f"{name}.pt", work=work,
         identity=identity, models_folder=models_folder, histories_folder=histories_folder,
     )  # fmt: skip
 

@@ -4,12 +4,13 @@ Only the JSON is ever read back: a pickle from elsewhere can run code.
 """
 
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from expert_merging.errors import UserError
-from expert_merging.files import read_json, write_atomic, write_json
+from expert_merging.files import hold, read_json, write_atomic, write_json
 
 # Where things lie and how often they are saved does not change a result.
 _WITHOUT_EFFECT = (
@@ -63,9 +64,17 @@ def changes(was: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name} was {_short(was.get(name))}, is now {_short(now.get(name))}" for name in names)
 
 
-def finished(folder: str | Path, name: str, wanted: dict[str, Any]) -> bool:
-    """Whether the run `name` has been done. Raises UserError where it was done with other constants."""
+def finished(folder: str | Path, name: str, wanted: dict[str, Any], work: Path | None = None) -> bool:
+    """Whether the run `name` has been done; if not, this process is now the only one that may do it.
+
+    Args:
+        work: the folder or file of its checkpoints, removed where a kill came between the result and its removal.
+
+    Raises UserError where it was done with other constants, or another process is at it.
+    """
     path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        hold(path)
     if not path.exists():
         return False
     if difference := changes(read_json(path)["identity"], wanted):
@@ -73,6 +82,9 @@ def finished(folder: str | Path, name: str, wanted: dict[str, Any]) -> bool:
             f"{path} was made with other constants or data ({difference}); remove it, or choose another "
             "current_case_name or RUN_DIR"
         )
+    if work is not None and work.exists():
+        hold(path)
+        shutil.rmtree(work, ignore_errors=True) if work.is_dir() else work.unlink(missing_ok=True)
     return True
 
 

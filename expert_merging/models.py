@@ -81,13 +81,8 @@ def weights_sha256(model) -> str:
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder: weights, configuration and tokenizer; whole or not at all."""
-    from safetensors import SafetensorError
-
     with new_folder(folder) as temporary:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:  # a full disk, mostly
-            raise OSError(first_line(error)) from error
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
@@ -96,7 +91,4 @@ def save_state_dict(model, path: Path) -> None:
     import torch
 
     with replacing(path) as temporary:
-        try:
-            torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, temporary)
-        except RuntimeError as error:  # a full disk, mostly
-            raise OSError(first_line(error)) from error
+        torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, temporary)

@@ -1,5 +1,6 @@
 """Where a number comes from: the command, the versions, the commit."""
 
+import functools
 import importlib.metadata
 import platform
 import shlex
@@ -17,6 +18,7 @@ def command() -> str:
     return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
+@functools.cache  # of the start of the run, though the repository may move on
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that numbers depend on, and the repository's commit."""
     names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge-score", "numpy")

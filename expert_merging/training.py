@@ -2,26 +2,34 @@
 
 What one pass computes (`loss_of`), which passes make a step (`steps_of`) and what follows an epoch (`after_epoch`) are
 handed in. Killed at any moment, the same call goes on from the last checkpoint and ends with the same weights, bit for
-bit on CPU: a checkpoint holds weights, optimizer, random states and the place in the epoch.
+bit on CPU: a checkpoint holds weights, optimizer, random states and the place in the epoch, and a manifest: every
+file's hash, what the run depends on, and the versions. An older one goes when the new one has been read back.
 """
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from accelerate.utils.other import load as load_weights_only
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from expert_merging import histories
+from expert_merging import histories, provenance
 from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, write_json
+from expert_merging.files import hold, new_folder, read_json, sha256, write_json
+
+_DESCRIBED = "run.json"  # what the run depends on, in its working folder
+_MANIFEST = "manifest.json"
+_REMEDY = "lower lr and remove {folder} to begin again (it holds the last good checkpoint)"
 
 
 def train(
@@ -44,6 +52,7 @@ def train(
     Args:
         steps_of: epoch -> its steps; a step is a list of passes, whatever `loss_of` understands.
         loss_of: (model, pass) -> (share of the step's loss, examples). The shares of a step's passes add up to its loss.
+            Where a pass has a `task`, a loss that is no number names it.
         after_epoch: epoch -> what to note in the history; its "selection" (higher is better) chooses the best epoch.
         schedule: (epoch, step) -> factor on the optimizer's learning rate; None keeps it constant.
 
@@ -51,13 +60,14 @@ def train(
         The history: for each epoch `after_epoch`'s record with the mean "train_loss" a step and the "seconds" it took.
 
     Raises:
-        UserError: the loss is no longer a number, or a checkpoint cannot be read or written.
+        UserError: the loss or a weight is no longer a number, or a checkpoint cannot be read or written or is another
+            run's. The last good checkpoint stays.
     """
     progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": []}
     model, optimizer = accelerator.prepare(model, optimizer)
     base_lr = [group["lr"] for group in optimizer.param_groups]
-    if last := _checkpoints(folder):
-        progress = _load_checkpoint(accelerator, last[-1])
+    if there := _checkpoints(folder):
+        progress = _load_newest(accelerator, there)
 
     while progress["epoch"] < num_epochs:
         epoch, steps = progress["epoch"], steps_of(progress["epoch"])
@@ -72,11 +82,12 @@ def train(
             if schedule is not None:
                 for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
                     group["lr"] = lr * schedule(epoch, number)
-            loss, examples = _step(accelerator, model, optimizer, steps[number], loss_of, max_grad_norm)
+            loss, examples, odd = _step(accelerator, model, optimizer, steps[number], loss_of, max_grad_norm)
+            where = f"epoch {epoch + 1}, step {number + 1} of {len(steps)}"
             if not math.isfinite(loss):
+                of_tasks = f" of {', '.join(odd)}" if odd else ""
                 raise UserError(
-                    f"{label}: the loss became {loss} at epoch {epoch + 1}, step {number + 1} of {len(steps)}; "
-                    f"lower lr (the last good checkpoint stays in {folder})"
+                    f"{label}: the loss{of_tasks} became {loss} at {where}; {_REMEDY.format(folder=folder)}"
                 )
             examples_seen += examples
             progress["loss_sum"] += loss
@@ -89,6 +100,9 @@ def train(
             bar.update()
             # The checkpoint after the last step spares the evaluation that follows from being paid with a whole epoch.
             if number + 1 == len(steps) or now - saved > 60 * checkpoint_minutes:
+                if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
+                    said = f"{label}: a weight became infinite or no number at {where} or in the steps before it"
+                    raise UserError(f"{said}; {_REMEDY.format(folder=folder)}")
                 _save_checkpoint(accelerator, folder, progress)
                 saved = time.monotonic()
         bar.close()
@@ -111,11 +125,13 @@ def train(
 def claim(folder: Path, identity: dict[str, Any]) -> None:
     """Make `folder` the working folder of the run that `identity` (JSON) describes, or take it up again.
 
-    Raises UserError when the folder holds a run with other constants; says which.
+    Raises UserError when the folder holds a run with other constants (says which), or another process is at it.
     """
-    described = folder / "run.json"
+    hold(folder)
+    described = folder / _DESCRIBED
     if not described.exists():
-        write_json(described, identity)
+        if int(os.environ.get("RANK", 0)) == 0:  # one process writes
+            write_json(described, identity)
         return
     if difference := histories.changes(read_json(described), identity):
         raise UserError(
@@ -133,21 +149,26 @@ def best_epoch(history: list[dict[str, Any]]) -> int:
     return max(range(len(history)), key=lambda epoch: (history[epoch]["selection"], -epoch))
 
 
-def _step(accelerator, model, optimizer, passes, loss_of, max_grad_norm) -> tuple[float, int]:
-    """One optimizer step over `passes`. Returns its loss and the number of examples."""
-    total, examples = torch.zeros((), device=accelerator.device), 0
+def _step(accelerator, model, optimizer, passes, loss_of, max_grad_norm) -> tuple[float, int, list[str]]:
+    """One optimizer step over `passes`. Returns its loss, the number of examples, and, where the loss is no number, the
+    tasks of the passes to blame (those of this process)."""
+    total, examples, losses = torch.zeros((), device=accelerator.device), 0, []
     for number, one in enumerate(passes):
         # Gradients cross processes once a step, with the last pass.
         with accelerator.no_sync(model) if number + 1 < len(passes) else contextlib.nullcontext():
             loss, count = loss_of(model, one)
             accelerator.backward(loss)
         total += loss.detach()
+        losses.append(loss.detach())
         examples += count
     if max_grad_norm > 0:
         accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return accelerator.reduce(total, "mean").item(), examples
+    value, odd = accelerator.reduce(total, "mean").item(), set()
+    if not math.isfinite(value):
+        odd = {getattr(one, "task", "") for one, loss in zip(passes, losses, strict=True) if not loss.isfinite()}
+    return value, examples, sorted(odd - {""})
 
 
 def best_folder(folder: Path, history: list[dict[str, Any]]) -> Path:
@@ -161,7 +182,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str, Any]) -> None:
-    """Write a checkpoint under a name of its own, whole, and only then remove the older ones. Every process takes part."""
+    """Write a checkpoint under a name of its own, whole, read it back, and only then remove the older ones.
+
+    Every process takes part.
+    """
     path = folder / f"checkpoint-{progress['epoch']:04d}-{progress['step']:08d}"
     temporary = folder / ".checkpoint.tmp"
     try:
@@ -172,11 +196,13 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str,
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(temporary / "progress.json", progress)
             with new_folder(path) as final:
+                (temporary / "progress.json").write_text(json.dumps(progress))
+                (temporary / _MANIFEST).write_text(json.dumps(_manifest(accelerator, folder, temporary), indent=1))
                 for file in temporary.iterdir():
                     os.replace(file, final / file.name)
             temporary.rmdir()
+            _read_back(path)
             kept = {path.name, f"best-{best_epoch(progress['history'])}" if progress["history"] else ""}
             for older in [*_checkpoints(folder), *folder.glob("best-*")]:
                 if older.name not in kept:
@@ -187,11 +213,75 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str,
     accelerator.wait_for_everyone()
 
 
-def _load_checkpoint(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-    try:
-        progress = read_json(path / "progress.json")
-        accelerator.load_state(str(path))
-    except Exception as error:  # a file cut short surfaces as whatever its reader raises
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({first}); remove {path.parent} to begin this run again") from error
-    return progress
+def _manifest(accelerator: Accelerator, folder: Path, files: Path) -> dict[str, Any]:
+    """What a checkpoint must be, to go on from: its files' hashes, and what it was made with."""
+    described = folder / _DESCRIBED
+    return {
+        "sha256": {str(file.relative_to(files)): sha256(file) for file in sorted(files.rglob("*")) if file.is_file()},
+        "identity": read_json(described) if described.exists() else {},
+        "versions": provenance.versions(),
+        "processes": accelerator.num_processes,
+    }
+
+
+def _read_back(path: Path) -> None:
+    """Open every file of a new checkpoint. Raises what the readers raise where one is not whole."""
+    for name in read_json(path / _MANIFEST)["sha256"]:
+        file = path / name
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                list(tensors.keys())
+        elif file.suffix in (".bin", ".pkl"):
+            load_weights_only(file, map_location="cpu", mmap=True)
+
+
+def _load_newest(accelerator: Accelerator, paths: list[Path]) -> dict[str, Any]:
+    """Take up the newest of the checkpoints `paths` that is whole. Raises UserError where none is, or it is not this
+    run's."""
+    for path in reversed(paths):
+        try:
+            manifest = _checked(accelerator, path)
+            progress = read_json(path / "progress.json")
+            accelerator.load_state(str(path))
+        except _Unfit as error:
+            raise UserError(str(error)) from error
+        except Exception as error:  # a file cut short surfaces as whatever its reader raises
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if path == paths[0]:
+                raise UserError(f"{path} is damaged ({first}); remove {path.parent} to begin this run again") from error
+            warnings.warn(f"{path} is damaged ({first}); going on from the one before", stacklevel=2)
+            continue
+        if manifest["processes"] != accelerator.num_processes or manifest["versions"] != provenance.versions():
+            now = {"versions": provenance.versions(), "processes": accelerator.num_processes}
+            difference = _flat_changes(manifest, now)
+            warnings.warn(f"{path} was made with {difference}: the result may differ in its last digits", stacklevel=2)
+        return progress
+    raise AssertionError("no checkpoint to load")
+
+
+class _Unfit(Exception):
+    """A checkpoint that is whole, but not of this run."""
+
+
+def _checked(accelerator: Accelerator, path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`, whose files have been compared with it."""
+    if not (path / _MANIFEST).exists():
+        raise ValueError(f"it has no {_MANIFEST}")
+    manifest = read_json(path / _MANIFEST)
+    for name, digest in manifest["sha256"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if sha256(path / name) != digest:
+            raise ValueError(f"{name} has changed")
+    described = path.parent / _DESCRIBED
+    wanted = read_json(described) if described.exists() else {}
+    if difference := histories.changes(manifest["identity"], wanted):
+        raise _Unfit(f"{path} is a checkpoint of another run ({difference}); remove it, or restore those constants")
+    return manifest
+
+
+def _flat_changes(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Versions and processes that differ, in words."""
+    return histories.changes(
+        {**was["versions"], "processes": was["processes"]}, {**now["versions"], "processes": now["processes"]}
+    )
