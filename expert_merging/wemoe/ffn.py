@@ -6,7 +6,7 @@ E-WEMoE (arXiv 2410.21804) is the same with pruned task vectors, held sparse, an
 import copy
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class WeightEnsemblingFFN(nn.Module):
         router: see `Router`; may be the same object in several layers.
         routing: "sample": weights of its own for every sample; "batch": one vector, the mean over the batch, which lets
             a batch of one task give the task away; "static": the router's constants (depth 0).
-        prune: share of each tensor's elements to drop, by magnitude; above 0 the task vectors are held sparse.
+        sparse: hold only those elements of the task vectors that are not zero.
 
     Attributes to set before a forward pass, all None at first:
         token_mask: [batch, tokens], 0 for padding, which has no say in the routing.
@@ -47,8 +47,7 @@ class WeightEnsemblingFFN(nn.Module):
         task_vectors: Sequence[Mapping[str, torch.Tensor]],
         router: Router,
         routing: str = "sample",
-        prune: float = 0.0,
-        compat: str = "",
+        sparse: bool = False,
     ):
         super().__init__()
         if routing not in ROUTING:
@@ -61,12 +60,8 @@ class WeightEnsemblingFFN(nn.Module):
         self.routing, self.form = routing, None
         self.token_mask = self.given_weights = self.last_weights = None
         self.names = [name for name, _ in self.base.named_parameters()]
-        sparse = prune > 0 or bool(compat)
         kind = SparseVectors if sparse else DenseVectors
-        self.vectors = nn.ModuleList()
-        for name in self.names:
-            tensors = [vector[name] for vector in task_vectors]
-            self.vectors.append(kind([prune_magnitude(t, prune, compat) for t in tensors] if sparse else tensors))
+        self.vectors = nn.ModuleList(kind([vector[name] for vector in task_vectors]) for name in self.names)
         self._ensemble()
 
     def _ensemble(self) -> None:
@@ -236,22 +231,42 @@ def upscale(
                 total = sum(state[name].to(tensor.device, wide) - tensor.to(wide) for state in states)
                 own[name].copy_(tensor.to(wide) + lam * total)
     made.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    router = None
-    for name in chosen:
-        ffn = model.get_submodule(name)
-        vectors = [
-            {n: state[f"{name}.{n}"].to(p) - p.detach() for n, p in ffn.named_parameters()} for state in states
-        ]  # fmt: skip
-        if router is None or not share_router:
-            router = Router(_hidden_size(ffn), len(states), depth, lam, generator)
-            router.to(next(ffn.parameters()).device)
-        made.set_submodule(name, WeightEnsemblingFFN(made.get_submodule(name), vectors, router, routing, prune, compat))
     made.wemoe = {
         "lam": lam, "depth": depth, "share_router": share_router, "prune": prune, "routing": routing, "compat": compat,
-        "layers": chosen, "base_sha256": state_sha256(base), "experts_sha256": [state_sha256(s) for s in states],
+        "seed": seed, "layers": chosen, "base_sha256": state_sha256(base),
+        "experts_sha256": [state_sha256(state) for state in states],
     }  # fmt: skip
+
+    def task_vectors(name: str, number: int) -> dict[str, torch.Tensor]:
+        ffn, state = model.get_submodule(name), states[number]
+        vectors = {n: state[f"{name}.{n}"].to(p) - p.detach() for n, p in ffn.named_parameters()}
+        if not _sparse(made.wemoe):
+            return vectors
+        return {n: prune_magnitude(vector, prune, compat) for n, vector in vectors.items()}
+
+    put_layers(made, task_vectors)
     return made
+
+
+def put_layers(model: nn.Module, task_vectors: Callable[[str, int], dict[str, torch.Tensor]]) -> None:
+    """Put weight-ensembling layers with new routers, as `model.wemoe` describes them, in the place of feed-forward layers
+    that still have theta_0's weights. `task_vectors` (layer's name, expert) gives {name: tensor}."""
+    record = model.wemoe
+    generator = torch.Generator().manual_seed(record["seed"])
+    experts, router = len(record["experts_sha256"]), None
+    for name in record["layers"]:
+        ffn = model.get_submodule(name)
+        if router is None or not record["share_router"]:
+            router = Router(_hidden_size(ffn), experts, record["depth"], record["lam"], generator)
+            router.to(next(ffn.parameters()).device)
+        vectors = [task_vectors(name, number) for number in range(experts)]
+        layer = WeightEnsemblingFFN(ffn, vectors, router, record["routing"], _sparse(record))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def _sparse(record: Mapping[str, Any]) -> bool:
+    return record["prune"] > 0 or record["compat"] == "reference"
 
 
 def _hidden_size(ffn: nn.Module) -> int:
@@ -293,7 +308,8 @@ def export_static(model: nn.Module, weights: Mapping[str, torch.Tensor] | torch.
         if weights is None and layer.gate.depth > 0:
             raise ValueError(f"{name} is routed by its input; give the weights to merge it by")
         own = layer.gate.bias if weights is None else weights[name] if isinstance(weights, Mapping) else weights
-        made.set_submodule(name, layer.plain(own.detach()))
+        parent, _, child = name.rpartition(".")
+        setattr(made.get_submodule(parent), child, layer.plain(own.detach()))
     if hasattr(made, "wemoe"):
         del made.wemoe
     return made
