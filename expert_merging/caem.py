@@ -13,7 +13,7 @@ from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily, merged_config
 
 from expert_merging import histories
-from expert_merging.averaging import average_lazily
+from expert_merging.merging.average import average_lazily
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json, write_json
 from expert_merging.finetuning import single_task_history

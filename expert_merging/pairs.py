@@ -9,7 +9,7 @@ from typing import Any
 from transformers import SwitchTransformersConfig
 
 from expert_merging import decoding, finetuning, histories, models
-from expert_merging.averaging import average
+from expert_merging.merging.average import average
 from expert_merging.cka import layerwise_cka
 from expert_merging.cross_entropy import task_loss
 from expert_merging.errors import UserError

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging.averaging import average
+from expert_merging.merging.average import average
 from expert_merging.errors import UserError
 from expert_merging.readings import DEVIATIONS, deviates
 

@@ -1,11 +1,18 @@
 """Weighted averages of models, tensor by tensor: plain averaging, soups, points on the line between two models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from expert_merging.merging.named import Tensors
 
-def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] | None = None) -> dict:
+
+def simple_average(base: Tensors | None, models: Sequence[Tensors]) -> Iterator[tuple[str, torch.Tensor]]:
+    """1/T sum_i theta_i (Wortsman et al. 2022, "Model soups", section 2). `base` has no part in it."""
+    return average_lazily(models)
+
+
+def average(models: Sequence[Tensors], weights: Sequence[float] | None = None) -> dict:
     """The average of state dicts with the same names and shapes, experts slot by slot, as a new state dict.
 
     Arguments and errors as of `average_lazily`.
@@ -14,7 +21,7 @@ def average(models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[floa
 
 
 def average_lazily(
-    models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float] | None = None
+    models: Sequence[Tensors], weights: Sequence[float] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the average, one after another, each made when it is asked for.
 
@@ -23,7 +30,8 @@ def average_lazily(
         weights: of each model, adding up to 1; None weighs all the same.
 
     Returns:
-        (name, tensor), in the first model's order and dtypes, added up at least in float32.
+        (name, tensor), in the first model's order and dtypes, added up at least in float32; tensors that are not of
+        floating point (positions, counters) are the first model's.
 
     Raises:
         ValueError: no model; names or shapes that differ; weights that do not fit.
@@ -38,6 +46,9 @@ def average_lazily(
             raise ValueError(f"models 0 and {i} are not of one shape: only one of them has {differing[0]}")
     for name in models[0]:
         first = models[0][name]
+        if not first.is_floating_point():
+            yield name, first.clone()
+            continue
         total = torch.zeros(first.shape, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
         for i, (model, weight) in enumerate(zip(models, weights, strict=True)):
             tensor = first if i == 0 else model[name]

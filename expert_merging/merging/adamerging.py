@@ -1,0 +1,109 @@
+"""AdaMerging (Yang et al. 2024, section 3): task arithmetic whose coefficients are learnt from unlabelled test inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from expert_merging.merging.named import Computed, Tensors, added, rebuilt, task_vectors, tied_names, wide
+from expert_merging.merging.ties import elected_task_vectors
+
+Coefficients = Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
+
+
+def adamerging(
+    base: Tensors, models: Sequence[Tensors], coefficients: Coefficients
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """theta_0 + sum_i c_i tau_i, task-wise, or with coefficients of its own for each tensor, layer-wise.
+
+    Args:
+        coefficients: one a model, or {name of a tensor: one a model}; `AdaMerged` learns them.
+
+    Raises ValueError where the models do not fit together or there is not one coefficient a model.
+    """
+    return _weighted(base, task_vectors(base, models), coefficients)
+
+
+def adamerging_plus(
+    base: Tensors, models: Sequence[Tensors], coefficients: Coefficients, keep: float = 0.2
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """AdaMerging++: the same of task vectors trimmed and freed of what is against the elected sign, as by TIES."""
+    return _weighted(base, elected_task_vectors(task_vectors(base, models), keep), coefficients)
+
+
+def _weighted(
+    base: Tensors, vectors: Sequence[Computed], coefficients: Coefficients
+) -> Iterator[tuple[str, torch.Tensor]]:
+    def change(name: str) -> torch.Tensor:
+        own = coefficients[name] if isinstance(coefficients, Mapping) else coefficients
+        if len(own) != len(vectors):
+            raise ValueError(f"there are {len(vectors)} models and {len(own)} coefficients")
+        return sum(float(c) * vector[name] for c, vector in zip(own, vectors, strict=True))
+
+    return added(base, change)
+
+
+class AdaMerged(nn.Module):
+    """A model whose weights are theta_0 + sum_i c_i tau_i at every call, and whose only parameters are the coefficients.
+
+    `coefficients` is [T], or layer-wise [T, tensors] in the order of `names`. Calls go to `model`, which holds theta_0 and
+    is itself not changed by them; `merged()` is for what cannot be called with other weights, such as `generate`.
+
+    Args:
+        model: the pre-trained model; it is taken over and gets no gradients.
+        models: the fine-tuned ones as named tensors; names of tied tensors may be missing, as they are in files.
+        layer_wise: a coefficient for each task and tensor in place of one a task.
+        keep: None is AdaMerging; a share is AdaMerging++, which trims to it.
+        initial: every coefficient at first.
+        clamp: keep coefficients in [0, 1] in what is computed, as the paper's code can.
+
+    Raises ValueError where the models do not fit together.
+    """
+
+    def __init__(
+        self, model: nn.Module, models: Sequence[Tensors], layer_wise: bool = True, keep: float | None = None,
+        initial: float = 0.3, clamp: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.clamp = model.requires_grad_(False), clamp
+        base = dict(model.state_dict())
+        ties = tied_names(base)
+        own = {name: base[name] for name in ties}
+        vectors = task_vectors(own, [{name: tensor[name] for name in ties} for tensor in models])
+        if keep is not None:
+            vectors = elected_task_vectors(vectors, keep)
+        self.names = list(vectors[0])
+        for i, name in enumerate(self.names):
+            self.register_buffer(f"vectors_{i}", torch.stack([vector[name] for vector in vectors]), persistent=False)
+        shape = (len(models), len(self.names)) if layer_wise else (len(models),)
+        self.coefficients = nn.Parameter(torch.full(shape, float(initial), device=next(iter(own.values())).device))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """{name: merged tensor}, differentiable in the coefficients."""
+        coefficients = self.coefficients.clamp(0, 1) if self.clamp else self.coefficients
+        base = self.model.state_dict()
+        made = {}
+        for i, name in enumerate(self.names):
+            own = coefficients[:, i] if coefficients.dim() == 2 else coefficients
+            change = torch.tensordot(own, getattr(self, f"vectors_{i}"), dims=1)
+            made[name] = (wide(base[name]) + change).to(base[name].dtype)
+        return made
+
+    def forward(self, *args, **kwargs):
+        """As the model's own, with the merged weights."""
+        return functional_call(self.model, self.weights(), args, kwargs)
+
+    def learnt(self) -> dict[str, torch.Tensor]:
+        """{name: coefficients [T]}, as `adamerging` takes them."""
+        found = self.coefficients.detach()
+        found = found.clamp(0, 1) if self.clamp else found
+        return {name: found[:, i] if found.dim() == 2 else found for i, name in enumerate(self.names)}
+
+    @torch.no_grad()
+    def merged(self, into: nn.Module) -> nn.Module:
+        """Put the merged weights into `into`, a model of the same class, and return it."""
+        made, places = self.weights(), into.state_dict()
+        for name, tensor in rebuilt(dict(self.model.state_dict()), made.__getitem__):
+            places[name].copy_(tensor)
+        return into
