@@ -22,7 +22,7 @@ class Settings:
     experts_per_domain: float = 2.0  # l, in units of n / D
     modules: int = 0  # pre-clustered groups of neurons that stay together; 0 places neurons one by one
     seed: int = 42
-    starts: int = 16  # of the alternating solver
+    starts: int = 8  # of the alternating solver
     seconds: float = 60.0  # a layer, for the solver
     solver: str = "alternating"  # alternating | highs | gurobi
     rounding: str = "exact"  # exact: sizes never differ by more than R | released: the authors' roundings

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from expert_merging.errors import UserError
+from expert_merging.hemoe.bound import tighten
+from expert_merging.hemoe.integer_program import by_gurobi, by_highs
 from expert_merging.hemoe.transport import assign
 
-SOLVERS = ("alternating",)
+SOLVERS = ("alternating", "highs", "gurobi")
 OPTIMAL_GAP = 1e-6
 
 
@@ -104,9 +106,20 @@ def expert_values(problem: Problem, labels: np.ndarray) -> np.ndarray:
     return values
 
 
-def best_items(problem: Problem, serves: np.ndarray, prices: np.ndarray | None = None) -> np.ndarray:
+def best_items(problem: Problem, serves: np.ndarray) -> np.ndarray:
     """The half-step of the items: labels [items] of the best partition for the domains `serves` [n, D] says."""
-    return assign(problem.scores @ serves.T.astype(np.float64), problem.lows, problem.highs, prices)
+    # Experts that serve the same domains are one group first: what is alike would be moved about one by one.
+    kinds, kind = np.unique(serves, axis=0, return_inverse=True)
+    times = np.bincount(kind)
+    groups = assign(problem.scores @ kinds.T.astype(np.float64), problem.low * times, problem.high * times)
+    labels = np.empty(len(groups), dtype=np.int64)
+    for number in range(len(kinds)):
+        its_experts = np.flatnonzero(kind == number)
+        for expert, items in zip(
+            its_experts, np.array_split(np.flatnonzero(groups == number), times[number]), strict=True
+        ):
+            labels[items] = expert
+    return labels
 
 
 def best_serves(problem: Problem, values: np.ndarray) -> np.ndarray:
@@ -173,17 +186,32 @@ def cheap_bound(problem: Problem) -> float:
 
 
 def solve(
-    problem: Problem, solver: str = "alternating", count: int = 16, seed: int = 0, seconds: float = 60.0
+    problem: Problem, solver: str = "alternating", count: int = 8, seed: int = 0, seconds: float = 60.0
 ) -> Solution:
-    """The best solution of `count` starts (at least one; none begins after `seconds`), with its bound."""
+    """A solution and its bound, in about `seconds`.
+
+    "alternating": the best of `count` starts (at least one; no other begins after half of the time), then the bound of
+    bound.py, which often proves it optimal or finds the optimum. "highs" and "gurobi": the integer program as it is.
+    Raises UserError where those found nothing in time.
+    """
     started = time.monotonic()
-    best = None
-    for serves in starts(problem, count, seed):
-        labels, serves, history = climb(problem, serves)
-        if best is None or history[-1] > best[2][-1]:
-            best = labels, serves, history
-        if time.monotonic() - started > seconds:
-            break
-    labels, serves, history = best
-    bound = max(cheap_bound(problem), history[-1])
-    return Solution(labels, serves, history[-1], bound, time.monotonic() - started, history)
+    if solver == "alternating":
+        best = None
+        for serves in starts(problem, count, seed):
+            labels, serves, history = climb(problem, serves)
+            if best is None or history[-1] > best[2][-1]:
+                best = labels, serves, history
+            if time.monotonic() - started > seconds / 2:
+                break
+        labels, serves, history = best
+        left = max(0.0, seconds - (time.monotonic() - started))
+        better, _, bound = tighten(problem, serves, history[-1], cheap_bound(problem), left)
+        if better is not serves:
+            labels, serves, history = climb(problem, better)
+    else:
+        by = by_highs if solver == "highs" else by_gurobi
+        labels, serves, bound = by(problem, seconds, *([seed] if solver == "gurobi" else []))
+        if labels is None:
+            raise UserError(f"{solver} found no solution in {seconds:g} s; give it more, or use solver alternating")
+        history = [objective(problem.scores, labels, serves)]
+    return Solution(labels, serves, history[-1], max(bound, history[-1]), time.monotonic() - started, history)

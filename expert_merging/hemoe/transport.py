@@ -17,7 +17,7 @@ def assign(profit: np.ndarray, low: np.ndarray, high: np.ndarray, prices: np.nda
     items, groups = profit.shape
     profit = np.ascontiguousarray(profit, dtype=np.float64)
     low, high = np.asarray(low), np.asarray(high)
-    prices = _descend(profit, low, high, np.zeros(groups) if prices is None else prices.astype(np.float64))
+    prices = dual_prices(profit, low, high, prices)
     labels = (profit - prices).argmax(1)
     sizes = np.bincount(labels, minlength=groups)
     # cost[e, f]: the least that moving an item from e to f loses, and which item that is.
@@ -70,9 +70,16 @@ def _shortest_paths(cost: np.ndarray, start: np.ndarray, tolerance: float) -> tu
     return distance, previous
 
 
-def _descend(profit: np.ndarray, low: np.ndarray, high: np.ndarray, prices: np.ndarray, sweeps: int = 20) -> np.ndarray:
-    """Prices at which the items' own choices nearly have the sizes wanted: raise what is too full, lower what is not."""
+def dual_prices(
+    profit: np.ndarray, low: np.ndarray, high: np.ndarray, prices: np.ndarray | None = None, sweeps: int = 20
+) -> np.ndarray:
+    """Prices [groups] at which the items' own choices nearly have the sizes wanted.
+
+    At any prices sum_i max_e (profit - price) + sum_e max(high price, low price) is above what any assignment reaches;
+    here it is lowered one price at a time, from `prices` (zeros unless given).
+    """
     items, groups = profit.shape
+    prices = np.zeros(groups) if prices is None else np.array(prices, dtype=np.float64)
     net = profit - prices
     for _ in range(sweeps):
         changed = False
