@@ -1,0 +1,92 @@
+"""WEMoE for T5 and Switch Transformers: routing that sees neither padding nor the future.
+
+An encoder layer's weights are the mean of its router's over the real tokens that enter it. A decoder layer's are the same
+mean over the encoder's output: they are there before the first token is written and stay, so that a token's logits depend
+on nothing behind it, cached and uncached decoding agree, and every beam has the same. Each layer, sparse or dense, is one:
+all experts of a Switch layer and the classifier that chooses among them share the weights.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from expert_merging.merging.named import Computed, tied_names
+from expert_merging.wemoe import ffn
+
+
+def upscale(model: nn.Module, experts: Sequence[nn.Module | Mapping[str, torch.Tensor]], **settings) -> nn.Module:
+    """`ffn.upscale` of an encoder-decoder model, with the routing above. `settings` as there.
+
+    `experts` may be files' tensors, which hold tied ones once. Raises ValueError as `ffn.upscale`, and where `model` has
+    no encoder and decoder.
+    """
+    experts = [one if isinstance(one, nn.Module) else with_tied_names(one, model) for one in experts]
+    return route(ffn.upscale(model, experts, **settings))
+
+
+def with_tied_names(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """`tensors` under all the names of the model's state dict, as far as its ties tell."""
+    own = {name: first for first, others in tied_names(model.state_dict()).items() for name in (first, *others)}
+    at = {name: name if name in tensors else first for name, first in own.items()}
+    return Computed([name for name, place in at.items() if place in tensors], lambda name: tensors[at[name]])
+
+
+def route(model: nn.Module) -> nn.Module:
+    """Let an up-scaled encoder-decoder model route as described above; returns it. To be called after `checkpoints.load`."""
+    stacks = [getattr(model, f"get_{name}", lambda: None)() for name in ("encoder", "decoder")]
+    if None in stacks:
+        raise ValueError(f"{type(model).__name__} has no encoder and decoder")
+    for stack, hook in zip(stacks, (_RouteEncoder(), _RouteDecoder()), strict=True):
+        hook.layers = [layer for _, layer in ffn.ensembles(stack)]
+        stack.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def export(model: nn.Module, weights: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> nn.Module:
+    """`ffn.export_static`, as an ordinary model that saves and loads."""
+    made = ffn.export_static(model, weights)
+    for stack in (made.get_encoder(), made.get_decoder()):
+        for key, hook in list(stack._forward_pre_hooks.items()):
+            if isinstance(hook, (_RouteEncoder, _RouteDecoder)):
+                del stack._forward_pre_hooks[key], stack._forward_pre_hooks_with_kwargs[key]
+    return made
+
+
+def routing_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{layer: weights [batch, T]} of the last pass."""
+    return {name: layer.last_weights for name, layer in ffn.ensembles(model)}
+
+
+class _RouteEncoder:
+    """Tells the layers of the encoder which tokens are real. An object, so that a copy of the model has its own."""
+
+    layers: list[ffn.WeightEnsemblingFFN]
+
+    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(stack.forward).bind(*args, **kwargs).arguments
+        for layer in self.layers:
+            layer.token_mask = given.get("attention_mask")
+
+
+class _RouteDecoder:
+    """Gives the layers of the decoder their weights, from the encoder's output.
+
+    While decoding, the same output comes with every step: the weights are computed once.
+    """
+
+    layers: list[ffn.WeightEnsemblingFFN]
+    states: torch.Tensor | None = None
+
+    def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(stack.forward).bind(*args, **kwargs).arguments
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if states is None:
+            raise ValueError("the decoder routes by the encoder's output; give encoder_hidden_states")
+        if states is self.states and not torch.is_grad_enabled():
+            return
+        self.states = None if torch.is_grad_enabled() else states
+        for layer in self.layers:
+            weights = layer.gate.of_sequences(states, mask)
+            layer.given_weights = weights.mean(dim=0, keepdim=True) if layer.routing == "batch" else weights
