@@ -46,7 +46,7 @@ from .configuration_switch_transformers import SwitchTransformersConfig
 
 logger = logging.get_logger(__name__)
 
-CAEM_PATCH = "1"  # read as text by install.py, to tell this file from the stock one
+CAEM_PATCH = "2"  # read as text by install.py, to tell this file from the stock one
 
 # Layers that Switch shares with T5, weight for weight and number for number.
 SwitchTransformersLayerNorm = T5LayerNorm
@@ -219,15 +219,20 @@ class SwitchTransformersAttention(T5Attention):
         Args:
             hidden_states: [batch, tokens, d_model].
             mask: added to the scores, [batch, 1, 1 or tokens, keys].
+            key_value_states: [batch, keys, d_model], or fewer rows where several rows in a row attend to the same states,
+                as the beams of an example do; these then count as more tokens of one row.
             position_bias: what an earlier layer of the stack gave; computed here if there is none.
 
         Returns:
             New states of the same shape; the cache; the bias by distance [1, heads, tokens, keys] or None, on GPUs with
-            the mask in it; with `output_attentions` the weights [batch, heads, tokens, keys].
+            the mask in it; with `output_attentions` the weights [batch, heads, tokens, keys] (batch and tokens as in the
+            keys where rows share them).
         """
         batch, length = hidden_states.shape[:2]
-        query = self._heads(self.q(hidden_states))
         key, value = self._keys_and_values(hidden_states, key_value_states, past_key_value, cache_position)
+        rows = len(key)
+        tokens = length * batch // rows if rows else length
+        query = self._heads(self.q(hidden_states).view(rows, tokens, self.inner_dim))
 
         if mask is not None:
             mask = mask[..., : key.shape[2]]
@@ -247,9 +252,9 @@ class SwitchTransformersAttention(T5Attention):
         dropout = self.dropout if self.training else 0.0
         if on_gpu:
             if bias is not None:
-                bias = bias.expand(batch, self.n_heads, length, key.shape[2])
+                bias = bias.expand(rows, self.n_heads, tokens, key.shape[2])
             made = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=1.0)
-        elif batch and not shown and _large_on_cpu(query, length * key.shape[2] * self.key_value_proj_dim):
+        elif batch and not shown and _large_on_cpu(query, tokens * key.shape[2] * self.key_value_proj_dim):
             made = _Attend.apply(query.contiguous(), key.contiguous(), value.contiguous(), bias, mask, dropout)
         else:
             weights = F.dropout(_attention_weights(query, key, bias, mask), dropout)

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.models.switch_transformers.modeling_switch_transformers import CAEM_PATCH
 
+from expert_merging.beam_search import beam_search
 from expert_merging.errors import UserError
 from expert_merging.features import collate, padded_lengths
+from expert_merging.readings import deviates
 
 
 def generate(
@@ -31,6 +34,14 @@ def generate(
         UserError: out of GPU memory.
     """
     settings = _settings(model, constants)
+
+    def search(input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        # Two cases for transformers' own search: one beam, and counting expert usage as the released code does, which
+        # includes what finished beams are fed. (So does a patched model from before the beams could share states.)
+        if settings.num_beams == 1 or deviates(constants.reading, "counts") or CAEM_PATCH == "1":
+            return model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
+        return beam_search(model, input_ids, attention_mask, settings)
+
     input_ids = dataset["input_ids"]
     lengths = [len(ids) for ids in input_ids]
     rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -48,10 +59,7 @@ def generate(
             for batch in batches:
                 examples = [{"input_ids": input_ids[row], "labels": []} for row in batch]
                 inputs = collate(examples, tokenizer.pad_token_id, padded_lengths(constants, "counts")[0])
-                output = model.generate(
-                    input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
-                    generation_config=settings,
-                )  # fmt: skip
+                output = search(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
                 # Tidying up spaces would change answers that have one before a comma or an apostrophe.
                 decoded = tokenizer.batch_decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 texts.update(zip(batch, decoded, strict=True))
@@ -79,10 +87,11 @@ def evaluate_task(
     same."""
     from accelerate.utils import gather_object
 
-    part = generate(
-        model, dataset, tokenizer, constants, accelerator.device, constants.eval_batch_size, label,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
+    with accelerator.autocast():  # the encoder too, which the search calls by itself
+        part = generate(
+            model, dataset, tokenizer, constants, accelerator.device, constants.eval_batch_size, label,
+            accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
     predictions = in_order(gather_object([part]))
     return task.score(predictions, dataset["references"]), predictions
 

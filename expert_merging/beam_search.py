@@ -1,0 +1,114 @@
+"""Beam search with the results of transformers' own (`generate` with early_stopping=True), for less work.
+
+What is saved: the beams of an example share the encoder's states, so their keys and values are computed, kept and read
+once an example in place of once a beam, and are not copied at every step; examples that are done leave the batch; and the
+host looks at the device once a step, not once a beam.
+"""
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+from transformers.generation.beam_search import BeamHypotheses
+
+_LEAVE_AT = 0.75  # share of rows in use at which the others are dropped, which copies the cache
+
+
+def beam_search(
+    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
+) -> list[list[int]]:
+    """The best hypothesis of each example: token ids from the start token on, </s> left out.
+
+    Args:
+        model: a patched SwitchTransformersForConditionalGeneration in evaluation mode.
+        input_ids, attention_mask: [examples, tokens].
+        settings: num_beams (2 or more), max_length, length_penalty, repetition_penalty, no_repeat_ngram_size, and the
+            ids decoder_start_token_id, eos_token_id (one) and pad_token_id.
+    """
+    beams, device = settings.num_beams, input_ids.device
+    penalise = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+    hypotheses = [
+        BeamHypotheses(beams, settings.length_penalty, early_stopping=True, max_length=settings.max_length)
+        for _ in input_ids
+    ]
+    encoded = (model.get_encoder()(input_ids, attention_mask, output_router_logits=False).last_hidden_state,)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    examples = list(range(len(input_ids)))  # whose beams the batch holds, `beams` rows each
+    tokens = input_ids.new_full((len(examples) * beams, 1), settings.decoder_start_token_id)
+    totals = torch.zeros(len(examples), beams, device=device)  # log-probabilities of what is written
+    totals[:, 1:] = -1e9  # all beams begin alike: go on from the first only
+
+    while (length := tokens.shape[1]) < settings.max_length:
+        logits = model(
+            encoder_outputs=encoded, attention_mask=attention_mask, decoder_input_ids=tokens[:, -1:],
+            past_key_values=cache, use_cache=True, output_router_logits=False,
+        ).logits  # fmt: skip
+        scores = penalise(tokens, logits[:, -1].float().log_softmax(dim=-1))
+        scores = forbid_repeated_ngrams(scores, tokens, settings.no_repeat_ngram_size)
+        scores = scores.view(len(examples), beams, -1) + totals.unsqueeze(-1)
+        # At most every second one ends its sentence, so that as many as there are beams go on.
+        best, places = scores.flatten(1).topk(2 * beams)
+
+        went_on = []  # (total, row it continues, token) of every row
+        for number, example in enumerate(examples):
+            ranked = zip(best[number].tolist(), places[number].tolist(), strict=True)
+            went_on += _continue(ranked, number, hypotheses[example], tokens, scores.shape[-1], settings)
+        in_use = [number for number, example in enumerate(examples) if len(hypotheses[example]) < beams]
+        if not in_use:
+            return [_best(one) for one in hypotheses]
+        if len(in_use) <= _LEAVE_AT * len(examples):
+            went_on = [went_on[row] for number in in_use for row in range(number * beams, (number + 1) * beams)]
+            examples = [examples[number] for number in in_use]
+            kept = torch.tensor(in_use, device=device)
+            attention_mask, encoded = attention_mask[kept], (encoded[0][kept],)
+            cache.cross_attention_cache.reorder_cache(kept)
+        total, origin, token = zip(*went_on, strict=True)
+        origin = torch.tensor(origin, device=device)
+        tokens = torch.cat([tokens[origin], torch.tensor(token, device=device).unsqueeze(1)], dim=1)
+        totals = torch.tensor(total, device=device).view(-1, beams)
+        cache.self_attention_cache.reorder_cache(origin)
+
+    # No room for more: what is unfinished counts as it is.
+    for number, example in enumerate(examples):
+        if len(hypotheses[example]) < beams:
+            for beam in range(beams):
+                written = tokens[number * beams + beam]
+                hypotheses[example].add(written, totals[number, beam].item(), generated_len=length - 1)
+    return [_best(one) for one in hypotheses]
+
+
+def forbid_repeated_ngrams(scores: torch.Tensor, tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """`scores` [rows, vocabulary], minus infinity where a token would complete `size` tokens that its row `tokens`
+    [rows, length] has in this order already. 0 forbids nothing."""
+    length = tokens.shape[1]
+    if size == 0 or length < size:
+        return scores
+    ngrams = tokens.unfold(1, size, 1)  # [rows, length - size + 1, size]
+    repeated = (ngrams[..., :-1] == tokens[:, None, length - size + 1 :]).all(dim=-1)
+    # Added, since a token may stand at the end of several, of which one is repeated.
+    return scores.scatter_add(1, ngrams[..., -1], torch.zeros_like(repeated, dtype=scores.dtype).masked_fill(repeated, -torch.inf))
+
+
+def _continue(ranked, number: int, found: BeamHypotheses, tokens, vocabulary: int, settings) -> list[tuple]:
+    """How the beams of the `number`-th example in the batch go on: `num_beams` of (total, row, token).
+
+    Args:
+        ranked: (total, place among the example's beams times vocabulary), the best first; sentences that end among the
+            first `num_beams` go to `found`, worse ones are dropped.
+    """
+    beams, went_on, was_done = settings.num_beams, [], len(found) == settings.num_beams
+    for rank, (total, place) in enumerate(ranked):
+        row, token = number * beams + place // vocabulary, place % vocabulary
+        if token != settings.eos_token_id:
+            went_on.append((total, row, token))
+        elif rank < beams and not was_done:
+            found.add(tokens[row], total, generated_len=tokens.shape[1])
+        if len(went_on) == beams:
+            break
+    if len(found) < beams:
+        return went_on
+    # Done: fed with padding, which no router counts, until it leaves the batch.
+    return [(0.0, number * beams + beam, settings.pad_token_id) for beam in range(beams)]
+
+
+def _best(found: BeamHypotheses) -> list[int]:
+    return sorted(found.beams, key=lambda hypothesis: hypothesis[0])[-1][1].tolist()
