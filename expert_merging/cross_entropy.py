@@ -35,7 +35,8 @@ def task_loss(model, dataset, tokenizer, constants: SimpleNamespace, accelerator
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             inputs = model.prepare_decoder_input_ids_from_labels(labels)
-            logits = model(**batch, decoder_input_ids=inputs, output_router_logits=False, use_cache=False).logits
+            more = {"output_router_logits": False} if hasattr(model.config, "num_experts") else {}  # T5 has none
+            logits = model(**batch, decoder_input_ids=inputs, use_cache=False, **more).logits
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
             )

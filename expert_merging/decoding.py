@@ -36,9 +36,11 @@ def generate(
     settings = _settings(model, constants)
 
     def search(input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        # Two cases for transformers' own search: one beam, and counting expert usage as the released code does, which
-        # includes what finished beams are fed. (So does a patched model from before the beams could share states.)
-        if settings.num_beams == 1 or deviates(constants.reading, "counts") or CAEM_PATCH == "1":
+        # Three cases for transformers' own search: one beam, a model that is no Switch (T5), and counting expert usage as
+        # the released code does, which includes what finished beams are fed. (So does a patched model from before the
+        # beams could share states.)
+        own = settings.num_beams > 1 and hasattr(model.config, "num_experts") and CAEM_PATCH != "1"
+        if not own or deviates(constants.reading, "counts"):
             return model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
         return beam_search(model, input_ids, attention_mask, settings)
 
