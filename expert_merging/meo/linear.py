@@ -111,17 +111,17 @@ class StackedLinear(nn.Module):
             routing = self.route(described[task : task + 1])
             if self._may_keep():
                 return self._keep(routing)(x)
-            return self._apply(x.reshape(1, -1, self.d_in), routing).view(*x.shape[:-1], self.d_out)
+            return self._mix(x.reshape(1, -1, self.d_in), routing).view(*x.shape[:-1], self.d_out)
         if task.shape != x.shape[:1]:
             raise UserError(f"set_task gave {tuple(task.shape)} tasks for {len(x)} sequences")
         present, number, count = task.to(x.device).unique(return_inverse=True, return_counts=True)
         routing = self.route(described[present], count)
         if self.mode == "moe":
-            return self._apply(x, routing.at(number))
+            return self._mix(x, routing.at(number))
         y = None
         for row in range(len(present)):
             rows = (number == row).nonzero()[:, 0]
-            part = self._apply(x[rows].reshape(1, -1, self.d_in), routing.at(torch.tensor([row], device=x.device)))
+            part = self._mix(x[rows].reshape(1, -1, self.d_in), routing.at(torch.tensor([row], device=x.device)))
             y = part.new_zeros(*x.shape[:-1], self.d_out) if y is None else y
             y = y.index_copy(0, rows, part.view(len(rows), -1, self.d_out))
         return y
@@ -141,9 +141,9 @@ class StackedLinear(nn.Module):
             kept = self._keep(routing)
             if kept is not None:
                 return kept(x)
-        return self._apply(x, routing)
+        return self._mix(x, routing)
 
-    def _apply(self, x: Tensor, routing: Routing) -> Tensor:
+    def _mix(self, x: Tensor, routing: Routing) -> Tensor:
         mix = mix_outputs if self.mode == "moe" or self._merging_is_dearer(x.shape[1]) else mix_weights
         return mix(x, self.weight, self.bias, routing)
 

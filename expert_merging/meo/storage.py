@@ -75,11 +75,14 @@ def import_released(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         if module.bias is not None and f"{name}.bias" not in state:
             state[f"{name}.bias"] = torch.zeros_like(module.bias)
     own = model.state_dict()
-    unfit = [key for key in state if key in own and state[key].shape != own[key].shape]
-    gates = [key for key in unfit if key.endswith((".w_gate", ".w_noise")) and _decoders_gate(model, key)]
-    if wrong := [key for key in unfit if key not in gates]:
-        key = wrong[0]
-        raise UserError(f"{key} is {tuple(state[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model")
+    gates = [
+        key for key in state if key in own and key.endswith((".w_gate", ".w_noise")) and _reads_encoder(model, key)
+    ]
+    for key in state:
+        if key in own and key not in gates and state[key].shape != own[key].shape:
+            raise UserError(
+                f"{key} is {tuple(state[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
+            )
     left = [key for key in state if key not in own] + gates
     done = model.load_state_dict({key: value for key, value in state.items() if key not in left}, strict=False)
     tied = {
@@ -95,5 +98,6 @@ def import_released(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     return left
 
 
-def _decoders_gate(model: nn.Module, key: str) -> bool:
-    return model.get_submodule(key.rpartition(".")[0]).stack.kind == "decoder"
+def _reads_encoder(model: nn.Module, key: str) -> bool:
+    module = model.get_submodule(key.rpartition(".")[0])
+    return module.stack.kind == "decoder" and module.level != "task"
