@@ -21,11 +21,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> "World":
     """Raw data in the published formats and a base model with random weights; nothing else yet."""
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def build_world(folder: Path) -> "World":
+    """The same, in any folder."""
     import torch
     from raw_data import tiny_tokenizer, write_ag_news, write_squad, write_xsum
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-    folder = tmp_path_factory.mktemp("world")
     write_ag_news(folder / "ag_news", train=60, test=8)
     write_squad(folder / "squad", train=24, dev=6)
     write_xsum(folder / "xsum", train=30, validation=6, test=6)

@@ -1,0 +1,386 @@
+"""Kill every script again and again, and see that nothing is lost; feed the readers broken files.
+
+    python tests/faults.py [--kills 30] [--inputs 400] [--scripts single_task_finetune.py ...] [--workers 2]
+
+Each script runs at `tiny` with small constants. It is killed with SIGKILL at random moments, or right before or after a
+random one of its writes, renames and removals (so also while a checkpoint or a data set is saved), and started again until
+it ends by itself; then every file must be as after an undisturbed run, and none besides. This goes on in fresh folders
+until `--kills` kills were dealt. What a kill cannot show, loss of what the disk had not yet written, is not tested here.
+
+Prints kills survived / tried for each script, the broken inputs tried and lost or half-written files; ends with status 1
+unless all were survived. A script's process is forked from one that has torch imported; undisturbed runs are of both kinds.
+"""
+
+import argparse
+import builtins
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from conftest import ROOT, World, build_world  # noqa: E402
+
+# What may differ between two runs with the same result.
+VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script with its own constants; `ignored` are files that tell of the run, not of its result."""
+
+    script: str
+    words: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+    preparation: bool = False  # of others; not killed itself
+    few_texts: bool = False  # reading all docstrings takes most of a minute: a few stand for them
+    children: bool = False  # it starts others, which take seconds to import torch
+
+
+CASES = {
+    "features": Case("datasets_preprocessing.py", ["--num_expert", "4"]),
+    "single task": Case("single_task_finetune.py", ["--task_type", "squad", "--num_expert", "4"]),
+    "ag_news": Case("single_task_finetune.py", ["--task_type", "ag_news", "--num_expert", "4"], preparation=True),
+    "xsum": Case("single_task_finetune.py", ["--task_type", "xsum", "--num_expert", "4"], preparation=True),
+    "baseline": Case("Baseline_multi_task_finetune.py", ["--experts_num", "4"]),
+    "caem": Case("CAEM_multi_task_finetune.py", ["--source_experts_num", "4", "--target_experts_num", "4"]),
+    "usage": Case(
+        "count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"]
+    ),
+    "references": Case("reference_scores.py", ["--num_expert", "4"]),
+    "pair": Case("compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"]),
+    "pre-training": Case(
+        "pretrain_base_model.py",
+        ["--BASE_MODEL_PATH", "{runs}/base-{experts}", "--num_expert", "4", "--vocab_size", "300", "--d_model", "16",
+         "--d_ff", "16", "--num_layers", "2", "--num_heads", "2", "--d_kv", "8", "--chunk_tokens", "24",
+         "--batch_chunks", "4", "--num_rounds", "3", "--steps_per_round", "5", "--heldout_texts", "20"],
+        few_texts=True,
+    ),
+    "reproduction": Case(
+        "reproduce_tables.py",
+        ["--experts_num", "4", "--larger_experts_num", "6", "--parts", "comparison"],
+        ignored=("logs/", "times.json"), children=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What became of one script's kills."""
+
+    name: str
+    tried: int = 0
+    survived: int = 0
+    at_a_write: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+    complaints: list[str] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- running a script
+
+
+def words_of(case: Case, world: World, runs: Path) -> list[str]:
+    """The command line of a case whose results go below `runs`; a checkpoint after every step."""
+    words = world.words(runs, checkpoint_minutes=0)
+    return [*words, *(word.replace("{runs}", str(runs)) for word in case.words)]
+
+
+def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, events: Path | None = None) -> int:
+    """Start the script as a child of this process, whose imports it has; returns the process id.
+
+    Args:
+        kill_at: kill it at this one of its changes to the file system, counted from 1; 0: never.
+        events: file that gets the number of those changes when it ends.
+    """
+    process = os.fork()
+    if process:
+        return process
+    status = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(ROOT)
+        counted = count_changes(kill_at)
+        if case.few_texts:
+            read_few_texts()
+        sys.argv = [case.script, *words]
+        try:
+            runpy.run_path(str(ROOT / case.script), run_name="__main__")
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 1
+        if events:
+            events.write_text(str(counted()))
+        import atexit
+
+        atexit._run_exitfuncs()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status or 0)
+
+
+def count_changes(kill_at: int):
+    """Count calls that change the file system, and kill this process at one of them: before it, or after it."""
+    count, own = 0, os.getpid()
+
+    def watched(original, after: bool):
+        def call(*arguments, **keywords):
+            nonlocal count
+            if os.getpid() != own:
+                return original(*arguments, **keywords)
+            count += 1
+            if count == kill_at and not after:
+                os.kill(own, signal.SIGKILL)
+            result = original(*arguments, **keywords)
+            if count == kill_at:
+                os.kill(own, signal.SIGKILL)
+            return result
+
+        return call
+
+    after = kill_at % 2 == 1
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync"):
+        setattr(os, name, watched(getattr(os, name), after))
+    plain_open = builtins.open
+
+    def opened(file, mode="r", *arguments, **keywords):
+        opening = watched(plain_open, True) if set(mode) & set("wax+") else plain_open
+        return opening(file, mode, *arguments, **keywords)
+
+    builtins.open = opened
+    return lambda: count
+
+
+def read_few_texts() -> None:
+    """Three hundred short docstrings in the place of all."""
+    from expert_merging import docstrings
+
+    few = tuple(
+        docstrings.Docstring("p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}.")
+        for i, w in ((i, ("sum", "mean", "name", "size", "place")[i % 5]) for i in range(300))
+    )
+    docstrings.read_docstrings = lambda *_: list(few)
+    docstrings.pretraining_texts = lambda docs: [doc.text for doc in docs]
+
+
+def as_users_do(case: Case, words: list[str], log: Path) -> int:
+    """Run the script as a process of its own, to its end; returns its exit status."""
+    with log.open("a") as output:
+        return subprocess.run(
+            [sys.executable, str(ROOT / case.script), *words], cwd=ROOT, stdout=output, stderr=output
+        ).returncode
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def snapshot(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, str]:
+    """{relative path: hash of the content that counts} of every file; lock files aside."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        is_lock = path.name.startswith(".") and path.name.endswith(".lock")
+        if path.is_file() and not is_lock and not any(part in name for part in ignored):
+            found[name] = hashlib.sha256(content(path)).hexdigest()
+        elif path.is_dir() and not any(path.iterdir()) and path.name.startswith("."):
+            found[name] = "a left-over folder"
+    return found
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes; of JSON and of our own pickles what does not tell of time or place."""
+    if path.suffix == ".json":
+        return json.dumps(lasting(json.loads(path.read_text()))).encode()
+    if path.suffix == ".pkl":
+        return json.dumps(lasting(pickle.loads(path.read_bytes()))).encode()
+    if path.suffix == ".html":
+        return b"made of the records, which are compared"
+    return path.read_bytes()
+
+
+def lasting(value: Any) -> Any:
+    """`value` without the entries that differ from run to run."""
+    if isinstance(value, dict):
+        return {key: lasting(one) for key, one in value.items() if key not in VOLATILE}
+    return [lasting(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def differences(calm: dict[str, str], other: dict[str, str]) -> list[str]:
+    """How the files of a disturbed run differ from those of the undisturbed one, in words."""
+    lost = [f"{name} is lost" for name in calm.keys() - other.keys()]
+    extra = [f"{name} is left over" for name in other.keys() - calm.keys()]
+    return sorted(lost + extra + [f"{n} differs" for n in calm.keys() & other.keys() if calm[n] != other[n]])
+
+
+# ---------------------------------------------------------------- the harness
+
+
+def undisturbed(world: World, names: list[str], folder: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+    """Run the cases one after another as users do: name -> (copy of what was there before, files afterwards)."""
+    runs, results = folder / "calm", {}
+    runs.mkdir(parents=True)
+    for name in names:
+        case = CASES[name]
+        before = folder / "before" / name
+        if case.children:  # it makes everything itself
+            results[name] = (None, snapshot_of_run(case, world, folder / "calm-children", folder))
+            continue
+        shutil.copytree(runs, before)
+        results[name] = (before, snapshot_of_run(case, world, runs, folder))
+    return results
+
+
+def snapshot_of_run(case: Case, world: World, runs: Path, folder: Path) -> dict[str, str]:
+    """Run the case undisturbed in `runs` and look at its files."""
+    log = folder / "calm.log"
+    if case.few_texts:
+        status = os.waitstatus_to_exitcode(os.waitpid(fork_script(case, words_of(case, world, runs), log), 0)[1])
+    else:
+        status = as_users_do(case, words_of(case, world, runs), log)
+    if status != 0:
+        raise SystemExit(f"{case.script} fails undisturbed, with status {status}:\n{log.read_text()[-3000:]}")
+    return snapshot(runs, case.ignored)
+
+
+def disturb(name: str, world: World, before: Path | None, calm: dict[str, str], folder: Path, kills: int) -> Outcome:
+    """Kill the case `kills` times, in as many fresh folders as that takes, and compare each one's end with `calm`."""
+    case, outcome, dice = CASES[name], Outcome(name), random.Random(name)
+    began = time.monotonic()
+    length, changes = 6.0, 40
+    while outcome.rounds == 0 or outcome.tried < kills:
+        outcome.rounds += 1
+        runs = folder / f"{name.replace(' ', '-')}-{outcome.rounds}"
+        if before is not None:
+            shutil.copytree(before, runs)
+        else:
+            runs.mkdir(parents=True)
+        log, events, dealt = Path(f"{runs}.log"), Path(f"{runs}.events"), 0
+        while True:
+            quiet = outcome.rounds == 1 and not case.children  # the first round is undisturbed, but forked
+            deal = not quiet and outcome.tried + dealt < kills
+            at_write = deal and not case.children and dice.random() < 0.5
+            started = time.monotonic()
+            # The larger of two draws would finish a round with few kills, the smaller gets nowhere: one is fair.
+            kill_at = dice.randint(1, max(2, changes)) if at_write else 0
+            process = fork_script(case, words_of(case, world, runs), log, kill_at, events)
+            killed, status = wait(process, dice.uniform(0, length) if deal and not at_write else None)
+            if killed:
+                dealt += 1
+                outcome.at_a_write += at_write
+                continue
+            break
+        if status != 0:
+            outcome.complaints.append(f"round {outcome.rounds}: status {status}: {log.read_text()[-2000:]}")
+        if quiet:
+            length, changes = time.monotonic() - started, int(events.read_text())
+        elif case.children:
+            length = 15.0
+        found = differences(calm, snapshot(runs, case.ignored))
+        outcome.complaints += [f"round {outcome.rounds}: {line}" for line in found]
+        outcome.tried += dealt
+        outcome.survived += dealt * (status == 0 and not found)
+        shutil.rmtree(runs)
+        if outcome.rounds > 1 and dealt == 0 and outcome.tried < kills and outcome.rounds > 3 * kills + 10:
+            outcome.complaints.append("it always ended before it could be killed")
+            break
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def wait(process: int, seconds: float | None) -> tuple[bool, int]:
+    """Wait for the process, and kill it after `seconds`. Returns (whether it was killed, else its status)."""
+    end = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code == -signal.SIGKILL, code
+        if end is not None and time.monotonic() >= end:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def import_all() -> None:
+    """What the scripts import, so that their forks need not."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "RANK": "0"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
+    del os.environ["RANK"]
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import evaluate  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    from expert_merging import caem, decoding, features, finetuning, pairs, report  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30, help="of each script [30]")
+    parser.add_argument("--inputs", type=int, default=400, help="broken files for each reader [400]")
+    parser.add_argument("--workers", type=int, default=2, help="scripts at a time [2]")
+    parser.add_argument("--scripts", nargs="+", default=None, help="only these")
+    chosen = parser.parse_args()
+    import_all()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+        folder = Path(place)
+        world = build_world(folder / "world")
+        names = [name for name, case in CASES.items() if (ROOT / case.script).exists()]
+        if chosen.scripts:
+            wanted = [name for name in names if CASES[name].script in chosen.scripts]
+            names = names[: names.index(wanted[-1]) + 1]
+        calm = undisturbed(world, names, folder)
+        print(f"undisturbed: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)
+        jobs = [
+            (name, world, *calm[name], folder / "disturbed", chosen.kills)
+            for name in names
+            if not CASES[name].preparation and (not chosen.scripts or CASES[name].script in chosen.scripts)
+        ]
+        jobs.sort(key=lambda job: not CASES[job[0]].children)  # the longest first
+        (folder / "disturbed").mkdir()
+        outcomes = []
+        with multiprocessing.get_context("fork").Pool(chosen.workers) as pool:
+            for outcome in pool.imap_unordered(disturb_one, jobs):
+                outcomes.append(outcome)
+                case = CASES[outcome.name]
+                print(
+                    f"{case.script}: {outcome.survived} / {outcome.tried} kills survived ({outcome.at_a_write} at a "
+                    f"write, {outcome.rounds} rounds, {outcome.seconds:.0f} s)",
+                    *outcome.complaints[:5], sep="\n    ", flush=True,
+                )  # fmt: skip
+        lost = sum(len(outcome.complaints) for outcome in outcomes)
+    tried = sum(outcome.tried for outcome in outcomes)
+    survived = sum(outcome.survived for outcome in outcomes)
+    print(f"kills survived: {survived} / {tried}; lost, left-over, half-written or changed files: {lost}")
+    print(f"{time.monotonic() - began:.0f} s")
+    sys.exit(0 if survived == tried and not lost else 1)
+
+
+def disturb_one(job: tuple) -> Outcome:
+    """One job of the pool."""
+    return disturb(*job)
+
+
+if __name__ == "__main__":
+    main()
