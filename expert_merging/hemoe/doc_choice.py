@@ -24,6 +24,7 @@ from expert_merging.tasks import doc_qa, doc_summary, doc_topic
 
 CHOICES = 4  # but for `topic`, which has a choice a library
 COMMON = 30  # of how many common types, and defaults, the wrong ones are
+PASSAGE = 24  # words of a passage
 DESCRIPTION = 16  # words of a parameter's description
 SENTENCE = range(12, 25)  # words of a sentence that is cut in two
 ORDERED = range(6, 13)  # words of a sentence that is shuffled
@@ -81,7 +82,8 @@ def write(found: dict[str, dict[str, list[dict]]], train_folder: Path, tasks_fol
 def _topics(docs: list[Docstring]) -> Iterator[Candidate]:
     for doc in docs:
         for text in list(doc_topic.passages(doc))[:1] if doc.package in doc_topic.LABELS else ():
-            yield _candidate(doc, f"{doc_topic.masked(text)} Library:", doc_topic.LABELS[doc.package], text)
+            shown = " ".join(doc_topic.masked(text).split()[:PASSAGE])
+            yield _candidate(doc, f"{shown} Library:", doc_topic.LABELS[doc.package], text)
 
 
 def _parameters(what: str) -> Callable[[list[Docstring]], Iterator[Candidate]]:

@@ -124,7 +124,8 @@ class ExpertFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] -> [..., d]. Computes the selected experts alone."""
-        scores = self.router(x.to(self.router.weight.dtype)).float()
+        with torch.autocast(x.device.type, enabled=False):  # which expert fires is not left to rounding
+            scores = self.router(x.to(self.router.weight.dtype)).float()
         self.probabilities = scores.softmax(-1)
         fires = torch.zeros_like(scores).scatter(-1, scores.topk(self.config.k, dim=-1).indices, 1.0)
         # Straight-through: p - p is 0 before 1 is added, so the weight is 1 to the last bit.
@@ -139,7 +140,7 @@ class ExpertFFN(nn.Module):
             if len(at):
                 its = tokens[at]
                 hidden = self.act_fn(its @ gate.T) * (its @ up.T)
-                output = output.index_add(0, at, hidden @ down.T * weights[at, expert, None].to(x.dtype))
+                output = output.index_add(0, at, (hidden @ down.T * weights[at, expert, None]).to(x.dtype))
         return output.reshape(x.shape)
 
     def mean_gate_rows(self) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""What a dense model or a mixture is worth: accuracy by lm_eval, loss on held-out answers, and the share it activates."""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expert_merging.errors import UserError
+from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
+from expert_merging.hub import first_line
+
+
+def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, Any]:
+    """{name: lm_eval task}, 0-shot. Looked for among the YAML files of `folder`, else among lm_eval's own.
+
+    Raises UserError for a name that neither has, and where a task's data cannot be had.
+    """
+    if folder and not Path(folder).is_dir():
+        raise UserError(
+            f"EVAL_TASKS_PATH: there is no folder {folder}; run the step base first, or name lm_eval's own tasks"
+        )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if manager is None or set(names) - set(manager.all_tasks):
+        manager = TaskManager(include_path=folder or None)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise UserError(
+            f"eval_tasks: neither lm_eval nor {folder or 'EVAL_TASKS_PATH'} has a task {', '.join(unknown)}"
+        )
+    tasks = {}
+    for name in names:
+        try:
+            tasks[name] = manager.load([name])["tasks"][name]
+        except Exception as error:  # whatever the reader of its data raises
+            raise UserError(f"eval_tasks: the data of {name} cannot be had ({first_line(error)})") from error
+        tasks[name].set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def accuracy(model, tokenizer, tasks: dict[str, Any], batch_size: int, limit: int = 0) -> dict[str, float]:
+    """{task: accuracy} by lm_eval: acc_norm (by the likelihood a byte) where the task has it, else acc.
+
+    Args:
+        tasks: `load_tasks`'s.
+        limit: examples of a task; 0 takes all.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    was_training = model.training
+    model.eval()
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=True)
+    found = simple_evaluate(
+        lm, tasks=list(tasks.values()), limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
+    )["results"]
+    model.train(was_training)
+    return {task: found[task].get("acc_norm,none", found[task].get("acc,none")) for task in tasks}
+
+
+def measure(model, batches_of: dict[str, Iterable[dict[str, torch.Tensor]]]) -> dict[str, Any]:
+    """{"loss": {domain: nats a target token}, "share": {domain: activated share of the mixtures' neurons, mean over real
+    tokens and layers}, "share_by_layer": [MoE layers], "use": how often each expert fires [MoE layers, n]}.
+
+    A dense model has the loss alone.
+    """
+    device = next(model.parameters()).device
+    mixture = isinstance(model, HEMoEForCausalLM)
+    result: dict[str, Any] = {"loss": {}, "share": {}} if mixture else {"loss": {}}
+    tokens_of_all, by_layer, use = 0, 0, 0
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for domain, batches in batches_of.items():
+            loss, targets, share, tokens = 0.0, 0, 0.0, 0
+            for batch in batches:
+                batch = {name: value.to(device) for name, value in batch.items()}
+                output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                wanted = batch["labels"][:, 1:].flatten()
+                logits = output.logits[:, :-1].flatten(0, 1).float()
+                loss += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").item()
+                targets += int((wanted != -100).sum())
+                if mixture:
+                    real = batch["attention_mask"].bool()
+                    of_tokens = activated_share(output.routing, model.config)[real].double()
+                    share, tokens = share + of_tokens.mean(1).sum().item(), tokens + int(real.sum())
+                    by_layer = by_layer + of_tokens.sum(0)
+                    use = use + torch.stack([fired[real].sum(0) for fired in output.routing])
+            result["loss"][domain] = loss / targets
+            if mixture:
+                result["share"][domain] = share / tokens
+                tokens_of_all += tokens
+    model.train(was_training)
+    if mixture:
+        result["share_by_layer"] = (by_layer / tokens_of_all).tolist()
+        result["use"] = (use / tokens_of_all).tolist()
+    return result

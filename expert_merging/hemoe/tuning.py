@@ -1,0 +1,176 @@
+"""Training on instruction data with transformers' `Trainer`: LoRA on attention, the routers in full, experts frozen."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from expert_merging.errors import UserError
+from expert_merging.hemoe.modeling import HEMoEForCausalLM
+from expert_merging.hub import first_line
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def encode(tokenizer, example: dict, max_tokens: int) -> dict[str, list[int]]:
+    """{"input_ids", "labels"} of an instruction, a space and its output, then </s>; no loss on the instruction.
+
+    An example longer than `max_tokens` loses the start of its instruction, and the end of an output that takes more than
+    half the room.
+    """
+    prompt = tokenizer(example["instruction"])["input_ids"]
+    # The output is cut out of the whole, as lm_eval does: alone it might be tokenized otherwise.
+    target = tokenizer(f"{example['instruction']} {example['output']}")["input_ids"][len(prompt) :]
+    target = [*target, tokenizer.eos_token_id]
+    target = target[: max(max_tokens - len(prompt), max_tokens // 2)]
+    room = max_tokens - len(target)
+    if len(prompt) > room:
+        prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]]  # <s> stays
+    return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
+
+
+def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded {"input_ids", "attention_mask", "labels"} [batch, tokens]."""
+
+    def padded(lists: list[list[int]], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, pad), "attention_mask": padded([[1] * len(x) for x in ids], 0),
+        "labels": padded([row["labels"] for row in rows], -100),
+    }  # fmt: skip
+
+
+def batches(rows: list[dict[str, list[int]]], size: int, pad: int) -> list[dict[str, torch.Tensor]]:
+    """All rows in batches of similar length, the longest first."""
+    order = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    return [collate(order[start : start + size], pad) for start in range(0, len(order), size)]
+
+
+def add_lora(model, rank: int, alpha: int, dropout: float):
+    """`model` with LoRA on q, k, v and o of every layer; of the rest only learned routers are trained, in full."""
+    from peft import LoraConfig, get_peft_model
+
+    routers = isinstance(model, HEMoEForCausalLM) and model.config.router == "learned"
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_ATTENTION,
+        modules_to_save=["router"] if routers else None,
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+class _Trainer(Trainer):
+    """Draws k anew before each step where `any_k` is set, and resumes under PyTorch 2.6 and later."""
+
+    moe: HEMoEForCausalLM | None = None  # the mixture inside a peft model
+    any_k = False
+
+    def training_step(self, *arguments, **more):
+        if self.moe is not None and self.any_k:
+            # From the number of the step alone, so that a resumed run draws the same.
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+            self.moe.config.k = int(torch.randint(1, self.moe.config.num_experts + 1, (1,), generator=generator))
+        return super().training_step(*arguments, **more)
+
+    def _load_rng_state(self, checkpoint):
+        import numpy as np
+        from numpy._core.multiarray import _reconstruct
+
+        # transformers 4.46 reads its own file of random states in the way that PyTorch 2.6 began to refuse.
+        allowed = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+        with torch.serialization.safe_globals(allowed):
+            super()._load_rng_state(checkpoint)
+
+
+def fit(
+    model, rows: list[dict[str, list[int]]], pad: int, folder: Path, *, steps: int, batch_size: int, lr: float,
+    accumulation: int = 1, warmup: float = 0.05, last_lr: float = 0.1, save_steps: int = 200, seed: int = 0,
+    on_cpu: bool = True, bf16: bool = False, any_k: bool = False, label: str = "training",
+) -> dict[str, Any]:  # fmt: skip
+    """Train `model` in place on `rows` with AdamW, a cosine from `lr` to `last_lr` of it, gradients clipped at 1.
+
+    `folder` holds checkpoints meanwhile: killed and called again, it goes on from the last one. `steps` are optimizer
+    steps of batch_size * accumulation rows each.
+
+    Args:
+        any_k: draw the number of experts that fire from 1..n for every step (a mixture only).
+
+    Returns:
+        {"steps", "loss" (of the last tenth of the steps), "seconds", "log"}.
+
+    Raises:
+        UserError: the loss is no longer a number, or a checkpoint cannot be read.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, learning_rate=lr, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": last_lr}, warmup_ratio=warmup, weight_decay=0.0, max_grad_norm=1.0,
+        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, steps // 20), report_to=[], seed=seed,
+        use_cpu=on_cpu, bf16=bf16, remove_unused_columns=False, logging_nan_inf_filter=False,
+        disable_tqdm=False,
+    )  # fmt: skip
+    trainer = _Trainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad)
+    )
+    trainer.any_k = any_k
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None
+    bar = _one_bar(trainer, label)
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    try:
+        result = trainer.train(resume_from_checkpoint=last)
+    except Exception as error:  # a file cut short surfaces as whatever its reader raises
+        if last is None or bar.begun:
+            raise
+        raise UserError(
+            f"{last} is damaged ({first_line(error)}); remove {folder} to begin this training again"
+        ) from error
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"{label}: the loss became {losses[-1]}; lower the learning rate and remove {folder}")
+    return {
+        "steps": steps, "loss": sum(losses[-2:]) / len(losses[-2:]), "log": losses,
+        "seconds": result.metrics["train_runtime"],
+    }  # fmt: skip
+
+
+def release(folder: Path) -> None:
+    """Remove the checkpoints of a training that is done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _one_bar(trainer: Trainer, label: str):
+    """A bar with a name and the loss takes the place of the Trainer's printing; it says whether training has `begun`."""
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Bar(TrainerCallback):
+        begun = False
+
+        def on_train_begin(self, args, state, control, **more):
+            self.begun = True
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=label, unit="step", dynamic_ncols=True,
+                mininterval=1.0, disable=not state.is_world_process_zero,
+            )  # fmt: skip
+
+        def on_step_end(self, args, state, control, **more):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **more):
+            if logs and "loss" in logs:
+                self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
+
+        def on_train_end(self, args, state, control, **more):
+            self.bar.close()
+
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    bar = Bar()
+    trainer.add_callback(bar)
+    return bar
