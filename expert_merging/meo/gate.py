@@ -1,5 +1,6 @@
 """The noisy top-k gate and its balance loss (Shazeer et al. 2017, sections 2.1, 4 and appendix A), as MEO uses them."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def noisy_top_k(u: Tensor, w_gate: Tensor, w_noise: Tensor, k: int, training: bo
 
     Softmax is taken after the choice. In training the logits carry Gaussian noise of learnt size.
     """
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         clean = u.float() @ w_gate.float()
         noisy = clean
         if training:
@@ -67,3 +68,8 @@ def cv_squared(values: Tensor) -> Tensor:
     if len(values) == 1:
         return values.new_zeros(())
     return values.var() / (values.mean() ** 2 + 1e-10)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Compute in the tensors' own types, also where autocast is on."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

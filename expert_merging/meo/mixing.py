@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from expert_merging.meo.gate import Routing
+from expert_merging.meo.gate import Routing, without_autocast
 
 # Bytes of experts and merged weights in work at a time: on a CPU what stays in its cache, else what is little memory.
 TILE_BYTES = {"cpu": 8 << 20}
@@ -54,12 +54,12 @@ def mix_weights(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
         x: [R, S, d_in]; weight: [n, d_out, d_in]; bias: [n, d_out]; routing: of R rows.
     Returns: [R, S, d_out].
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     n, k = len(weight), routing.experts.shape[1]
     # Few of many experts: gather the rows' own k. Else one product with all n, which reads each only once for all rows.
     gathered = routing.experts if len(x) == 1 or 2 * k < n else None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = _MergedLinear.apply(x, weight, routing.gates, gathered)
         if bias is not None:
             y = y + merge(bias, routing.gates)[:, None].to(y.dtype)
@@ -92,7 +92,7 @@ class _MergedLinear(torch.autograd.Function):
         dweight = torch.empty_like(weight) if for_weight else None
         dgates = torch.zeros_like(gates) if for_gates else None
         shares = gates.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             for rows in _tiles(weight, gates, gathered):
                 part, dpart = weight[:, rows], dy[..., rows].to(x.dtype)
                 if for_x:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from expert_merging.errors import UserError
+from expert_merging.meo.gate import without_autocast
 
 KEPT_BYTES = 4 << 30  # of merged weights kept while decoding, in all linears of a stack
 
@@ -113,7 +114,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask.shape != x.shape[:2]:
         raise UserError(f"the attention mask is {tuple(mask.shape)}, the linear's input {tuple(x.shape)}")
     mask = mask.to(x.device, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         total = torch.einsum("bs,bsd->bd", mask, x.float())
     return total / mask.sum(1, keepdim=True).clamp(min=1)
 

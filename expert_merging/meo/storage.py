@@ -30,6 +30,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(folder: str | Path) -> nn.Module:
     """The model that `save` wrote, in evaluation mode. Raises UserError where there is none."""
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     folder = Path(folder)
@@ -42,7 +43,7 @@ def load(folder: str | Path) -> nn.Module:
     model = convert(model.to(dtype), **settings)
     try:
         load_model(model, folder / "model.safetensors")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: the weights do not fit meo.json and config.json ({error})".splitlines()[0]
         ) from error
