@@ -54,7 +54,7 @@ def _writing(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise _cannot_write(path, str(error)) from error
     except RuntimeError as error:  # of torch.save
-        if "PytorchStreamWriter" not in str(error) and "iostream error" not in str(error):
+        if not any(words in str(error) for words in ("PytorchStreamWriter", "iostream error", "inline_container")):
             raise
         raise _cannot_write(path, str(error)) from error
 

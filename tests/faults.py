@@ -8,7 +8,7 @@ it ends by itself; then every file must be as after an undisturbed run, and none
 until `--kills` kills were dealt. What a kill cannot show, loss of what the disk had not yet written, is not tested here.
 
 Prints kills survived / tried for each script, the broken inputs tried and lost or half-written files; ends with status 1
-unless all were survived. A script's process is forked from one that has torch imported; undisturbed runs are of both kinds.
+unless all were survived. A script's process is forked from one that has torch imported, which saves seconds a start.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -126,9 +125,9 @@ def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, event
             status = ended.code if isinstance(ended.code, int) else 1
         if events:
             events.write_text(str(counted()))
-        import atexit
+        from expert_merging import files
 
-        atexit._run_exitfuncs()
+        files._let_go()  # what is registered to run at exit would do the parent's clearing up as well
     except BaseException:
         import traceback
 
@@ -181,14 +180,6 @@ def read_few_texts() -> None:
     docstrings.pretraining_texts = lambda docs: [doc.text for doc in docs]
 
 
-def as_users_do(case: Case, words: list[str], log: Path) -> int:
-    """Run the script as a process of its own, to its end; returns its exit status."""
-    with log.open("a") as output:
-        return subprocess.run(
-            [sys.executable, str(ROOT / case.script), *words], cwd=ROOT, stdout=output, stderr=output
-        ).returncode
-
-
 # ---------------------------------------------------------------- comparing
 
 
@@ -234,7 +225,7 @@ def differences(calm: dict[str, str], other: dict[str, str]) -> list[str]:
 
 
 def undisturbed(world: World, names: list[str], folder: Path) -> dict[str, tuple[Path, dict[str, str]]]:
-    """Run the cases one after another as users do: name -> (copy of what was there before, files afterwards)."""
+    """Run the cases one after another: name -> (copy of what was there before, files afterwards)."""
     runs, results = folder / "calm", {}
     runs.mkdir(parents=True)
     for name in names:
@@ -251,10 +242,7 @@ def undisturbed(world: World, names: list[str], folder: Path) -> dict[str, tuple
 def snapshot_of_run(case: Case, world: World, runs: Path, folder: Path) -> dict[str, str]:
     """Run the case undisturbed in `runs` and look at its files."""
     log = folder / "calm.log"
-    if case.few_texts:
-        status = os.waitstatus_to_exitcode(os.waitpid(fork_script(case, words_of(case, world, runs), log), 0)[1])
-    else:
-        status = as_users_do(case, words_of(case, world, runs), log)
+    _, status = wait(fork_script(case, words_of(case, world, runs), log), None)
     if status != 0:
         raise SystemExit(f"{case.script} fails undisturbed, with status {status}:\n{log.read_text()[-3000:]}")
     return snapshot(runs, case.ignored)
@@ -320,9 +308,8 @@ def wait(process: int, seconds: float | None) -> tuple[bool, int]:
 
 def import_all() -> None:
     """What the scripts import, so that their forks need not."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "RANK": "0"}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
-    del os.environ["RANK"]
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import evaluate  # noqa: F401
@@ -351,7 +338,7 @@ def main() -> None:
             wanted = [name for name in names if CASES[name].script in chosen.scripts]
             names = names[: names.index(wanted[-1]) + 1]
         calm = undisturbed(world, names, folder)
-        print(f"undisturbed: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"undisturbed, once: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)
         jobs = [
             (name, world, *calm[name], folder / "disturbed", chosen.kills)
             for name in names
