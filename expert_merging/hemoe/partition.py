@@ -98,6 +98,8 @@ def partition(
         "like": None if like is None else (len(like.layers), like.neurons),
     }
     known = {shape for shape in shapes.values() if shape is not None}
+    if not known:
+        raise UserError(f"the partition {method} needs scores or gates, to know how many neurons there are")
     if len(known) != 1:
         raise UserError(f"the layers and neurons to split must be the same everywhere; given: {shapes}")
     depth, neurons = known.pop()

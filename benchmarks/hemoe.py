@@ -1,0 +1,292 @@
+"""HEMoE's partition, importance scores and a LLaMA-3.2-1B's way through them.
+
+    python benchmarks/hemoe.py partition              16 layers of 8,192 neurons, 8 domains: minutes
+    python benchmarks/hemoe.py importance [--pairs 3] one backward pass a batch against the released gradients
+    python benchmarks/hemoe.py full_size FOLDER       LLaMA-3.2-1B's shape, random weights: 12 GB of memory, 15 of disk
+
+partition solves every layer at neuron level and over 128 modules, then gives HiGHS as long on the same two problems. Scores
+are log-normal; a neuron's scores in two domains correlate between 0.5 (first layer) and 0.95 (last). Its modules are of
+like neurons: the same favourite domain, like sums. Each part writes its rows into benchmarks/results/hemoe_{part}.json.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def row(name: str, ours: float, theirs: float, unit: str, target: float | None, pairs=None, ratio=None) -> dict:
+    ratio = theirs / ours if ratio is None else ratio
+    return {
+        "name": name, "ratio": round(ratio, 4), "target": target, "ours": round(ours, 4), "theirs": round(theirs, 4),
+        "unit": unit, "pairs": pairs or [[round(ours, 6), round(theirs, 6)]],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- partition
+
+
+def instance(depth: int, neurons: int, domains: int, seed: int = 0) -> np.ndarray:
+    """Raw scores [L, N, D]."""
+    random = np.random.default_rng(seed)
+    layers = []
+    for shared in np.linspace(0.5, 0.95, depth):
+        common, own = random.standard_normal((neurons, 1)), random.standard_normal((neurons, domains))
+        masses = random.normal(0, 0.3, domains)
+        layers.append(0.1 * np.exp(np.sqrt(shared) * common + np.sqrt(1 - shared) * own + masses))
+    return np.stack(layers)
+
+
+def like_modules(scores: np.ndarray, count: int) -> np.ndarray:
+    """The module [N] of each neuron: neurons of one favourite domain and like sums are together."""
+    order = np.lexsort((scores.sum(1), scores.argmax(1)))
+    member = np.empty(len(scores), dtype=int)
+    member[order] = np.arange(len(scores)) * count // len(scores)
+    return member
+
+
+def partition(chosen) -> tuple[list[dict], dict]:
+    from expert_merging.errors import UserError
+    from expert_merging.hemoe import solver
+    from expert_merging.hemoe.importance import processed
+    from expert_merging.hemoe.partition import Settings
+
+    modules, settings = 128, Settings()
+    weights = processed(instance(chosen.layers, chosen.neurons, 8))
+    layers = []
+    for layer, scores in enumerate(weights):
+        grouped = np.zeros((modules, 8))
+        np.add.at(grouped, like_modules(scores, modules), scores)
+        problems = {
+            name: solver.Problem(items, 8, *settings.sizes(len(items)), settings.per_domain(8))
+            for name, items in (("neurons", scores), ("modules", grouped))
+        }
+        found = {"layer": layer, "cheap_bound": solver.cheap_bound(problems["neurons"])}
+        for name, problem in problems.items():
+            solution = solver.solve(problem, count=settings.starts, seed=layer, seconds=settings.seconds)
+            sizes = np.bincount(solution.labels, minlength=8)
+            fits = (sizes >= problem.low).all() and (sizes <= problem.high).all()
+            fits &= (solution.serves.sum(1) >= 1).all() and (solution.serves.sum(0) <= problem.per_domain).all()
+            found[name] = {key: getattr(solution, key) for key in ("objective", "bound", "gap", "status", "seconds")}
+            found[name] |= {"feasible": bool(fits), "sizes": sizes.tolist()}
+        for name, problem in problems.items():
+            started = time.monotonic()
+            try:
+                theirs = solver.solve(problem, solver="highs", seconds=found["neurons"]["seconds"])
+                of_highs = {"objective": theirs.objective, "bound": theirs.bound}
+            except UserError:
+                of_highs = {"objective": None, "bound": None}
+            found[f"highs, {name}"] = of_highs | {"seconds": time.monotonic() - started}
+        layers.append(found)
+        mine = found["neurons"]
+        print(
+            f"layer {layer}: {mine['objective']:.4f} of at most {mine['bound']:.4f} ({mine['status']}, "
+            f"{mine['seconds']:.1f} s); modules {found['modules']['objective']:.4f}; "
+            f"HiGHS {found['highs, neurons']['objective']}, over modules {found['highs, modules']['objective']}",
+            flush=True,
+        )
+    ours = [one["neurons"]["objective"] for one in layers]
+    others = [one["modules"]["objective"] for one in layers]
+    highs = [max(one[f"highs, {name}"]["objective"] or 0.0 for name in ("neurons", "modules")) for one in layers]
+    seconds = sum(one["neurons"]["seconds"] for one in layers)
+    proved = sum(one["neurons"]["status"] == "optimal" for one in layers)
+    assert all(one[name]["feasible"] for one in layers for name in ("neurons", "modules"))
+    gaps = [one["neurons"]["gap"] for one in layers]
+
+    def least(theirs: list[float]) -> float:
+        return min(a / b if b else float("inf") for a, b in zip(ours, theirs, strict=True))
+
+    shape = f"{chosen.layers} layers of {chosen.neurons} neurons"
+    return [
+        row(f"partition of {shape}, time against 5 minutes", seconds, 300.0, "s", 1.0),
+        row(f"partition, objective against 128 modules, least of {chosen.layers}", np.mean(ours), np.mean(others), "", 1.0,
+            list(zip(ours, others, strict=True)), least(others)),
+        row(f"partition, objective against HiGHS in the same time, least of {chosen.layers}", np.mean(ours), np.mean(highs),
+            "", 1.0, list(zip(ours, highs, strict=True)), least([h or 1e-9 for h in highs])),
+    ], {"layers_proved_optimal": proved, "greatest_gap": max(gaps), "layers": layers}  # fmt: skip
+
+
+# ---------------------------------------------------------------- importance
+
+
+def tiny_model():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    ))  # fmt: skip
+
+
+def random_batch(random, count: int, shortest: int, longest: int, vocabulary: int, prompt: float = 0.6) -> dict:
+    """`count` sequences of random tokens, padded on the right; the loss is on what follows the prompt."""
+    import torch
+
+    lengths = random.integers(shortest, longest + 1, count)
+    width = int(lengths.max())
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    ids = random.integers(3, vocabulary, (count, width)) * mask
+    wanted = mask.astype(bool) & (np.arange(width) >= (prompt * lengths[:, None]).astype(int))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": np.where(wanted, ids, -100)}
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def released_scores(model, batches: list[dict]):
+    """The released form: for every sequence alone three gradients a layer, each a backward pass of its own."""
+    import torch
+
+    model.eval()
+    total = 0
+    for batch in batches:
+        for one in range(len(batch["input_ids"])):
+            length = int(batch["attention_mask"][one].sum())
+            loss = model(**{name: values[one : one + 1, :length] for name, values in batch.items()}).loss
+            layers = []
+            for layer in model.model.layers:
+                terms = []
+                for part, axis in ((layer.mlp.up_proj, 1), (layer.mlp.gate_proj, 1), (layer.mlp.down_proj, 0)):
+                    (gradient,) = torch.autograd.grad(loss, part.weight, retain_graph=True)
+                    terms.append((part.weight.detach() * gradient).sum(axis))
+                layers.append(sum(terms))
+            total = total + torch.stack(layers).abs().double()
+    return total.numpy()
+
+
+def importance(chosen) -> tuple[list[dict], dict]:
+    from expert_merging.hemoe.importance import score
+
+    model, random = tiny_model(), np.random.default_rng(0)
+    batches = [random_batch(random, 256, 10, 24, 64) for _ in range(chosen.batches)]
+    pairs, worst = [], 0.0
+    for number in range(chosen.pairs + 1):  # the first warms up
+        started = time.process_time()
+        ours = score(model, {"all": batches}).values[..., 0]
+        between = time.process_time()
+        theirs = released_scores(model, batches)
+        ended = time.process_time()
+        worst = max(worst, float((np.abs(ours - theirs) / np.maximum(theirs, 1e-3 * theirs.mean())).max()))
+        if number:
+            pairs.append([between - started, ended - between])
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    name = f"importance of {256 * chosen.batches} sequences, 4 layers of 256 neurons"
+    rows = [row(name, ours, theirs, "s", 20.0, pairs, ratio)]
+    rows.append(row("importance, greatest relative difference of a score", worst, 1e-4, "", 1.0))
+    return rows, {}
+
+
+# ---------------------------------------------------------------- full size
+
+
+def _make(folder: Path) -> dict:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "dense")
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _score(folder: Path) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    from expert_merging.hemoe.importance import score
+
+    model, random = AutoModelForCausalLM.from_pretrained(folder / "dense"), np.random.default_rng(0)
+    started = time.monotonic()
+    batches = {f"domain{d}": [random_batch(random, 2, 48, 64, 128000)] for d in range(8)}
+    score(model, batches).save(folder / "scores.npz")
+    return {"sequences": 16, "scoring_alone_s": round(time.monotonic() - started, 1)}
+
+
+def _partition(folder: Path) -> dict:
+    from expert_merging.hemoe.importance import Scores
+    from expert_merging.hemoe.partition import Settings, partition
+
+    scores = Scores.load(folder / "scores.npz")
+    split = partition("HEMoE", Settings(), scores.values, domains=scores.domains)
+    split.save(folder / "split.npz")
+    return {
+        "proved_optimal": split.status.count("optimal"), "greatest_gap": float(split.gap.max()),
+        "least_objective_of_bound": float((split.objective / split.bound).min()), "sizes": split.sizes.tolist(),
+    }  # fmt: skip
+
+
+def _convert(folder: Path) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from expert_merging.hemoe.modeling import HEMoEConfig, HEMoEForCausalLM
+    from expert_merging.hemoe.split import Split
+
+    dense, split = AutoModelForCausalLM.from_pretrained(folder / "dense").eval(), Split.load(folder / "split.npz")
+    ids = torch.from_numpy(np.random.default_rng(1).integers(3, 128000, (1, 48)))
+    with torch.inference_mode():
+        before = dense(ids).logits
+        cut = list(range(3, 15))  # the authors' layers
+        config = HEMoEConfig(dense.config.to_dict(), cut, [split.experts[layer] for layer in cut], k=8)
+        model = HEMoEForCausalLM(config, dense).eval()
+        after = model(ids).logits
+    model.save_pretrained(folder / "moe")
+    return {"greatest_difference_of_logits_at_k_n": float((before - after).abs().max())}
+
+
+def _step(work, folder: Path) -> dict:
+    started = time.monotonic()
+    found = work(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return found | {"seconds": round(time.monotonic() - started, 1), "peak_gb": round(peak, 2)}
+
+
+def full_size(chosen) -> tuple[list[dict], dict]:
+    # Each in a process of its own: peak memory is that of a whole life.
+    own, steps = multiprocessing.get_context("spawn"), {}
+    for name, work in (("model", _make), ("score", _score), ("partition", _partition), ("convert", _convert)):
+        with own.Pool(1) as pool:
+            steps[name] = pool.apply(_step, (work, chosen.folder))
+        print(name, steps[name], flush=True)
+    return [], {"shape": "LLaMA-3.2-1B, random weights, float32", "steps": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    one = parts.add_parser("partition")
+    one.add_argument("--layers", type=int, default=16)
+    one.add_argument("--neurons", type=int, default=8192)
+    two = parts.add_parser("importance")
+    two.add_argument("--pairs", type=int, default=3)
+    two.add_argument("--batches", type=int, default=1, help="of 256 sequences [1]")
+    parts.add_parser("full_size").add_argument("folder", type=Path, help="where the models go; must have the room")
+    chosen = parser.parse_args()
+    from expert_merging.files import write_json
+    from expert_merging.provenance import versions
+
+    rows, more = {"partition": partition, "importance": importance, "full_size": full_size}[chosen.part](chosen)
+    for found in rows:
+        print("{name}: {ours} against {theirs} {unit}: ratio {ratio}, target {target}".format(**found))
+    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    path = ROOT / "benchmarks" / "results" / f"hemoe_{chosen.part}.json"
+    write_json(path, {"machine": machine, "versions": versions(), **more, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
