@@ -1,0 +1,348 @@
+"""Fine-tuning a dense model, the same with experts, as a vanilla MoE or as MEO, and measuring what each costs."""
+
+import json
+import math
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from expert_merging import meo, training
+from expert_merging.batching import epoch_examples, length_grouped
+from expert_merging.errors import UserError
+from expert_merging.files import sha256
+from expert_merging.hub import first_line
+from expert_merging.meo.bases import mask_tokens
+from expert_merging.meo.recipes import Recipe, classification_scores
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: `how` is dense, block (dense with a token block before each FFN linear), moe or meo."""
+
+    how: str
+    level: str = ""
+    n: int = 1
+    k: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.how in ("dense", "block"):
+            return {"dense": "dense", "block": "dense + token block"}[self.how]
+        return f"{self.how.upper().replace('MOE', 'MoE')} {self.level} k={self.k}"
+
+    @property
+    def file(self) -> str:
+        return "_".join(map(str, (self.how, self.level, f"k{self.k}"))) if self.level else self.how
+
+
+def variants(family: str, n: int, ks: tuple[int, ...], levels: tuple[str, ...]) -> list[Variant]:
+    """What is compared: dense, the token block without experts, and MoE and MEO for each level and k.
+
+    Left out is MEO at token level in a decoder alone: its gate would be a sequence's.
+    """
+    found = [Variant("dense"), Variant("block")]
+    for level in levels:
+        for k in ks:
+            found += [
+                Variant(how, level, n, k) for how in ("moe", "meo") if (family, level, how) != ("gpt2", "token", "meo")
+            ]
+    return found
+
+
+def check(family: str, n: int, ks: tuple[int, ...], levels: tuple[str, ...]) -> None:
+    """Raises UserError for k outside 1..n, an unknown level, and a level that the family cannot have."""
+    if wrong := [k for k in ks if not 1 <= k <= n]:
+        raise UserError(f"ks has {wrong[0]}; k, the active experts, is from 1 to n = {n}")
+    if unknown := [level for level in levels if level not in meo.LEVELS]:
+        raise UserError(f"levels has {unknown[0]!r}; a level is one of {', '.join(meo.LEVELS)}")
+    if family == "gpt2" and "sequence" in levels:
+        raise UserError(
+            "levels has 'sequence', which in GPT-2 would look at the words to be predicted; give task, token"
+        )
+
+
+def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None):
+    """The pre-trained model with a head for the task; a new head is random (seed before). Raises UserError for none."""
+    import transformers
+
+    kind = {
+        "classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM",
+        "language modelling": "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM",
+    }[recipe.kind]  # fmt: skip
+    more = {"num_labels": len(labels) or 1} if recipe.kind == "classification" else {}
+    if more.get("num_labels") == 1:
+        more["problem_type"] = "regression"
+    try:
+        model = getattr(transformers, kind).from_pretrained(path, torch_dtype=torch.float32, **more)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"found no whole {family} model in {path} ({first_line(error)}); bring its folder") from error
+    if model.config.model_type != family:
+        raise UserError(f"{path} holds a {model.config.model_type} model, not {family}")
+    return model
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a published model. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"MODEL_PATH: no tokenizer of {path}, here or on the hub ({first_line(error)}); bring the model's folder"
+        ) from error
+
+
+def weights_hash(path: str) -> str:
+    """SHA-256 of a local model's safetensors; of a model on the hub its name."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return " ".join(sha256(file) for file in files) or path
+
+
+def convert(model, variant: Variant, description: list[int]):
+    """`model`, changed in place into what the variant trains."""
+    if variant.how == "dense":
+        return model
+    if variant.how == "block":
+        return meo.convert(model, n=1, k=1, level="token", mode="dense")
+    about = {"descriptions": [description]} if variant.level == "task" else {}
+    return meo.convert(model, n=variant.n, k=variant.k, level=variant.level, mode=variant.how, **about)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def collate(
+    rows: list[dict], tokenizer, family: str, recipe: Recipe, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Tensors of rows, padded on the right to the longest. In language modelling labels are made here: for BERT masked
+    tokens, drawn by `rng`."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def padded(sequences, value):
+        longest = max(map(len, sequences))
+        return torch.tensor(np.stack([np.pad(s, (0, longest - len(s)), constant_values=value) for s in sequences]))
+
+    ids = [row["input_ids"] for row in rows]
+    batch = {"input_ids": padded(ids, pad), "attention_mask": padded([np.ones_like(i) for i in ids], 0)}
+    if recipe.kind == "classification":
+        return batch | {"labels": torch.tensor([row["label"] for row in rows])}
+    if recipe.kind == "seq2seq":
+        return batch | {"labels": padded([row["labels"] for row in rows], _IGNORED)}
+    if family == "bert":
+        inputs, labels = mask_tokens(batch["input_ids"].numpy(), tokenizer, rng)
+        return batch | {"input_ids": torch.tensor(inputs), "labels": torch.tensor(labels)}
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+@torch.no_grad()
+def evaluate(
+    model, rows: list[dict], tokenizer, family: str, recipe: Recipe, c: SimpleNamespace, device
+) -> dict[str, float]:
+    """Scores (0..100, or the perplexity) with "loss", the mean cross-entropy: an example, or a target token."""
+    model.eval()
+    total, count, outputs = 0.0, 0, []
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), i))
+    size = c.eval_batch_size
+    for number, start in enumerate(range(0, len(order), size)):
+        part = [rows[i] for i in order[start : start + size]]
+        batch = collate(part, tokenizer, family, recipe, np.random.default_rng([7, number]))
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        result = model(**batch)
+        asked = (batch["labels"] != _IGNORED).sum().item()
+        weight = len(part) if recipe.kind == "classification" else asked - len(part) * (family == "gpt2")
+        total, count = total + result.loss.item() * weight, count + weight
+        if recipe.kind == "classification":
+            outputs.append(result.logits.float().cpu().numpy())
+        elif recipe.kind == "seq2seq":
+            batch.pop("labels")
+            settings = {"max_new_tokens": recipe.target_length, "do_sample": False, **recipe.generation}
+            ids = model.generate(**batch, **settings)
+            outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    loss = total / count
+    if recipe.kind == "language modelling":
+        return {"perplexity": math.exp(loss), "loss": loss}
+    if recipe.kind == "classification":
+        labels = np.array([rows[i]["label"] for i in order])
+        return {**classification_scores(np.concatenate(outputs), labels, recipe.main_score), "loss": loss}
+    return {**_text_scores(recipe, outputs, [rows[i]["references"] for i in order]), "loss": loss}
+
+
+def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) -> dict[str, float]:
+    from expert_merging.scoring import rouge, squad
+
+    return (squad if recipe.main_score == "exact_match" else rouge)(texts, references)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def train_variant(
+    c: SimpleNamespace, accelerator, variant: Variant, *, family: str, task: str, recipe: Recipe, base: str, tokenizer,
+    rows: dict[str, list[dict]], labels: list[str] | None, seed: int, work: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one variant on `rows`, keep the epoch that is best on validation, test it and measure its cost.
+
+    The same seed gives all variants the same head, the same batches and, where they draw as many, the same random numbers.
+
+    Returns the record: scores, history, the loss of every step, and what `measure` finds.
+    """
+    from accelerate.utils import set_seed
+
+    set_seed(seed)
+    model = load_model(base, family, recipe, labels)
+    description = tokenizer(recipe.description)["input_ids"]
+    model = convert(model, variant, description)
+    set_seed(seed)  # what the conversion drew must not shift what training draws
+
+    train = rows["train"]
+    lengths = np.array([len(row["input_ids"]) for row in train])
+    per_epoch = -(-len(train) // recipe.batch_size)
+    total = per_epoch * recipe.epochs
+    log = _Log(work / "steps.jsonl", accelerator)
+
+    def steps_of(epoch: int) -> list[list[tuple]]:
+        chosen = epoch_examples(len(train), len(train), epoch, seed=seed)
+        groups = length_grouped(chosen, lengths, recipe.batch_size, seed=seed * 1000 + epoch)
+        return [[(epoch * per_epoch + number, group)] for number, group in enumerate(groups)]
+
+    def loss_of(wrapped, one) -> tuple[torch.Tensor, int]:
+        step, group = one
+        mine = group[accelerator.process_index :: accelerator.num_processes]
+        weight = accelerator.num_processes * len(mine) / len(group)
+        chosen = [train[i] for i in (mine if len(mine) else group[:1])]
+        batch = collate(chosen, tokenizer, family, recipe, np.random.default_rng([seed, step]))
+        loss = wrapped(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()}).loss
+        log.add(step, loss)
+        return loss * weight, len(mine)
+
+    def test(split: str) -> dict[str, float]:
+        bare = accelerator.unwrap_model(model)
+        return evaluate(bare, rows[split], tokenizer, family, recipe, c, accelerator.device)
+
+    def after_epoch(epoch: int) -> dict[str, Any]:
+        scores = test("validation")
+        value = scores[recipe.main_score]
+        return {"selection": -value if recipe.main_score == "perplexity" else value, "scores": scores}
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    history = training.train(
+        accelerator, model, torch.optim.AdamW(groups, lr=recipe.lr), num_epochs=recipe.epochs, steps_of=steps_of,
+        loss_of=loss_of, after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0,
+        schedule=lambda epoch, step: 1 - (epoch * per_epoch + step) / total, label=f"{variant.name}, seed {seed}:",
+    )  # fmt: skip
+
+    best = training.best_folder(work, history)
+    _load_weights(model, best)
+    scores = {"validation": history[training.best_epoch(history)]["scores"], "test": test("test")}
+    losses, seconds = log.read()
+    cost = measure(accelerator.unwrap_model(model), train, tokenizer, family, recipe, accelerator.device)
+    accelerator.free_memory()
+    return {
+        "variant": {**asdict(variant), "name": variant.name}, "family": family, "task": task, "seed": seed,
+        "kind": recipe.kind, "main_score": recipe.main_score, "scores": scores,
+        "best_epoch": training.best_epoch(history) + 1,
+        "history": [{"scores": e["scores"], "train_loss": e["train_loss"]} for e in history],
+        "step_losses": losses, "step_seconds": statistics.median(seconds) if seconds else None,
+        "device": accelerator.device.type, "threads": torch.get_num_threads(), **cost,
+    }  # fmt: skip
+
+
+def _load_weights(model, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    own = model.state_dict()
+    tied = {own[name].data_ptr() for name in state if name in own}  # saved under one of their names
+    lost = [name for name in missing if own[name].data_ptr() not in tied]
+    assert not lost and not unexpected, (lost, unexpected)
+
+
+class _Log:
+    """The loss of each step and the time between steps, a line each: what training.train's checkpoints do not hold.
+
+    A step that is done again after an interruption comes twice; the later line counts.
+    """
+
+    def __init__(self, path: Path, accelerator):
+        self.path, self.accelerator, self.last = path, accelerator, None
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, step: int, loss: torch.Tensor) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        # On a CPU that others use as well, the time of this process tells more than the clock on the wall.
+        now = time.perf_counter() if self.accelerator.device.type == "cuda" else time.process_time()
+        before, self.last = self.last, (step, now)
+        seconds = now - before[1] if before and before[0] == step - 1 else None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([step, loss.item(), seconds]) + "\n")
+
+    def read(self) -> tuple[list[float], list[float]]:
+        """(losses in the order of steps, seconds of those that came right after another)."""
+        lines = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("]"):  # the last may be cut short
+                step, loss, seconds = json.loads(line)
+                lines[step] = loss, seconds
+        kept = [lines[step] for step in sorted(lines)]
+        return [loss for loss, _ in kept], [seconds for _, seconds in kept if seconds is not None]
+
+
+# ---------------------------------------------------------------- cost
+
+
+def measure(model, train: list[dict], tokenizer, family: str, recipe: Recipe, device) -> dict[str, Any]:
+    """What a variant costs, without a clock.
+
+    {"flops": of a forward pass of one sequence of `length` tokens (of a seq2seq also its target), 2 a multiplication and
+    addition, as torch.utils.flop_counter sees them; "flops_length"; "parameters"; "kept_bytes": what a training pass of one
+    batch of the first rows keeps for its backward pass, weights aside}
+    """
+    rng = np.random.default_rng(0)
+    ids = np.resize(train[0]["input_ids"], recipe.length)
+    one = {**train[0], "input_ids": ids}
+    if "labels" in one:
+        one["labels"] = np.resize(one["labels"], recipe.target_length)
+    counted = collate([one], tokenizer, family, recipe, rng)
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**{name: tensor.to(device) for name, tensor in counted.items()})
+    batch = collate(train[: recipe.batch_size], tokenizer, family, recipe, rng)
+    with _kept_for_backward(model) as kept:
+        model.train()(**{name: tensor.to(device) for name, tensor in batch.items()})
+    return {
+        "flops": counter.get_total_flops(), "flops_length": recipe.length,
+        "parameters": sum(p.numel() for p in model.parameters()), "kept_bytes": sum(kept.values()),
+    }  # fmt: skip
+
+
+@contextmanager
+def _kept_for_backward(model):
+    """{address: bytes} of the storages that autograd keeps inside the block, but for the model's own."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # an address must not be given out again meanwhile
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept

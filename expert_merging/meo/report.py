@@ -1,0 +1,340 @@
+"""Tables and figures of MEO_finetune.py and MEO_densify.py, from their records.
+
+python -m expert_merging.meo.report results/meo                  # again, from the records there
+python -m expert_merging.meo.report results/meo runs/tiny        # after copying the records of a run there
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from expert_merging.errors import UserError
+from expert_merging.files import read_json, replacing, write_atomic
+from expert_merging.plots import plt
+from expert_merging.tables import Stat, Table, stat
+
+Records = list[dict[str, Any]]
+
+
+def collect(run: Path, folder: Path) -> None:
+    """Copy what has been run below `run` to `folder`/records. Raises UserError where there is nothing."""
+    found = {file: f"{file.parts[-3]}/{file.parts[-2]}" for file in run.glob("meo/*_*/seed*/*.json")}
+    found |= {file: f"densify/{file.parts[-4]}" for file in run.glob("seed*/histories/densify/*.json")}
+    found = {file: place for file, place in found.items() if not file.name.endswith(".run.json")}
+    if not found:
+        raise UserError(f"{run} has no records of MEO_finetune.py or MEO_densify.py")
+    for file, place in found.items():
+        to = folder / "records" / place / file.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+
+
+def write(folder: Path) -> list[Table]:
+    """All tables and figures of the records in `folder`. Raises UserError where there are none."""
+    tables = []
+    for records in sorted((folder / "records").glob("*")):
+        if records.name == "densify":
+            tables += write_densify(records, folder)
+        else:
+            tables += finetuning_tables(records.name, read(records))
+            finetuning_figures(records.name, read(records), folder / "figures")
+    if not tables:
+        raise UserError(f"{folder / 'records'} has no records; give the folder of a run as well")
+    save(tables, folder / "tables")
+    return tables
+
+
+def save(tables: list[Table], folder: Path) -> None:
+    """Each table as Markdown, CSV and LaTeX."""
+    for table in tables:
+        for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
+            write_atomic(folder / f"{table.name}.{ending}", text)
+
+
+def read(folder: Path) -> Records:
+    """The records in `folder`/seed*/, seed by seed."""
+    files = sorted(file for file in folder.glob("seed*/*.json") if not file.name.endswith(".run.json"))
+    return [{**read_json(file), "file": f"{folder.name}/{file.parent.name}/{file.name}"} for file in files]
+
+
+def write_finetuning(records: Path, folder: Path) -> str:
+    """Tables and figures of one family and task into `folder`; returns the tables as text."""
+    found = read(records)
+    tables = finetuning_tables(records.name, found)
+    save(tables, folder)
+    finetuning_figures(records.name, found, folder)
+    return "\n".join(table.markdown() for table in tables)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def _of(records: Records, **wanted) -> Records:
+    """Those whose variant has these properties, by seed."""
+    kept = [r for r in records if all(r["variant"][name] == value for name, value in wanted.items())]
+    return sorted(kept, key=lambda r: r["seed"])
+
+
+def _variants(records: Records) -> list[dict[str, Any]]:
+    order = {"dense": 0, "block": 1}
+    found = {r["variant"]["name"]: r["variant"] for r in records}
+    return sorted(found.values(), key=lambda v: (order.get(v["how"], 2), v["level"], v["k"], v["how"] != "moe"))
+
+
+def _seeds(records: Records) -> str:
+    return f"seeds {', '.join(str(seed) for seed in sorted({r['seed'] for r in records}))}"
+
+
+def finetuning_tables(name: str, records: Records) -> list[Table]:
+    """What each variant scores and costs; and how far MoE and MEO of the same seed are from each other."""
+    first = records[0]
+    score, where = first["main_score"], "" if first["device"] == "cuda" else "CPU "
+    rows = []
+    for variant in _variants(records):
+        of = _of(records, name=variant["name"])
+        rows.append({
+            "variant": variant["name"],
+            score: stat([r["scores"]["test"][score] for r in of]),
+            "test loss": stat([r["scores"]["test"]["loss"] for r in of], 4),
+            "GFLOPs a sequence": of[0]["flops"] / 1e9,
+            f"{where}ms a training step": stat([1000 * r["step_seconds"] for r in of if r["step_seconds"]], 1),
+            "parameters, M": of[0]["parameters"] / 1e6,
+            "kept for backward, MB": of[0]["kept_bytes"] / 1e6,
+            "from": f"{name}/seed*/{of[0]['file'].rpartition('/')[2]}",
+        })  # fmt: skip
+    tokens = f"{first['flops_length']} tokens"
+    note = (
+        f"{first['family']} on {first['task']}, n = {first['identity']['n']} experts in place of each FFN linear, test scores "
+        f"over {_seeds(records)}. FLOPs counted by torch.utils.flop_counter in a forward pass of one sequence of {tokens}; "
+        "the median training step of each run; what a training pass of one batch keeps for its backward pass."
+    )
+    tables = [Table(name, f"MEO: {first['family']} on {first['task']}", note, rows)]
+
+    rows = []
+    for variant in _variants(records):
+        if variant["how"] != "moe" or variant["level"] == "token":
+            continue
+        pairs = _pairs(records, variant)
+        if not pairs:
+            continue
+        apart = [np.abs(np.subtract(a["step_losses"], b["step_losses"])) for a, b in pairs]
+        rows.append({
+            "MoE and MEO": f"{variant['level']} k={variant['k']}",
+            "loss of step 1": _largest(d[:1].max() for d in apart),
+            "steps 1-10": _largest(d[:10].max() for d in apart),
+            "all steps": _largest(d.max() for d in apart),
+            "steps": len(apart[0]),
+            "mean training loss": _largest(
+                abs(np.mean(a["step_losses"]) - np.mean(b["step_losses"])) for a, b in pairs
+            ),
+            "test loss": _largest(abs(a["scores"]["test"]["loss"] - b["scores"]["test"]["loss"]) for a, b in pairs),
+            f"test {score}": _largest(abs(a["scores"]["test"][score] - b["scores"]["test"][score]) for a, b in pairs),
+            "seeds": len(pairs),
+        })  # fmt: skip
+    if rows:
+        note = "Largest absolute difference over seeds between a MoE and a MEO run of the same seed: both compute the same."
+        tables.append(Table(f"{name}_equal", f"MoE against MEO: {first['family']} on {first['task']}", note, rows))
+    return tables
+
+
+def _pairs(records: Records, variant: dict[str, Any]) -> list[tuple[dict, dict]]:
+    """(MoE, MEO) of the same seed, level and k."""
+    sides = [_of(records, how=how, level=variant["level"], k=variant["k"]) for how in ("moe", "meo")]
+    meo = {r["seed"]: r for r in sides[1]}
+    return [(r, meo[r["seed"]]) for r in sides[0] if r["seed"] in meo]
+
+
+def _largest(values) -> str:
+    return f"{max(float(v) for v in values):.1e}"
+
+
+def finetuning_figures(name: str, records: Records, folder: Path) -> None:
+    """Score, FLOPs and time against k; and the training curves of MoE and MEO with their difference."""
+    first, score = records[0], records[0]["main_score"]
+    quantities: dict[str, Callable[[dict], float]] = {
+        f"test {score}": lambda r: r["scores"]["test"][score],
+        "GFLOPs a sequence": lambda r: r["flops"] / 1e9,
+        "ms a training step": lambda r: 1000 * (r["step_seconds"] or np.nan),
+    }
+    lines = list(dict.fromkeys((v["how"], v["level"]) for v in _variants(records) if v["level"]))
+    figure, panels = plt.subplots(1, 3, figsize=(9.5, 3))
+    for axes, (label, value) in zip(panels, quantities.items(), strict=True):
+        for number, how in enumerate(("dense", "block")):
+            of = [value(r) for r in _of(records, how=how)]
+            if of:
+                text = {"dense": "dense", "block": "dense + token block"}[how]
+                axes.axhline(np.mean(of), color="0.2", lw=1, ls=("-", ":")[number], label=text)
+        for number, (how, level) in enumerate(lines):
+            ks = sorted({v["k"] for v in _variants(records) if (v["how"], v["level"]) == (how, level)})
+            of = [[value(r) for r in _of(records, how=how, level=level, k=k)] for k in ks]
+            style = "--" if how == "moe" else "-"
+            text = f"{'MoE' if how == 'moe' else 'MEO'} {level}"
+            axes.errorbar(
+                ks, [np.mean(v) for v in of], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in of], ls=style, marker="o",
+                ms=4, capsize=2, lw=2.4 if how == "moe" else 1.2, color=f"C{number}", label=text,
+            )  # fmt: skip
+            axes.set_xticks(ks)
+        axes.set(title=label, xlabel="k, active experts")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
+    figure.suptitle(f"{first['family']} on {first['task']}, {_seeds(records)}")
+    _save(figure, folder / f"{name}.png")
+
+    moes = [v for v in _variants(records) if v["how"] == "moe" and v["level"] != "token" and _pairs(records, v)]
+    if not moes:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3))
+    for number, variant in enumerate(moes):
+        pairs = _pairs(records, variant)
+        curves = [np.mean([r["step_losses"] for r in side], axis=0) for side in zip(*pairs, strict=True)]
+        label = f"{variant['level']} k={variant['k']}"
+        steps = np.arange(1, len(curves[0]) + 1)
+        panels[0].plot(steps, _smooth(curves[0]), color=f"C{number}", lw=3, alpha=0.35, label=f"MoE {label}")
+        panels[0].plot(steps, _smooth(curves[1]), color=f"C{number}", lw=1, label=f"MEO {label}")
+        apart = np.max([np.abs(np.subtract(a["step_losses"], b["step_losses"])) for a, b in pairs], axis=0)
+        panels[1].semilogy(steps, np.maximum(apart, 1e-9), color=f"C{number}", lw=0.8, label=label)
+    panels[0].set(title="training loss, mean over seeds", xlabel="step", ylabel="with the balance loss")
+    panels[1].set(title="|MoE - MEO|, largest over seeds", xlabel="step")
+    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7)
+    _save(figure, folder / f"{name}_equal.png")
+
+
+def _smooth(curve: np.ndarray, width: int = 9) -> np.ndarray:
+    """Moving average, shorter at the ends."""
+    ones = np.ones(min(width, len(curve)))
+    return np.convolve(curve, ones, "same") / np.convolve(np.ones_like(curve), ones, "same")
+
+
+# ---------------------------------------------------------------- densify
+
+
+def write_densify(records: Path, folder: Path) -> list[Table]:
+    """Tables of MEO_densify.py's records, and the figure."""
+    found = read(records)
+    densify_figure(found, folder / "figures" / "densify.png")
+    return densify_tables(found)
+
+
+def _layer_error(result: dict, stack: str) -> float:
+    return fmean(value for name, value in result["layers"].items() if name.startswith(stack))
+
+
+def _by_seed(records: Records, value: Callable[[dict], float | None], decimals: int) -> Stat | None:
+    """The mean over tasks, for each seed."""
+    seeds = sorted({r["seed"] for r in records})
+    return stat([fmean(value(r) for r in records if r["seed"] == seed) for seed in seeds], decimals)
+
+
+def densify_tables(records: Records) -> list[Table]:
+    """What the ways A, B, C keep of a Switch: fidelity, scores, and sizes and latencies."""
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    first = records[0]
+    about = f"{first['identity']['source']}, {first['experts']} experts a sparse layer, {_seeds(records)}"
+    fidelity, scores = [], []
+    for label in first["variants"]:
+        of = [r["variants"][label] | {"seed": r["seed"], "Switch": r["Switch"]} for r in records]
+        fidelity.append({
+            "variant": label,
+            "encoder layers": _by_seed(of, lambda v: _layer_error(v, "encoder"), 3),
+            "decoder layers": _by_seed(of, lambda v: _layer_error(v, "decoder"), 3),
+            "logits": _by_seed(of, lambda v: v["logits"], 3),
+            "agreement": _by_seed(of, lambda v: v["agreement"], 3),
+            "loss above the Switch's": _by_seed(of, lambda v: v["loss"] - v["Switch"]["loss"], 3),
+        })  # fmt: skip
+    for label in ("Switch", *first["variants"]):
+        if label != "Switch" and "scores" not in first["variants"][label]:
+            continue
+        row: dict[str, Any] = {"variant": label}
+        for task in tasks:
+            of = [r["Switch"] if label == "Switch" else r["variants"][label] for r in records if r["task"] == task]
+            score = next(r["main_score"] for r in records if r["task"] == task)
+            row[f"{task} {score}"] = stat([v["scores"][score] for v in of])
+            row[f"{task} same text"] = stat([v.get("same_text", 1.0) for v in of])
+        scores.append(row)
+    costs = []
+    for task in tasks:
+        of = [r for r in records if r["task"] == task]
+        for name in ("Switch", "dense"):
+            row = {"task": task, "model": name, "parameters, M": of[0]["sizes"][name]["parameters"] / 1e6}
+            row["weights, MB"] = of[0]["sizes"][name]["bytes"] / 1e6
+            for size in of[0]["latency"][name]:
+                row[f"ms, {size} together"] = stat([1000 * r["latency"][name][size]["seconds"] for r in of], 0)
+                row[f"tokens, {size} together"] = stat([r["latency"][name][size]["tokens"] for r in of], 0)
+            costs.append(row)
+    error = "|new - old| / |old| over real tokens"
+    return [
+        Table(
+            "densify_fidelity", "Merged experts against the Switch they come from",
+            f"{about}; means over {', '.join(tasks)}, {first['examples']} test examples each, teacher-forced. Layers: {error}, "
+            "for the Switch's own inputs; logits the same; agreement: share of target tokens where both find the same best.",
+            fidelity,
+        ),
+        Table(
+            "densify_scores", "What the models with merged experts write",
+            f"{about}; {first['examples']} test examples a task; same text: share of outputs that are the Switch's, letter by "
+            "letter.", scores,
+        ),
+        Table(
+            "densify_costs", "Size and latency of the Switch and of the dense model",
+            f"{about}; median of {first['identity']['latency_runs']} runs, {first['threads']} thread(s), "
+            f"{first['identity']['num_beams']} beams; a model that writes more tokens takes longer.", costs,
+        ),
+    ]  # fmt: skip
+
+
+def densify_figure(records: Records, path: Path) -> None:
+    """Layer error, agreement and loss against k, for each way; the mean over tasks and seeds."""
+    quantities: dict[str, Callable[[dict, dict], float]] = {
+        "relative error of a layer's output": lambda v, r: fmean(v["layers"].values()),
+        "tokens where both agree": lambda v, r: v["agreement"],
+        "loss above the Switch's, nats": lambda v, r: v["loss"] - r["Switch"]["loss"],
+    }
+    lines = {
+        "A": ("A k={k}", "C0", ":"), "A, aligned": ("A k={k}, aligned", "C0", "-"),
+        "A, router kept": ("A k={k}, aligned, router kept", "C2", "-"),
+        "B (C at k = 1), aligned": ("B k={k}, aligned", "C1", "-"),
+        "A, refitted": ("A k={k}, refitted", "C3", ":"), "A, aligned, refitted": ("A k={k}, aligned, refitted", "C3", "-"),
+    }  # fmt: skip
+    ks = sorted({v["k"] for v in records[0]["variants"].values() if v["k"] > 0})
+    figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.1))
+    for axes, (label, value) in zip(panels, quantities.items(), strict=True):
+        for text, style in (("no layer", "-."), ("random, refitted", "--")):
+            mean = fmean(value(r["variants"][text], r) for r in records)
+            axes.axhline(mean, color="0.4", lw=1, ls=style, label=text)
+        for text, (pattern, color, style) in lines.items():
+            points = []
+            for k in ks:
+                name = pattern.format(k=k)
+                if k == 1:  # nothing to align
+                    name = name.replace(", aligned", "").replace("B k=1", "C k=1")
+                points.append(fmean(value(r["variants"][name], r) for r in records))
+            axes.plot(ks, points, marker="o", ms=3, lw=1.3, color=color, ls=style, label=text)
+        axes.set(title=label, xlabel="k, experts merged", xscale="log", xticks=ks, xticklabels=ks)
+        axes.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        if not 2 <= len(sys.argv) <= 3:
+            raise UserError("give the folder of results, and, to copy records from it first, the folder of a run")
+        if len(sys.argv) == 3:
+            collect(Path(sys.argv[2]), Path(sys.argv[1]))
+        for table in write(Path(sys.argv[1])):
+            print(table.markdown())
+    except UserError as error:
+        print(f"meo.report: {error}", file=sys.stderr)
+        sys.exit(2)
