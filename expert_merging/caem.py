@@ -3,6 +3,7 @@
 The method itself - entropy, allocation, merging - is in caem_files/modeling_switch_transformers.py, as pure functions.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,11 @@ from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily, merged_config
 
 from expert_merging import histories
-from expert_merging.merging.average import average_lazily
 from expert_merging.errors import UserError
 from expert_merging.files import new_folder, read_json, write_json
 from expert_merging.finetuning import single_task_history
 from expert_merging.hub import load_tokenizer
+from expert_merging.merging.average import average_lazily
 from expert_merging.readings import deviates, of_method
 from expert_merging.tensors import SafetensorsFolder, write_tensors
 from expert_merging.usage import STACKS
@@ -90,6 +91,12 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
                 f"the history of {folder} has {stack} usage of shape {tuple(usage[stack].shape)} or of no token; "
                 f"[layers, {experts}] is wanted: train that model again"
             )
+        for layer, counts in enumerate(usage[stack], 1):
+            if counts.sum() == 0:
+                said = (
+                    f"{task}: no validation token reached {stack} sparse layer {layer}; its entropy there counts as 0"
+                )
+                warnings.warn(said, stacklevel=2)
     return Source(task, folder, config, usage, digests, ancestor)
 
 
@@ -132,6 +139,7 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
                     rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
                     usage = [source.usage for source in sources]
                     record, tensors = merge_lazily(weights, usage, c.target_experts_num, c.alpha, rule, projection)
+                    _warn_of_no_entropy(record)
                     record = _as_history(record)
                 write_tensors(tensors, temporary)
             except ValueError as error:
@@ -141,6 +149,15 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
             write_json(temporary / "merging.json", {"asked": asked, **record})
     accelerator.wait_for_everyone()
     return read_json(path)
+
+
+def _warn_of_no_entropy(record: dict[str, Any]) -> None:
+    """Say in which layers no source has any entropy: there is nothing to share by, and the share is even."""
+    for stack in STACKS:
+        for layer, entropies in enumerate(zip(*record[stack]["entropies"], strict=True), 1):  # of the sources
+            if not any(entropies):
+                said = f"{stack} sparse layer {layer}: every task uses one expert only (entropy 0); experts are shared evenly"
+                warnings.warn(said, stacklevel=2)
 
 
 def _as_history(record: dict[str, Any]) -> dict[str, Any]:

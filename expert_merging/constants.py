@@ -8,6 +8,8 @@ Imports neither torch nor transformers, so that `--help` and a mistyped name ans
 import argparse
 import ast
 import io
+import os
+import signal
 import sys
 import tokenize
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+from expert_merging.devices import become_several
 from expert_merging.errors import UserError
 from expert_merging.readings import deviates
 
@@ -92,17 +95,36 @@ def shared_arguments(constants: SimpleNamespace) -> list[str]:
 
 def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoReturn:
     """Read the constants, call `main` with them, and leave with 0, with 2 and one line for a user's mistake, or with
-    130 and one line after Ctrl-C."""
+    130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has died."""
     name = Path(script["__file__"]).name
     try:
-        main(read_constants(script))
+        signal.signal(signal.SIGTERM, _interrupt)
+        constants = read_constants(script)
+        become_several()
+        main(constants)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(words in str(error) for words in _OF_A_LOST_PEER):
+            raise
+        print(
+            f"{name}: another process of this run has ended; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     sys.exit(0)
+
+
+_OF_A_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def _interrupt(*_) -> NoReturn:
+    """Clusters send SIGTERM before they kill: it ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):

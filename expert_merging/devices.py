@@ -1,6 +1,8 @@
 """Where a run computes: one process or several, CPU or CUDA, bf16 where the GPU has it."""
 
 import logging
+import os
+import sys
 from types import SimpleNamespace
 
 from expert_merging.errors import UserError
@@ -32,3 +34,32 @@ def make_accelerator(constants: SimpleNamespace):
         # An expert that received no token in any process has no gradient; the others must not wait for it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def become_several() -> None:
+    """Where `accelerate launch --cpu --num_processes N` has started this process, start the N in its place, by torchrun.
+
+    accelerate itself starts one process on a CPU and leaves the others to MPI; what was asked for stands in its command
+    line. Raises UserError where that cannot be read.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if not asked or any(n in os.environ for n in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")):
+        return
+    import psutil
+    from accelerate.commands.launch import launch_command_parser
+
+    words = psutil.Process().parent().cmdline()
+    start = next((i for i, word in enumerate(words) if word.endswith(("launch", "launch.py"))), len(words))
+    try:
+        given = launch_command_parser().parse_args(words[start + 1 :])
+        machines, processes = given.num_machines or 1, int(given.num_processes)
+    except (SystemExit, TypeError) as error:
+        raise UserError(
+            "accelerate starts one process on a CPU; for several give: torchrun --standalone --nproc_per_node 2 SCRIPT"
+        ) from error
+    place = ["--standalone"]
+    if machines > 1:
+        place = ["--nnodes", machines, "--node_rank", given.machine_rank, "--master_addr", given.main_process_ip]
+        place += ["--master_port", given.main_process_port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes // machines, *place]
+    os.execv(sys.executable, [str(word) for word in [*torchrun, *sys.argv]])
