@@ -11,9 +11,17 @@ from expert_merging.constants import by_scale, run
 
 steps = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 methods = (
-    "HEMoE", "HEMoE_start", "HEMoE_modules", "HEMoE_equal", "MoEfication", "MoEBERT", "MoEBERT_domains", "random",
-    "random_heterogeneous", "EMoE",
-)  # fmt: skip  # how neurons are split; HEMoE_start: routers start from the domains' map; HEMoE_equal: size_ratio 1
+    "HEMoE",
+    "HEMoE_start",  # routers start from the domains' map
+    "HEMoE_modules",  # over pre-clustered modules
+    "HEMoE_equal",  # size_ratio 1
+    "MoEfication",
+    "MoEBERT",
+    "MoEBERT_domains",
+    "random",
+    "random_heterogeneous",  # of HEMoE's sizes
+    "EMoE",
+)  # how neurons are split into experts
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(
