@@ -101,7 +101,7 @@ def finetune(
             counted = usage.read_usage(model, accelerator)
             scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
             result[task] = {
-                "scores": scores, "usage": counted, "examples": _shown(features[split], predictions, tokenizer),
+                "scores": scores, "usage": counted, "examples": shown(features[split], predictions, tokenizer),
             }  # fmt: skip
         return result
 
@@ -268,7 +268,7 @@ def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarra
     return [Pass(task, group[i : i + batch_size], step) for i in range(0, len(group), batch_size)]
 
 
-def _shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:
+def shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:
     """A few test examples with what the model wrote, for people to read."""
     return [
         {

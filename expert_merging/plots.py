@@ -213,6 +213,30 @@ def entropy_by_length(tasks: dict[str, list[list[dict[str, Any]]]], path: Path) 
     _save(figure, path)
 
 
+def routing(history: dict[str, Any], path: Path) -> None:
+    """Heat map of WEMoE's routing on test: a panel a task's inputs; layer x task vector, the mean weight it gets.
+
+    Args:
+        history: with "routing", {layer: {task of the inputs: [weight of each task's vector]}}.
+    """
+    tasks, layers = history["tasks"], list(history["routing"])
+    weights = np.array([[history["routing"][layer][task] for layer in layers] for task in tasks])
+    low, high = min(weights.min(), 0.0), weights.max()
+    size = (1.4 + 1.9 * len(tasks), 1.2 + 0.22 * len(layers))
+    figure, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
+    for axes, task, values in zip(panels[0], tasks, weights, strict=True):
+        image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axes.set(title=f"inputs of\n{task}", xticks=range(len(tasks)), yticks=range(len(layers)))
+        axes.set_xticklabels(tasks, rotation=40, ha="right")
+        axes.grid(False)
+    names = [layer.replace(".block.", " ").split(".layer.")[0] for layer in layers]
+    panels[0][0].set_yticklabels(names)
+    panels[0][0].set_ylabel("feed-forward layer")
+    figure.colorbar(image, ax=panels, label="weight of the task vector", shrink=0.8)
+    figure.suptitle(history["name"])
+    _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     kind = path.suffix[1:]
     with replacing(path) as temporary:

@@ -220,3 +220,27 @@ def test_what_has_no_decoder_is_refused():
     *_, model = upscaled("t5")
     with pytest.raises(ValueError, match="give encoder_hidden_states"):
         model.get_decoder()(input_ids=torch.tensor([[0]]))
+
+
+def test_beams_may_share_the_encoders_states():
+    from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+    if switch.CAEM_PATCH == "1":
+        pytest.skip("the installed patch is from before beams could share states; run: python caem_files/install.py")
+    from transformers import GenerationConfig
+
+    from expert_merging.beam_search import beam_search
+
+    for routing in ("sample", "batch"):
+        *_, model = upscaled("switch", routing=routing)
+        ids, _ = batch(rows=4)
+        mask = torch.ones_like(ids)
+        ids[1, 5:], mask[1, 5:] = 0, 0
+        settings = GenerationConfig(
+            num_beams=3, max_length=8, early_stopping=True, do_sample=False, length_penalty=1.0, repetition_penalty=1.2,
+            no_repeat_ngram_size=3, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        with torch.inference_mode():
+            ours = beam_search(model, ids, mask, settings)
+            theirs = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        assert ours == [[token for i, token in enumerate(row) if i == 0 or token > 1] for row in theirs.tolist()]

@@ -55,10 +55,10 @@ def merged(base: torch.Tensor, weights: torch.Tensor, vectors: nn.Module) -> tor
     return _Merge.apply(weights, base, vectors)
 
 
-def _pieces(vectors: nn.Module, samples: int, device: torch.device):
-    """(start, stop) of rows that are merged together."""
+def _pieces(vectors: nn.Module, samples: int, device: torch.device, products: int = 0):
+    """(start, stop) of rows that are merged together for so many samples; `products`: of a row's products, if not merged."""
     out = vectors.shape[0]
-    row = samples * (vectors.shape.numel() // out) * vectors.values.element_size()
+    row = (products or samples * (vectors.shape.numel() // out)) * vectors.values.element_size()
     rows = max(1, MERGED_BYTES["cpu" if device.type == "cpu" else "cuda"] // row)
     rows = max(vectors.block, rows // vectors.block * vectors.block)
     return [(start, min(start + rows, out)) for start in range(0, out, rows)]
@@ -98,7 +98,8 @@ class _Product(torch.autograd.Function):
         dtype = states.dtype
         routing_ = routing.to(dtype)
         out = states.new_empty((*states.shape[:2], len(weight)))
-        for start, stop in _pieces(vectors, len(states), states.device):
+        products = routing.numel() * states.shape[1] if product else 0
+        for start, stop in _pieces(vectors, len(states), states.device, products):
             tau = vectors.rows(start, stop).to(dtype)
             base = weight[start:stop].to(dtype)
             if product:
@@ -118,16 +119,17 @@ class _Product(torch.autograd.Function):
         samples, tokens, width = states.shape
         to_states = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         to_routing = torch.zeros_like(routing, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start, stop in _pieces(vectors, samples, states.device):
+        products = routing.numel() * tokens if ctx.product else 0
+        for start, stop in _pieces(vectors, samples, states.device, products):
             tau = vectors.rows(start, stop).to(dtype)
             base, part = weight[start:stop].to(dtype), grad[..., start:stop]
             if ctx.product:
                 if to_states is not None:
                     # [S, N, T, rows]: what each task vector's product is responsible for.
                     shares = routing_[:, None, :, None] * part[:, :, None, :]
-                    to_states += part @ base + shares.flatten(2) @ tau.view(-1, width)
+                    to_states += part @ base + shares.flatten(2) @ tau.reshape(-1, width)
                 if to_routing is not None:
-                    made = F.linear(states, tau.view(-1, width)).view(samples, tokens, len(tau), -1)
+                    made = F.linear(states, tau.reshape(-1, width)).view(samples, tokens, len(tau), -1)
                     to_routing += torch.einsum("snto,sno->st", made, part).float()
                 continue
             if to_states is not None:
@@ -140,7 +142,7 @@ class _Product(torch.autograd.Function):
 
 def _weighted(states: torch.Tensor, routing: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     """sum_t w_st (tau_t h): [S, N, rows]."""
-    made = F.linear(states, tau.view(-1, states.shape[-1])).unflatten(-1, (len(tau), -1))
+    made = F.linear(states, tau.reshape(-1, states.shape[-1])).unflatten(-1, (len(tau), -1))
     return torch.einsum("st,snto->sno", routing, made)
 
 

@@ -73,20 +73,35 @@ class _RouteEncoder:
 class _RouteDecoder:
     """Gives the layers of the decoder their weights, from the encoder's output.
 
-    While decoding, the same output comes with every step: the weights are computed once.
+    While decoding, the same output comes with every step: the weights are computed once. Several rows in a row, the beams
+    of an example, may share one row of it. With routing by batch the weights of the first token stay, whoever leaves.
     """
 
     layers: list[ffn.WeightEnsemblingFFN]
     states: torch.Tensor | None = None
+    rows: int = 0
 
     def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
         given = inspect.signature(stack.forward).bind(*args, **kwargs).arguments
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is None:
             raise ValueError("the decoder routes by the encoder's output; give encoder_hidden_states")
-        if states is self.states and not torch.is_grad_enabled():
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        if states is self.states and len(tokens) == self.rows and not torch.is_grad_enabled():
             return
-        self.states = None if torch.is_grad_enabled() else states
+        self.states, self.rows = None if torch.is_grad_enabled() else states, len(tokens)
         for layer in self.layers:
-            weights = layer.gate.of_sequences(states, mask)
-            layer.given_weights = weights.mean(dim=0, keepdim=True) if layer.routing == "batch" else weights
+            if layer.routing == "batch":
+                if not _past_length(given.get("past_key_values")):
+                    layer.given_weights = layer.gate.of_sequences(states, mask).mean(dim=0, keepdim=True)
+            else:
+                weights = layer.gate.of_sequences(states, mask)  # at depth 0 one row for all
+                beams = len(tokens) // len(states) if len(weights) == len(states) else 1
+                layer.given_weights = weights.repeat_interleave(beams, dim=0)
+
+
+def _past_length(cache) -> int:
+    """Tokens that a decoder's cache holds."""
+    if cache is None:
+        return 0
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[2]
