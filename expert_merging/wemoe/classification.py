@@ -1,0 +1,240 @@
+"""Merging image classifiers of several tasks: what CLIP_vision does with frozen text heads, by every method, measured alike.
+
+A model maps pixels to embeddings; a task has a head of unit class embeddings, and logits are scaled cosines. So samples of
+several tasks can share a batch, which tells a router that looks at each sample from one that looks at the batch.
+"""
+
+import copy
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from expert_merging import merging
+from expert_merging.errors import UserError
+from expert_merging.merging.adamerging import AdaMerged
+from expert_merging.wemoe.adaptation import adapt, batch_at, entropy_loss
+from expert_merging.wemoe.ffn import ensembles, upscale
+from expert_merging.wemoe.vectors import held_bytes
+
+_WEMOE = re.compile(r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<batch>_batch)?$")
+STATIC = ("pretrained", "average", "task_arithmetic", "ties")
+ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
+METHODS = f"individual, {', '.join(STATIC)}, {', '.join(ADAMERGING)}, wemoe[_depth0|1|2][_batch], ewemoe_PERCENT[...]"
+
+
+@dataclass
+class Task:
+    """Test inputs of a task. `pixels(indices)` gives [len(indices), channels, height, width]; `head` is [classes, D]."""
+
+    name: str
+    labels: list[int]
+    head: torch.Tensor
+    pixels: Callable[[list[int]], torch.Tensor]
+
+    def to(self, device: torch.device) -> "Task":
+        """The same with head and pixels on `device`."""
+        return Task(self.name, self.labels, self.head.to(device), lambda indices: self.pixels(indices).to(device))
+
+
+@dataclass
+class Settings:
+    """What the methods share: see the scripts' constants."""
+
+    lam: float = 0.3
+    lr: float = 1e-4
+    adamerging_lr: float = 1e-3
+    steps: int = 1000
+    adapt_batch_size: int = 16
+    eval_batch_size: int = 128
+    logit_scale: float = 100.0
+    guard: str = "warn"
+    seed: int = 0
+    layers: Sequence[int] | None = None
+
+
+def check_method(method: str) -> None:
+    """Raises UserError for a method that there is not."""
+    if method != "individual" and method not in (*STATIC, *ADAMERGING) and not _WEMOE.match(method):
+        raise UserError(f"there is no merging method {method!r}; there are: {METHODS}")
+    found = _WEMOE.match(method)
+    if found and (bool(found["pruned"]) != bool(found["percent"]) or float((found["percent"] or "_0")[1:]) > 100):
+        raise UserError(f"{method!r} should read ewemoe_90 for task vectors pruned by 90 percent, wemoe for whole ones")
+
+
+def build(method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Tensor]], s: Settings) -> nn.Module:
+    """The merged model before adaptation; the parameters to adapt are those with gradients. Inputs stay as they are."""
+    check_method(method)
+    if method in ADAMERGING:
+        layer_wise, keep = "layer" in method, 0.2 if method.endswith("++") else None
+        return AdaMerged(copy.deepcopy(base), experts, layer_wise=layer_wise, keep=keep, initial=s.lam)
+    found = _WEMOE.match(method)
+    if found:
+        pruned = float(found["percent"][1:]) / 100 if found["pruned"] else 0.0
+        depth = int((found["depth"] or "_depth2")[-1])
+        # E-WEMoE is both: pruned, and one router for all layers.
+        return upscale(
+            base, experts, layers=s.layers, lam=s.lam, depth=depth, share_router=bool(found["pruned"]), prune=pruned,
+            routing="batch" if found["batch"] else "sample", seed=s.seed,
+        )  # fmt: skip
+    model = copy.deepcopy(base).requires_grad_(False)
+    state = base.state_dict()
+    if method == "average":
+        state = dict(merging.simple_average(state, experts))
+    elif method == "task_arithmetic":
+        state = dict(merging.task_arithmetic(state, experts, s.lam))
+    elif method == "ties":
+        state = dict(merging.ties(state, experts, s.lam))
+    model.load_state_dict(state)
+    return model
+
+
+def embed(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings [batch, D]."""
+    return F.normalize(model(pixel_values=pixels).image_embeds.float(), dim=-1)
+
+
+def adapt_to(model: nn.Module, tasks: Sequence[Task], s: Settings, lr: float, **more) -> dict[str, Any]:
+    """Adapt what of `model` has gradients to the tasks' test inputs, without their labels; the record of `adapt`."""
+    by_name = {task.name: task for task in tasks}
+
+    def loss(name: str, step: int):
+        task = by_name[name]
+        pixels = task.pixels(batch_at(step, len(task.labels), s.adapt_batch_size, s.seed))
+        return entropy_loss(s.logit_scale * embed(model, pixels) @ task.head.t())
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return adapt(trained, list(by_name), loss, s.steps, lr, s.guard, **more)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, tasks: Sequence[Task], s: Settings, mixed: bool = False, title: str = ""
+) -> dict[str, Any]:
+    """Accuracy and loss of each task, each example counting the same; and mean routing weights by layer and task.
+
+    Args:
+        mixed: batches hold examples of all tasks in random order, in the place of one task's.
+
+    Returns:
+        {task: {"accuracy": 0..1, "loss": nats}, ..., "routing_weights": {layer: {task: [T]}}}
+    """
+    layers = dict(ensembles(model))
+    right, loss, count = ({task.name: 0.0 for task in tasks} for _ in range(3))
+    weights = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
+    batches = list(_batches(tasks, s, mixed))
+    for batch in tqdm(batches, title, mininterval=1, leave=False):
+        embedded = embed(model, torch.cat([task.pixels(indices) for task, indices in batch]))
+        routing = {name: layer.last_weights.expand(len(embedded), -1) for name, layer in layers.items()}
+        start = 0
+        for task, indices in batch:
+            here = slice(start, start := start + len(indices))
+            logits = s.logit_scale * embedded[here] @ task.head.t()
+            labels = torch.tensor([task.labels[i] for i in indices], device=logits.device)
+            right[task.name] += int((logits.argmax(dim=-1) == labels).sum())
+            loss[task.name] += F.cross_entropy(logits, labels, reduction="sum").item()
+            count[task.name] += len(indices)
+            for name, of_layer in routing.items():
+                weights[name][task.name] = weights[name][task.name] + of_layer[here].float().sum(dim=0).cpu()
+    found = {name: {"accuracy": right[name] / count[name], "loss": loss[name] / count[name]} for name in right}
+    if layers:
+        found["routing_weights"] = {
+            layer: {name: [round(w, 5) for w in (total / count[name]).tolist()] for name, total in of_layer.items()}
+            for layer, of_layer in weights.items()
+        }
+    return found
+
+
+def _batches(tasks: Sequence[Task], s: Settings, mixed: bool) -> Iterator[list[tuple[Task, list[int]]]]:
+    size = s.eval_batch_size
+    if not mixed:
+        for task in tasks:
+            for start in range(0, len(task.labels), size):
+                yield [(task, list(range(start, min(start + size, len(task.labels)))))]
+        return
+    pairs = [(number, i) for number, task in enumerate(tasks) for i in range(len(task.labels))]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
+    for start in range(0, len(order), size):
+        chosen = sorted(pairs[i] for i in order[start : start + size])
+        yield [(task, own) for n, task in enumerate(tasks) if (own := [i for number, i in chosen if number == n])]
+
+
+def run_method(
+    method: str, base: nn.Module, experts: Mapping[str, Mapping[str, torch.Tensor]], tasks: Sequence[Task],
+    adapt_tasks: Sequence[Task], s: Settings, **more,
+) -> tuple[dict[str, Any], nn.Module | None]:  # fmt: skip
+    """Merge by `method`, adapt where it does, and measure: (record, model). "individual" has no one model.
+
+    The record has the keys of the released results, {"model_info", task: {"accuracy", "loss"}, "average_accuracy"}, of
+    batches of one task; "mixed" has the same of mixed batches, and for batch routing "sample_wise" the same weights
+    routed sample by sample.
+
+    Args:
+        experts: {task: the fine-tuned model's tensors}.
+        tasks: to evaluate on; `adapt_tasks`: to adapt to.
+        more: for `adapt`.
+    """
+    if method == "individual":
+        model, record = copy.deepcopy(base).requires_grad_(False), {"model_info": _model_info(base)}
+        for task in tasks:
+            if task.name in experts:
+                model.load_state_dict(dict(experts[task.name]), strict=False)
+                record |= evaluate(model, [task], s, title=f"individual: {task.name}")
+        return record | {"average_accuracy": _average(record, tasks)}, None
+    started = time.monotonic()
+    model = build(method, base, list(experts.values()), s).eval()
+    seconds = {"merge": time.monotonic() - started}
+    record = {"model_info": _model_info(model)}
+    adaptation = None
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        lr = s.adamerging_lr if method in ADAMERGING else s.lr
+        adaptation = adapt_to(model, adapt_tasks, s, lr, title=f"{method}: adapting", **more)
+        seconds["adapt"] = adaptation["seconds"]
+    if isinstance(model, AdaMerged):
+        coefficients = {name: [round(float(x), 5) for x in own] for name, own in model.learnt().items()}
+        adaptation["coefficients"] = coefficients if "layer" in method else next(iter(coefficients.values()))
+        model = model.merged(model.model)
+    started = time.monotonic()
+    record |= evaluate(model, tasks, s, title=f"{method}: one-task batches")
+    seconds["evaluate"] = time.monotonic() - started
+    record["average_accuracy"] = _average(record, tasks)
+    if any(True for _ in ensembles(model)):
+        for key, mixed, routing in (("mixed", True, None), ("sample_wise", False, "sample")):
+            before = {layer: layer.routing for _, layer in ensembles(model)}
+            if routing and set(before.values()) == {routing}:
+                continue
+            for layer in before:
+                layer.routing = routing or layer.routing
+            found = evaluate(model, tasks, s, mixed=mixed, title=f"{method}: {key}")
+            found.pop("routing_weights")
+            record[key] = found | {"average_accuracy": _average(found, tasks)}
+            for layer, was in before.items():
+                layer.routing = was
+    return record | {"method": method, "seconds": seconds, "adaptation": adaptation}, model
+
+
+def _average(record: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    found = [record[task.name]["accuracy"] for task in tasks if task.name in record]
+    return sum(found) / len(found)
+
+
+def _model_info(model: nn.Module) -> dict[str, Any]:
+    """Parameters in all, task vectors counted as if dense; those with gradients; elements not zero; bytes in memory."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    info = {"trainable_params": trainable, "all_params": parameters, "effective_params": parameters, "bytes": size}
+    for _, layer in ensembles(model):
+        for vectors in layer.vectors:
+            info["all_params"] += len(vectors) * vectors.shape.numel()
+            info["effective_params"] += sum(vectors.nonzeros())
+            info["bytes"] += held_bytes(vectors)
+    if isinstance(model, AdaMerged):
+        info |= {"all_params": parameters, "bytes": size + held_bytes(model)}
+    return info | {"trainable_percentage": trainable / info["all_params"]}

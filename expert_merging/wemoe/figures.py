@@ -1,0 +1,91 @@
+"""Figures of merged classifiers: accuracy by method, routing weights, the course of an adaptation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expert_merging.files import replacing
+from expert_merging.plots import plt  # with the style of all figures
+
+
+def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Average accuracy by method: bars the mean over groups, dots the groups; beside it in mixed batches."""
+    methods = list(records)
+    figure, axes = plt.subplots(figsize=(1.6 + 0.62 * len(methods), 3.4))
+    kinds = (("one-task batches", lambda r: r["average_accuracy"], "C0"),
+             ("mixed batches", lambda r: r.get("mixed", {}).get("average_accuracy"), "C1"),
+             ("same weights, sample-wise", lambda r: r.get("sample_wise", {}).get("average_accuracy"), "C2"))  # fmt: skip
+    lowest = 100.0
+    for place, method in enumerate(methods):
+        values = [[100 * v for r in records[method].values() if (v := get(r)) is not None] for _, get, _ in kinds]
+        shown = [i for i, one in enumerate(values) if one]
+        for slot, i in enumerate(shown):
+            x = place + (slot - (len(shown) - 1) / 2) * 0.27
+            axes.bar(x, np.mean(values[i]), 0.25, color=kinds[i][2], alpha=0.75)
+            axes.plot([x] * len(values[i]), values[i], "o", ms=2.5, color="0.15")
+            lowest = min(lowest, *values[i])
+    for label, _, color in kinds:
+        axes.bar(0, 0, color=color, alpha=0.75, label=label)
+    axes.set(ylabel="accuracy, %", ylim=(max(0, lowest - 5), None), xticks=range(len(methods)))
+    axes.set_xticklabels(methods, rotation=35, ha="right")
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7)
+    _save(figure, path)
+
+
+def routing(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
+    """Mean weight of each task vector: a panel a layer, rows the inputs' task, columns the task vectors; mean over groups."""
+    found = [record["routing_weights"] for record in groups.values() if "routing_weights" in record]
+    layers, tasks = list(found[0]), list(next(iter(found[0].values())))
+    values = np.array([[[one[layer][task] for task in tasks] for layer in layers] for one in found]).mean(axis=0)
+    columns = min(len(layers), 6)
+    rows = -(-len(layers) // columns)
+    size = (1.3 + 1.75 * columns, 0.9 + 1.75 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    most = np.abs(values).max()
+    for axes in panels.flat[len(layers) :]:
+        axes.set_visible(False)
+    for number, (axes, layer) in enumerate(zip(panels.flat, values, strict=False)):
+        image = axes.imshow(layer, vmin=min(0, values.min()), vmax=most, cmap="viridis", aspect="auto")
+        axes.set(title=f"layer {number + 1}", xticks=range(layer.shape[1]), yticks=range(len(tasks)))
+        axes.set_xticklabels(range(1, layer.shape[1] + 1))
+        axes.set_yticklabels(tasks if number % columns == 0 else [], fontsize=7)
+        axes.grid(False)
+        if layer.size <= 36:
+            for i, row in enumerate(layer):
+                for j, value in enumerate(row):
+                    color = "white" if value < 0.6 * most else "black"
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    figure.supxlabel("task vector", fontsize=9)
+    figure.colorbar(image, ax=panels, label="mean weight", shrink=0.9)
+    figure.suptitle(f"{method}: routing weights by the task of the input")
+    _save(figure, path)
+
+
+def adaptation(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
+    """Entropy a task against steps, running mean of 20, and entropy of the mean prediction; mean over groups."""
+    records = [record["adaptation"] for record in groups.values() if record.get("adaptation")]
+    length = min(record["steps_done"] for record in records)
+    width = min(20, length)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6))
+    for number, task in enumerate(records[0]["loss"]):
+        losses = np.array([record["loss"][task][:length] for record in records]).mean(axis=0)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        left.plot(np.arange(width, width + len(smooth)), smooth, color=f"C{number}", label=task)
+        marginal = [record["marginal_entropy"][task] for record in records]
+        shortest = min(map(len, marginal))
+        if shortest:
+            mean = np.array([one[:shortest] for one in marginal]).mean(axis=0)
+            right.plot(records[0]["window"] * (1 + np.arange(shortest)), mean, "o-", ms=2.5, color=f"C{number}")
+    left.set(xlabel="step", ylabel="entropy, nats", title="of the predictions")
+    right.set(xlabel="step", ylabel="share of log C", ylim=(0, 1.03), title="of the mean prediction (collapse: falls)")
+    figure.suptitle(f"{method}: adaptation")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)

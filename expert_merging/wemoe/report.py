@@ -1,0 +1,123 @@
+"""Records of merged classifiers on disk, and the tables and figures made of them.
+
+A folder holds records/{group}/{method}.json; a group is a seed, or what a corruption or a set of tasks is called.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from expert_merging.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.provenance import command, versions
+from expert_merging.tables import Table, stat
+
+MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "seconds", "files")
+
+
+def identity(c: SimpleNamespace, prefixes: Sequence[str]) -> dict[str, Any]:
+    """The constants that begin with one of `prefixes`: what a record depends on."""
+    return {name: value for name, value in sorted(vars(c).items()) if name.startswith(tuple(prefixes))}
+
+
+def missing(folder: Path, group: str, methods: Sequence[str], identity: dict[str, Any]) -> list[str]:
+    """The methods without a record, or whose record was made with other constants."""
+    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+
+    def there(method: str) -> bool:
+        path = _path(folder, group, method)
+        return path.exists() and read_json(path)["constants"] == identity
+
+    return [method for method in methods if not there(method)]
+
+
+def add(folder: Path, group: str, method: str, found: dict[str, Any], seed: int, identity: dict[str, Any]) -> None:
+    """Write a record, with where it comes from."""
+    more = {"method": method, "group": group, "seed": seed, "constants": identity}
+    write_json(_path(folder, group, method), found | more | {"command": command(), "versions": versions()})
+
+
+def line(found: dict[str, Any]) -> str:
+    """A record in a line."""
+    parts = [f"{100 * found['average_accuracy']:.2f} in batches of one task"]
+    parts += [f"{100 * found[key]['average_accuracy']:.2f} {label}" for key, label in
+              (("mixed", "in mixed batches"), ("sample_wise", "sample by sample")) if key in found]  # fmt: skip
+    return ", ".join(parts)
+
+
+def _path(folder: Path, group: str, method: str) -> Path:
+    return Path(folder) / "records" / group / f"{method}.json"
+
+
+def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {group: record}} in the order of METHOD_ORDER's kinds."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted((Path(folder) / "records").glob("*/*.json")):
+        record = read_json(path)
+        found.setdefault(record["method"], {})[record["group"]] = record
+    order = ("pretrained", "individual", "average", "task", "ties", "adamerging", "wemoe", "ewemoe")
+    rank = {method: min(i for i, kind in enumerate(order) if method.startswith(kind)) for method in found}
+    return {method: found[method] for method in sorted(found, key=lambda m: (rank[m], len(m), m))}
+
+
+def tasks_of(records: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The tasks that records have scores of, in order."""
+    names: dict[str, None] = {}
+    for of_method in records.values():
+        for record in of_method.values():
+            names |= {n: None for n, v in record.items() if n not in MORE and isinstance(v, dict) and "accuracy" in v}
+    return list(names)
+
+
+def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
+    """Accuracy, and what it costs; a number over groups (seeds) is their mean and standard deviation."""
+    names = tasks_of(records)
+    note = (
+        "Top-1 accuracy in percent on test images, of which methods that adapt have seen the pixels. Mixed: batches of "
+    )
+    note += "all tasks' images; same weights, sample-wise: of a model adapted with routing by batch."
+    accuracy = Table("accuracy", "Accuracy", note)
+    cost = Table("cost", "Size and time", "Parameters with task vectors as if dense; those not zero; bytes in memory.")
+    for method, of_method in records.items():
+        found = list(of_method.values())
+
+        def percent(*path: str, found=found):
+            values = []
+            for record in found:
+                for key in path:
+                    record = record.get(key) if record is not None else None
+                values.append(None if record is None else 100 * record)
+            return stat(values)
+
+        origin = f"records/*/{method}.json"
+        row = {"method": method, "average": percent("average_accuracy"), "mixed": percent("mixed", "average_accuracy")}
+        row["same weights, sample-wise"] = percent("sample_wise", "average_accuracy")
+        accuracy.rows.append(row | {name: percent(name, "accuracy") for name in names} | {"from": origin})
+        info, seconds = found[0]["model_info"], [record.get("seconds", {}) for record in found]
+        cost.rows.append({
+            "method": method, "trained": info["trainable_params"], "parameters": info["all_params"],
+            "not zero": info["effective_params"], "bytes": info["bytes"],
+            **{f"seconds to {key}": stat([one.get(key) for one in seconds], 1) for key in ("merge", "adapt", "evaluate")},
+            "from": origin,
+        })  # fmt: skip
+    return [accuracy, cost]
+
+
+def write(folder: Path) -> str:
+    """Write tables and figures into `folder` from the records there; returns the first table."""
+    from expert_merging.wemoe import figures
+
+    records = read(folder)
+    made = tables(records)
+    with new_folder(Path(folder) / "tables") as place:
+        for table in made:
+            for kind, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
+                write_atomic(place / f"{table.name}.{kind}", text)
+    with new_folder(Path(folder) / "figures") as place:
+        figures.accuracy(records, place / "accuracy.png")
+        for method, of_method in records.items():
+            if any("routing_weights" in record for record in of_method.values()):
+                figures.routing(method, of_method, place / f"routing_{method}.png")
+            if any(record.get("adaptation") for record in of_method.values()):
+                figures.adaptation(method, of_method, place / f"adaptation_{method}.png")
+    return made[0].markdown()
