@@ -25,6 +25,16 @@ PAPER_SOUPS = {
     "CAEM-8-to-16 + Baseline-16": 0.0, "CAEM-8-to-16 + CAEM-16": 0.0011, "CAEM-8-to-16 + CAEM-16-Avg": 0.0010,
 }  # fmt: skip
 STACKS = {"encoder": "entropy", "decoder": "entropy_de"}
+# Methods of WEMoE_multi_task_merging.py as the table names them, and what they look at besides the models.
+MERGING = {
+    "average": ("average", ""), "task_arithmetic": ("task arithmetic", ""), "ties": ("TIES", ""),
+    "ties_sum": ("TIES, sum", ""), "dare": ("DARE", ""), "dare_ties": ("DARE, TIES", ""),
+    "fisher": ("Fisher", "training examples"), "regmean": ("RegMean", "training examples"),
+    "adamerging_task": ("AdaMerging, task-wise", "test inputs"), "adamerging_layer": ("AdaMerging", "test inputs"),
+    "adamerging_plus": ("AdaMerging++", "test inputs"), "wemoe": ("WEMoE", "test inputs"),
+    "ewemoe": ("E-WEMoE", "test inputs"), "wemoe_batch": ("WEMoE, routed by batch", "test inputs"),
+    "wemoe_oracle": ("WEMoE, oracle", "test answers"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ def read(folder: Path) -> Evidence:
 def all_tables(e: Evidence) -> list[Table]:
     """Every table that the records allow."""
     makers: list[Callable[[Evidence], Table]] = [
-        scores, claimed, entropies_after, entropies_by_task, allocation, soups, similarity, merged_only, deviations,
-        best_on_test, entropy_by_length, cost,
+        scores, claimed, merging, entropies_after, entropies_by_task, allocation, soups, similarity, merged_only,
+        deviations, best_on_test, entropy_by_length, cost,
     ]  # fmt: skip
     return [table for table in (make(e) for make in makers) if table.rows]
 
@@ -162,6 +172,67 @@ def merged_only(e: Evidence) -> Table:
             row["loss"] = stat([_mean_loss(one["validation"], e) for one in start], 3)
             table.rows.append(row | {"from": e.source(_start_name(e, name))})
     return table
+
+
+def merging(e: Evidence) -> Table:
+    """Why not merge the single-task models directly? Every merging method beside CAEM and the baseline."""
+    table = Table(
+        "merging", f"Merging the single-task models of {e.n} experts",
+        f"Test scores. {_seeds(len(e.records))} `sees`: what a method looks at besides the models; an oracle is a bound, not "
+        "a result. `mixed`: Overall when batches hold all tasks, where the routing could depend on the batch. MB of weights "
+        "on disk; WEMoE's with the pre-trained model that they build on. Seconds to merge, and to adapt or train.",
+    )  # fmt: skip
+
+    def add(
+        label: str, sees: str, name: str, records: list[Any], test_of: Callable[[Any], Any], overall: str, **own
+    ) -> None:
+        row: dict[str, Any] = {"method": label, "sees": sees}
+        row["Overall"] = stat([_at(one, overall, "test") for one in records], 4)
+        for task in e.tasks:
+            main = e.main_score(task)
+            row[f"{task} {main}"] = stat([test_of(one)[task][main] for one in records])
+        row |= {"mixed": None, "parameters": f"{records[0]['parameters'] / 1e6:.2f}M", "MB": None}
+        table.rows.append(row | {"s to merge": None, "s to adapt": None} | own | {"from": e.source(name)})
+
+    for method, (label, sees) in MERGING.items():
+        name = f"merging-{e.n} {method}"
+        if records := [one for (one,) in e.get(name)]:
+            more = {"MB": stat([one["bytes"] / 1e6 for one in records], 1)}
+            more["s to merge"] = stat([one["seconds_to_merge"] for one in records], 1)
+            if "adaptation" in records[0]:
+                more["s to adapt"] = stat([one["adaptation"]["seconds"] for one in records], 0)
+            if "routing" in records[0]:
+                more["mixed"] = stat([_at(one, "overall", "mixed") for one in records], 4)
+            add(label, sees, name, records, _test_of(e), "overall", **more)
+    if not table.rows:
+        return table
+    caem, baseline = f"CAEM-{e.n}", f"Baseline-{e.n}"
+    if records := [one for (one,) in e.get(caem)]:
+        add(f"{caem}, merged", "expert usage", caem, records, lambda one: one["before"]["test"], "before overall")
+    for name in (caem, baseline):
+        if records := [one for (one,) in e.get(name)]:
+            seconds = stat([one["seconds"] for one in records], 0)
+            add(
+                f"{name}, trained",
+                "training examples",
+                name,
+                records,
+                _test_of(e),
+                "overall",
+                **{"s to adapt": seconds},
+            )
+    return table
+
+
+def _test_of(e: Evidence) -> Callable[[Any], dict[str, Any]]:
+    return lambda one: {task: one[f"{task}_data"]["test"] for task in e.tasks}
+
+
+def _at(record: Any, path: str, last: str) -> float | None:
+    """The number under a path of keys, if it is there: without histories of the single-task models there is no Overall."""
+    for key in path.split():
+        record = record[key]
+    return record.get(last)
 
 
 def entropies_after(e: Evidence) -> Table:

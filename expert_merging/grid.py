@@ -22,7 +22,13 @@ PARTS = {
         "CAEM-{n}-to-{m} + CAEM-{n}",
     ),
     "audit": ("usage", "CAEM-{n}-counts", "CAEM-{n}-projection"),
+    "merging": ("Baseline-{n}", "CAEM-{n}", "merging-{n}"),
 }  # fmt: skip
+# What WEMoE_multi_task_merging.py makes, all by one command.
+MERGING = (
+    "average", "task_arithmetic", "ties", "ties_sum", "dare", "dare_ties", "fisher", "regmean", "adamerging_task",
+    "adamerging_layer", "adamerging_plus", "wemoe", "ewemoe", "wemoe_batch", "wemoe_oracle",
+)  # fmt: skip
 # Pairs whose hidden states are compared (figures 2 and 4); of other sizes or not.
 _CKA = (
     "CAEM-{n} + Baseline-{n}",
@@ -107,6 +113,11 @@ def grid(c: SimpleNamespace) -> Grid:
         experts_num=n, same_compute=True,
     )  # fmt: skip
 
+    own = {"experts_num": n, "methods": MERGING, "current_case_name": "Merging"}
+    for method in MERGING:
+        result = pickles / f"Merging-{method}_[{n}].json"
+        add(f"merging-{n} {method}", "WEMoE_multi_task_merging.py", own, result, *singles[n])
+
     folder = Path(c.SOURCE_PICKLE_PATH.format(experts=n))
     for task in tasks:
         own = {"task_type": task, "num_expert": n}
@@ -146,6 +157,8 @@ def names_of(part: str, c: SimpleNamespace, grid: Grid) -> list[str]:
 
 
 def _expanded(name: str, tasks: tuple[str, ...]) -> list[str]:
+    if name.startswith("merging-") and " " not in name:
+        return [f"{name} {method}" for method in MERGING]
     return [f"usage {task}" for task in tasks] if name == "usage" else [name]
 
 

@@ -213,6 +213,23 @@ def entropy_by_length(tasks: dict[str, list[list[dict[str, Any]]]], path: Path) 
     _save(figure, path)
 
 
+def overall_by_method(values: dict[str, Sequence[float]], path: Path) -> None:
+    """Overall of each method: a line a method from the top, a dot a seed, a bar at the mean; 1 is the single-task models."""
+    figure, axes = plt.subplots(figsize=(5.5, 0.6 + 0.22 * len(values)))
+    for place, seeds in enumerate(values.values()):
+        axes.plot(seeds, [place] * len(seeds), "o", ms=3.5, color="C0", alpha=0.6)
+        axes.plot([np.mean(seeds)], [place], "|", ms=11, mew=2, color="C0")
+    axes.axvline(1.0, color="0.3", lw=0.8, ls=":")
+    axes.set(
+        yticks=range(len(values)),
+        yticklabels=list(values),
+        xlabel="Overall (score / single-task score)",
+        xlim=(0, None),
+    )
+    axes.invert_yaxis()
+    _save(figure, path)
+
+
 def routing(history: dict[str, Any], path: Path) -> None:
     """Heat map of WEMoE's routing on test: a panel a task's inputs; layer x task vector, the mean weight it gets.
 

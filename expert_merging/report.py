@@ -162,6 +162,16 @@ def figures(e: Evidence, folder: Path) -> dict[str, str]:
     if all(usage.values()):
         caption = "Entropy of expert use when the same inputs are cut to a length, counted both ways."
         draw("entropy_by_length", caption, plots.entropy_by_length, usage)
+    if merged := evidence.merging(e).rows:
+        values = {row["method"]: row["Overall"].values for row in merged if row["Overall"] is not None}
+        if values:
+            caption = "Overall on test of every way to merge the single-task models, a dot a seed; the bar is the mean."
+            draw("merging", caption, plots.overall_by_method, values)
+    for method, (label, _) in evidence.MERGING.items():
+        record = e.records[first].get(f"merging-{e.n} {method}", {})
+        if "routing" in record:
+            caption = f"Mean routing weights of {label} on each task's test inputs, seed {first}."
+            draw(f"routing_{method}", caption, plots.routing, record)
     for name in names:
         if name not in e.records[first]:
             continue

@@ -63,6 +63,15 @@ def pair(overall, cka):
     }  # fmt: skip
 
 
+def merged(name, value, overall, **more):
+    content = {
+        "name": name, "command": f"python {name}.py", "versions": {"commit": "abc", "torch": "2"}, "identity": {},
+        "tasks": list(TASKS), "parameters": 4_800_000, "bytes": 19_200_000, "seconds_to_merge": 1.5, "trainable": 0,
+        "overall": {"test": overall, **({"mixed": overall - 0.1} if "routing" in more else {})}, **more,
+    }  # fmt: skip
+    return content | {f"{task}_data": {"main_score": SCORES[task], "test": scored(value)[task]} for task in TASKS}
+
+
 def records(shift=0.0):
     usage = [
         {"input_length": n, "mean_length": n - 0.5, "counting": counting, "entropy": {"encoder": [h, h], "decoder": [h]}}
@@ -83,6 +92,9 @@ def records(shift=0.0):
     made["CAEM-4-counts"]["record_stay_num_experts_en"] = [[1, 3], [3, 1]]
     for name, overall in (("CAEM-4-to-6", 0.99), ("CAEM-6", 0.98), ("CAEM-6-Avg", 0.97)):
         made[name] = caem(name, 42.0, overall + shift) | {"experts_num": 6}
+    made["merging-4 average"] = merged("average", 20.0, 0.4 + shift)
+    weights = {layer: {task: [0.3, 0.4] for task in TASKS} for layer in ("encoder.block.0.layer.1.mlp", "other")}
+    made["merging-4 wemoe"] = merged("wemoe", 30.0, 0.6 + shift, routing=weights, adaptation={"seconds": 60.0})
     made["CAEM-4 + Baseline-4"] = pair(0.8, 0.5)
     made["CAEM-4-to-6 + Baseline-6"] = pair(0.01, 0.5)
     made["CAEM-4-to-6 + CAEM-4"] = {key: value for key, value in pair(0.0, 0.9995).items() if key != "soup"}
@@ -118,7 +130,7 @@ def test_every_table_and_figure(folder):
     tables = report.write(folder)
     assert {table.name for table in tables} == {
         "scores", "claims", "entropies_after", "entropies_by_task", "allocation", "soups", "similarity", "merged_only",
-        "deviations", "best_on_test", "entropy_by_length", "cost",
+        "deviations", "best_on_test", "entropy_by_length", "cost", "merging",
     }  # fmt: skip
     assert report.check(folder) == []
     page = (folder / "report.html").read_text()
@@ -181,6 +193,27 @@ def test_audit_tables(without_figures, folder):
     lengths = rows_of(folder, "entropy_by_length")
     assert [(row["task"], row["cut to"]) for row in lengths[:2]] == [("ag_news", "8"), ("ag_news", "16")]
     assert float(lengths[0]["encoder, released"]) == 0.3
+
+
+def test_merging_methods_stand_beside_caem_and_baseline(without_figures, folder):
+    report.write(folder)
+    rows = {row["method"]: row for row in rows_of(folder, "merging")}
+    assert list(rows) == ["average", "WEMoE", "CAEM-4, merged", "CAEM-4, trained", "Baseline-4, trained"]
+    assert float(rows["WEMoE"]["Overall"]) == pytest.approx(0.6 + 0.005 / 3)
+    assert float(rows["WEMoE"]["mixed"]) == pytest.approx(0.5 + 0.005 / 3) and rows["average"]["mixed"] == ""
+    assert float(rows["CAEM-4, merged"]["Overall"]) == pytest.approx((1.0 + 0.005 / 3) / 4)
+    assert rows["WEMoE"]["s to adapt"] == "60.0" and float(rows["average"]["MB"]) == 19.2
+    for seed in range(3):  # a seed without one of the methods
+        (folder / "records" / f"seed{seed}" / "merging-4.average.json").unlink()
+    report.write(folder)
+    assert [row["method"] for row in rows_of(folder, "merging")][0] == "WEMoE" and report.check(folder) == []
+
+
+def test_the_grid_names_the_methods_of_the_script():
+    import WEMoE_multi_task_merging as script
+    from expert_merging import grid
+
+    assert grid.MERGING == script.methods == tuple(evidence.MERGING)
 
 
 def test_one_seed_cannot_tell(without_figures, tmp_path):
