@@ -1,6 +1,8 @@
 """Where raw examples come from: the hub, a local folder in the published format, or a folder saved by `datasets`.
 
-A row that is broken is never skipped: it is a UserError that names its file and line.
+A row that is broken is never skipped or mended: a UserError counts such rows and names the first by file and line. Broken
+is what lacks a field, has one of another kind, a label out of range, text that is no Unicode, or the id of an earlier row.
+Empty texts are not broken: they stand in the published data, and features.py counts them.
 """
 
 import csv
@@ -24,7 +26,7 @@ class Published:
 
     constant: str  # the constant that says where it lies, e.g. SQUAD_PATH
     files: dict[str, str]  # split -> file name in a local folder
-    read: Callable[[Path], Iterator[tuple[str, Example]]]  # file -> (where in the file, example)
+    read: Callable[[Path], Iterator[tuple[str, Example | str]]]  # file -> (where in it, example or what is wrong there)
     columns: tuple[str, ...]  # of an example, as on the hub
     complaint: Callable[[Example], str | None]  # what is wrong with an example, if anything
 
@@ -53,7 +55,7 @@ def load_splits(path: str, published: Published) -> dict[str, Any]:
 # -- formats of the published files
 
 
-def read_ag_news_csv(file: Path) -> Iterator[tuple[str, Example]]:
+def read_ag_news_csv(file: Path) -> Iterator[tuple[str, Example | str]]:
     """AG News: class index 1-4, title, description; a header or none. Text is title and description with a space
     between, as on the hub, where backslashes stay as they are too."""
     reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
@@ -64,15 +66,16 @@ def read_ag_news_csv(file: Path) -> Iterator[tuple[str, Example]]:
             if not row or (number == 0 and row[0].strip().lower() in ("class index", "class", "label")):
                 continue
             if len(row) != 3:
-                raise UserError(f"{file}, {where}: {len(row)} fields; there must be class index, title, description")
-            if row[0].strip() not in ("1", "2", "3", "4"):
-                raise UserError(f"{file}, {where}: the class index is {row[0]!r}; it must be 1, 2, 3 or 4")
-            yield where, {"text": f"{row[1]} {row[2]}", "label": int(row[0]) - 1}
+                yield where, f"{len(row)} fields; there must be class index, title, description"
+            elif row[0].strip() not in ("1", "2", "3", "4"):
+                yield where, f"the class index is {row[0]!r:.40}; it must be 1, 2, 3 or 4"
+            else:
+                yield where, {"text": f"{row[1]} {row[2]}", "label": int(row[0]) - 1}
     except csv.Error as error:
         raise UserError(f"{file}, line {line}: not a row of a CSV file ({error})") from error
 
 
-def read_squad_json(file: Path) -> Iterator[tuple[str, Example]]:
+def read_squad_json(file: Path) -> Iterator[tuple[str, Example | str]]:
     """SQuAD v1.1: {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}."""
     where = "at the top"
     try:
@@ -85,27 +88,29 @@ def read_squad_json(file: Path) -> Iterator[tuple[str, Example]]:
                 for q, qa in enumerate(paragraph["qas"], 1):
                     where = f"article {a}, paragraph {p}, question {q}"
                     answers = {"text": [answer["text"] for answer in qa["answers"]]}
-                    yield where, {"question": qa["question"], "context": context, "answers": answers}
+                    example = {"question": qa["question"], "context": context, "answers": answers}
+                    yield where, example | ({"id": qa["id"]} if "id" in qa else {})
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not whole JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        raise UserError(f"{file}: no JSON that can be read ({first_line(error)})") from error
     except KeyError as error:
         raise UserError(f"{file}, {where}: no field {error}; is this SQuAD v1.1?") from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"{file}, {where}: not built as SQuAD v1.1 is ({first_line(error)})") from error
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[str, Example]]:
+def read_jsonl(file: Path) -> Iterator[tuple[str, Example | str]]:
     """One JSON object a line; blank lines are passed over."""
     for number, line in enumerate(_text(file).split("\n"), 1):  # splitlines would also split at U+2028, inside a string
         if not line.strip():
             continue
         try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not whole JSON ({error.msg})") from error
-        if not isinstance(example, dict):
-            raise UserError(f"{file}, line {number}: not a JSON object")
-        yield f"line {number}", example
+            content = json.loads(line)
+            found = content if isinstance(content, dict) else "not a JSON object"
+        except (ValueError, RecursionError) as error:
+            found = f"not whole JSON ({getattr(error, 'msg', first_line(error))})"
+        yield f"line {number}", found
 
 
 def not_text(example: Example, *columns: str) -> str | None:
@@ -115,7 +120,43 @@ def not_text(example: Example, *columns: str) -> str | None:
             return f"no field {column!r}"
         if not isinstance(example[column], str):
             return f"the field {column!r} is no text but {example[column]!r:.40}"
+        if complaint := not_unicode(example[column]):
+            return f"the field {column!r} {complaint}"
     return None
+
+
+def not_unicode(text: str) -> str | None:
+    """A complaint about half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character at position {error.start}"
+    return None
+
+
+class _Complaints:
+    """What is wrong in a split: counted, the first few kept; ids that come twice are found."""
+
+    def __init__(self, place: str, published: Published):
+        self.place, self.published, self.count, self.first = place, published, 0, []
+        self.seen: dict[Any, str] = {}
+
+    def about(self, where: str, example: Example | str) -> bool:
+        """Whether the example is broken."""
+        complaint = example if isinstance(example, str) else self.published.complaint(example)
+        if not complaint and isinstance(identity := example.get("id"), str | int):
+            if (earlier := self.seen.setdefault(identity, where)) != where:
+                complaint = f"the id {identity!r:.40} is that of {earlier}"
+        if complaint:
+            self.count += 1
+            self.first += [f"{where}: {complaint}"][: 3 - len(self.first)]
+        return bool(complaint)
+
+    def refuse(self) -> None:
+        """Raises UserError where there were any."""
+        if self.count:
+            more = f" (and {self.count - len(self.first)} more broken rows)" if self.count > len(self.first) else ""
+            raise UserError(f"{self.place}, {'; '.join(self.first)}{more}")
 
 
 def _text(file: Path) -> str:
@@ -144,11 +185,12 @@ def _from_published_files(folder: Path, published: Published) -> dict[str, Any]:
     splits = {}
     for split, name in published.files.items():
         columns: dict[str, list] = {column: [] for column in published.columns}
+        complaints = _Complaints(str(folder / name), published)
         for where, example in published.read(folder / name):
-            if complaint := published.complaint(example):
-                raise UserError(f"{folder / name}, {where}: {complaint}")
-            for column, values in columns.items():
-                values.append(example[column])
+            if not complaints.about(where, example):
+                for column, values in columns.items():
+                    values.append(example[column])
+        complaints.refuse()
         splits[split] = Dataset.from_dict(columns)
         if len(splits[split]) == 0:
             raise UserError(f"{folder / name} holds no examples")
@@ -173,7 +215,10 @@ def _from_parquet(folder: Path, files: list[Path], published: Published) -> dict
                 table = pyarrow.concat_tables(tables)
             except (OSError, ValueError, pyarrow.ArrowException) as error:
                 raise UserError(f"{folder}: the parquet files of the split {split}: {first_line(error)}") from error
-            splits[split] = Dataset(table.replace_schema_metadata(None))
+            try:
+                splits[split] = Dataset(table.replace_schema_metadata(None))
+            except (ValueError, TypeError, KeyError, NotImplementedError, pyarrow.ArrowException) as error:
+                raise UserError(f"{folder}: the columns of the split {split}: {first_line(error)}") from error
     return splits
 
 
@@ -219,12 +264,19 @@ def _checked(splits: dict[str, Any], path: str, published: Published) -> dict[st
         absent = set(published.columns) - set(splits[split].column_names)
         if absent:
             raise UserError(f"{published.constant}: split {split} of {path} has no column {_listed(sorted(absent))}")
-    chosen = {split: splits[split].select_columns(list(published.columns)) for split in published.files}
-    for split, dataset in chosen.items():
-        for number, example in enumerate(dataset, 1):
-            if complaint := published.complaint(example):
-                raise UserError(f"{published.constant}: {path}, split {split}, row {number}: {complaint}")
-    return chosen
+    columns = list(published.columns)
+    for split in published.files:
+        complaints = _Complaints(f"{published.constant}: {path}, split {split}", published)
+        with_id = [*columns, "id"] if "id" in splits[split].column_names else columns
+        rows, number = iter(splits[split].select_columns(with_id)), 0
+        try:
+            for number, example in enumerate(rows, 1):
+                complaints.about(f"row {number}", example)
+        except (ValueError, TypeError, OSError) as error:  # bytes that are no text, pages that are damaged
+            where = f"{complaints.place}, after row {number}"
+            raise UserError(f"{where}: not readable ({first_line(error)})") from error
+        complaints.refuse()
+    return {split: splits[split].select_columns(columns) for split in published.files}
 
 
 def _listed(names) -> str:

@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from conftest import ROOT, World, build_world  # noqa: E402
 
 # What may differ between two runs with the same result.
-VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions"}
+VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions", "_name_or_path"}
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def main() -> None:
         world = build_world(folder / "world")
         names = [name for name, case in CASES.items() if (ROOT / case.script).exists()]
         if chosen.scripts:
-            wanted = [name for name in names if CASES[name].script in chosen.scripts]
+            wanted = [n for n in names if CASES[n].script in chosen.scripts and not CASES[n].preparation]
             names = names[: names.index(wanted[-1]) + 1]
         calm = undisturbed(world, names, folder)
         print(f"undisturbed, once: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)

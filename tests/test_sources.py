@@ -307,6 +307,9 @@ def test_broken_rows_in_tables(tmp_path):
     good = {"text": ["a"] * 20, "label": [0] * 20}
     for name, train, expected in (
         ("label", {"text": ["a", "b"], "label": [0, 4]}, "split train, row 2: the label is 4"),
+        ("kind", {"text": ["a", "b"], "label": [0.0, 1.0]}, r"row 1: the label is 0.0.*row 2"),
+        ("truth", {"text": ["a"], "label": [True]}, "the label is True"),
+        ("twice", {"text": ["a"] * 3, "label": [0] * 3, "id": [7, 8, 7]}, "row 3: the id 7 is that of row 1"),
         ("none", {"text": ["a", None], "label": [0, 1]}, "split train, row 2: the field 'text' is no text"),
         ("column", {"sentence": ["a", "b"], "label": [0, 1]}, "split train of .* has no column text"),
     ):
@@ -319,3 +322,106 @@ def test_saved_folder_cut_short(tmp_path):
     as_on_the_hub("squad", raw_data.write_squad(tmp_path / "raw")).save_to_disk(tmp_path / "saved")
     shutil.rmtree(tmp_path / "saved" / "validation")
     assert "not a whole DatasetDict" in complaint("squad", tmp_path / "saved")
+
+
+# ---------------------------------------------------------------- counted, and never silently altered
+
+
+def test_broken_rows_are_counted_and_the_first_named(tmp_path):
+    raw_data.write_xsum(tmp_path)
+    lines = ['{"document": "a", "summary": "b", "id": "1"}', "{}", "[]", '{"document": 1}', "{", '"text"', "7"]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    said = complaint("xsum", tmp_path)
+    assert "line 2: no field 'document'; line 3: not a JSON object; line 4: the field 'document' is no text" in said
+    assert said.endswith("(and 3 more broken rows)")
+
+
+def test_an_id_that_comes_twice(tmp_path):
+    raw_data.write_xsum(tmp_path / "xsum")
+    with (tmp_path / "xsum" / "train.jsonl").open("a") as file:
+        file.write('{"document": "another", "summary": "a", "id": "3"}\n')
+    assert complaint("xsum", tmp_path / "xsum").endswith("line 21: the id '3' is that of line 4")
+    raw_data.write_squad(tmp_path / "squad")
+    path = tmp_path / "squad" / "train-v1.1.json"
+    path.write_text(path.read_text().replace('"train5"', '"train2"'))
+    assert "paragraph 6, question 1: the id 'train2' is that of article 1, paragraph 3" in complaint(
+        "squad", path.parent
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (r'{"document": "a \ud800 b", "summary": "c"}', "line 1: the field 'document' holds half a character at position 2"),
+        ("[" * 100_000, "line 1: not whole JSON"),
+        ('{"document": "a", "summary": ' + "9" * 5000 + "}", "line 1: not whole JSON"),
+    ],
+)  # fmt: skip
+def test_json_that_python_reads_and_nobody_can_use(line, expected, tmp_path):
+    raw_data.write_xsum(tmp_path)
+    (tmp_path / "test.jsonl").write_text(line)
+    assert expected in complaint("xsum", tmp_path)
+
+
+def test_squad_of_other_kinds(tmp_path):
+    raw_data.write_squad(tmp_path / "squad")
+    path = tmp_path / "squad" / "dev-v1.1.json"
+    path.write_text("[" * 100_000)
+    assert "no JSON that can be read" in complaint("squad", path.parent)
+    good = {"question": "q", "context": "c", "answers": {"text": ["a"]}}
+    for name, answers in (("text", {"text": "abc"}), ("list", ["a"]), ("empty", {"text": []}), ("none", None)):
+        rows = Dataset.from_list([{**good, "answers": answers}] * 2)
+        DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / name)
+        assert "split train, row 1: no answer" in complaint("squad", tmp_path / name)
+
+
+def test_empty_texts_stay_and_are_counted(tmp_path):
+    from expert_merging import features
+
+    for name, write in WRITERS.items():
+        write(tmp_path / name)
+    empty = '{"document": "", "summary": "x"}\n{"document": "x", "summary": ""}\n{"document": "x", "summary": "y"}\n'
+    (tmp_path / "xsum" / "test.jsonl").write_text(empty)
+    manifest = features.prepare("xsum", raw_data.constants(tmp_path, tmp_path / "out"), raw_data.tiny_tokenizer())
+    assert manifest["splits"]["test"]["examples"] == 3 and manifest["splits"]["test"]["odd"] == 2
+
+
+def test_a_document_of_ten_megabytes(tmp_path):
+    """It is read as it is, and cut where every long input is; the share that was cut is in the manifest."""
+    from expert_merging import features
+
+    raw_data.write_xsum(tmp_path / "xsum")
+    text = "the river rose " * 700_000
+    (tmp_path / "xsum" / "test.jsonl").write_text(json.dumps({"document": text, "summary": "a river"}))
+    assert load("xsum", tmp_path / "xsum")["test"][0]["document"] == text
+    (tmp_path / "xsum" / "test.jsonl").write_text(json.dumps({"document": text[:500_000], "summary": "a river"}))
+    manifest = features.prepare("xsum", raw_data.constants(tmp_path, tmp_path / "out"), raw_data.tiny_tokenizer())
+    test = manifest["splits"]["test"]
+    assert test["input_cut"] == 1.0 and test["input_length"]["100"] > 50_000
+    raw_data.write_ag_news(tmp_path / "ag_news")
+    (tmp_path / "ag_news" / "test.csv").write_text(f'"1","a","{text}"\n')
+    assert "test.csv, line 1: not a row of a CSV file (field larger" in complaint("ag_news", tmp_path / "ag_news")
+
+
+def test_parquet_that_holds_bytes_for_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw_data.write_xsum(tmp_path / "raw")
+    good = sources.load_splits(str(tmp_path / "raw"), get_task("xsum")._published)
+    for split, rows in good.items():
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    shutil.rmtree(tmp_path / "raw")
+    wrong = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    table = pyarrow.table({"document": wrong, "summary": pyarrow.array(["a"])})
+    pyarrow.parquet.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    assert "split test, after row 0: not readable" in complaint("xsum", tmp_path)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_damaged_files_are_read_right_or_refused_in_one_line(name, tmp_path):
+    """The same as `make faults` does with more of them: bytes changed, cut out, doubled, in every format."""
+    from bad_inputs import try_damaged
+
+    tried, refused = try_damaged(name, tmp_path, number=40, seed=0)
+    assert tried == 80 and refused > 20

@@ -36,8 +36,9 @@ def references(example) -> list[str]:
 
 
 def _complaint(example) -> str | None:
-    if example["label"] not in range(len(label_words)):
-        return f"the label is {example['label']!r}; it must be 0, 1, 2 or 3"
+    label = example["label"]
+    if not isinstance(label, int) or isinstance(label, bool) or label not in range(len(label_words)):
+        return f"the label is {label!r:.40}; it must be 0, 1, 2 or 3"
     return sources.not_text(example, "text")
 
 

@@ -29,10 +29,10 @@ def references(example) -> list[str]:
 
 
 def _complaint(example) -> str | None:
-    answers = (example["answers"] or {}).get("text")
-    if not answers:
+    answers = example["answers"].get("text") if isinstance(example["answers"], dict) else None
+    if not answers or not isinstance(answers, list):
         return "no answer; SQuAD v1.1 is wanted, where every question has one"
-    if not all(isinstance(answer, str) for answer in answers):
+    if not all(isinstance(answer, str) and not sources.not_unicode(answer) for answer in answers):
         return "an answer is no text"
     return sources.not_text(example, "question", "context")
 
