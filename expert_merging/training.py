@@ -273,6 +273,7 @@ def _checked(accelerator: Accelerator, path: Path) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if sha256(path / name) != digest:
             raise ValueError(f"{name} has changed")
+    _read_back(path)  # accelerate passes over random states that it cannot read
     described = path.parent / _DESCRIBED
     wanted = read_json(described) if described.exists() else {}
     if difference := histories.changes(manifest["identity"], wanted):

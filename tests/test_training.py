@@ -1,13 +1,15 @@
 """The loop: interrupted anywhere it ends as if it had not been."""
 
 import json
+import resource
+import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from expert_merging import training
+from expert_merging import files, training
 from expert_merging.errors import UserError
 
 
@@ -38,7 +40,7 @@ def loss_of(model, x):
     return (model(x) - x.sum(1, keepdim=True)).square().mean() / 2, len(x)
 
 
-def run(folder, kill_at=None, selections=(1, 3, 2), loss=loss_of, schedule=None):
+def run(folder, kill_at=None, selections=(1, 3, 2), loss=loss_of, schedule=None, steps=steps_of):
     """Three epochs; `kill_at` raises at that call of the loss (or of the evaluation, as "epoch n")."""
     set_seed(0)
     model, calls = Toy(), []
@@ -56,7 +58,7 @@ def run(folder, kill_at=None, selections=(1, 3, 2), loss=loss_of, schedule=None)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     history = training.train(
-        Accelerator(cpu=True), model, optimizer, num_epochs=3, steps_of=steps_of, loss_of=counted, after_epoch=after_epoch,
+        Accelerator(cpu=True), model, optimizer, num_epochs=3, steps_of=steps, loss_of=counted, after_epoch=after_epoch,
         folder=folder, checkpoint_minutes=0, schedule=schedule, label="toy",
     )  # fmt: skip
     for record in history:
@@ -135,3 +137,151 @@ def test_claim_refuses_other_constants(tmp_path):
     with pytest.raises(UserError, match="lr was 0.1, is now 0.2"):
         training.claim(tmp_path / "run", {"lr": 0.2, "tasks": ["a"]})
     assert json.loads((tmp_path / "run" / "run.json").read_text())["lr"] == 0.1
+
+
+# ---------------------------------------------------------------- checkpoints that can be trusted
+
+
+def begun(folder, identity=None, kill_at=7):
+    """A run killed with a checkpoint there; returns that."""
+    if identity is not None:
+        training.claim(folder, identity)
+    with pytest.raises(Killed):
+        run(folder, kill_at)
+    return sorted(folder.glob("checkpoint-*"))[-1]
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path):
+    checkpoint = begun(tmp_path, {"lr": 0.1})
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["identity"] == {"lr": 0.1} and manifest["processes"] == 1
+    assert {"torch", "python", "commit"} <= manifest["versions"].keys()
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert manifest["sha256"].keys() == files - {"manifest.json"}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    begun(tmp_path / "other", {"lr": 0.1})
+    begun(tmp_path / "mine", {"lr": 0.2})
+    shutil.rmtree(tmp_path / "mine" / "checkpoint-0000-00000003")
+    shutil.copytree(tmp_path / "other" / "checkpoint-0000-00000003", tmp_path / "mine" / "checkpoint-0000-00000003")
+    with pytest.raises(UserError, match="is a checkpoint of another run .lr was 0.1, is now 0.2."):
+        run(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "cut"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, undisturbed, damage):
+    """Both are there only where a kill came between writing the one and removing the other."""
+    older = begun(tmp_path, kill_at=5)
+    shutil.copytree(older, tmp_path / "kept")
+    newer = begun(tmp_path, kill_at=3)
+    assert newer.name > older.name and not older.exists()
+    shutil.move(tmp_path / "kept", older)
+    path = newer / "optimizer.bin"
+    if damage == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-20] if damage == "cut" else content[:200] + b"?" + content[201:])
+    with pytest.warns(UserWarning, match="is damaged .optimizer.bin .*; going on from the one before"):
+        history, weights = run(tmp_path)
+    assert history == undisturbed[0]
+    assert all(torch.equal(weights[name], undisturbed[1][name]) for name in weights)
+
+
+def test_the_older_checkpoint_stays_until_the_new_one_is_read_back(tmp_path, monkeypatch):
+    older = begun(tmp_path, kill_at=5)
+
+    def unreadable(path):
+        raise OSError("read error")
+
+    monkeypatch.setattr(training, "_read_back", unreadable)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*read error.*the last one is kept"):
+        run(tmp_path)
+    assert older.exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path, undisturbed):
+    checkpoint = begun(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*checkpoint-0000-00000004.*free space") as error:
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    assert run(tmp_path)[0] == undisturbed[0]
+
+
+class Malicious:
+    """What unpickling would call leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path, name):
+    """Even one whose manifest fits."""
+    checkpoint = begun(tmp_path)
+    torch.save({"step": Malicious(tmp_path / "ran"), "state": {}}, checkpoint / name)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"][name] = files.sha256(checkpoint / name)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is damaged .*eights"):
+        run(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_versions_are_said(tmp_path, undisturbed):
+    checkpoint = begun(tmp_path)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["versions"]["torch"] = "1.0"
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="torch was '1.0', is now .*may differ in its last digits"):
+        assert run(tmp_path)[0] == undisturbed[0]
+
+
+# ---------------------------------------------------------------- numbers that go wrong
+
+
+class OfTask(torch.Tensor):
+    """A pass that knows its task."""
+
+    task = "squad"
+
+
+def test_a_loss_that_is_no_number_names_its_task_and_keeps_the_checkpoint(tmp_path, undisturbed):
+    checkpoint = begun(tmp_path)
+
+    def bad(model, x):
+        loss, n = loss_of(model, x)
+        return loss * float("inf"), n
+
+    passes = [[step[0], step[1].as_subclass(OfTask)] for step in steps_of(0)]
+    with pytest.raises(UserError, match=r"the loss of squad became inf at epoch 1, step 4 of 5; lower lr and remove"):
+        run(
+            tmp_path,
+            loss=lambda model, x: (bad if isinstance(x, OfTask) else loss_of)(model, x),
+            steps=lambda _: passes,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    assert run(tmp_path)[0] == undisturbed[0]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss is finite, its gradient is not: the step's checkpoint would hold nothing of use."""
+    checkpoint = begun(tmp_path)
+
+    def bad(model, x):
+        loss, n = loss_of(model, x)
+        return loss + (model.layer.weight.sum() * 0).sqrt(), n
+
+    with pytest.raises(UserError, match="a weight became infinite or no number at epoch 1, step 4 of 5"):
+        run(tmp_path, loss=bad)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
