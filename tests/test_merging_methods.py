@@ -252,34 +252,39 @@ def test_elected_task_vectors_agree_in_sign(seed):
 
 
 class Small(nn.Module):
-    """Two layers that share a matrix, and a counter."""
+    """Two layers that share a matrix, one of them under two names, and a counter."""
 
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.second.weight = self.first.weight
+        self.same = self.first
         self.register_buffer("steps", torch.tensor(7))
 
     def forward(self, x):
         return self.second(self.first(x).relu())
 
 
+FILE = ("first.weight", "first.bias", "steps")  # a file holds tied tensors once
+
+
 @pytest.mark.parametrize("layer_wise", [True, False])
 @pytest.mark.parametrize("keep", [None, 0.4])
 def test_a_model_with_coefficients_is_the_merged_model(layer_wise, keep):
     base, tuned = Small(), [Small(1), Small(2)]
-    states = [{n: t for n, t in model.state_dict().items() if n != "second.weight"} for model in tuned]  # as in a file
+    states = [{n: t for n, t in model.state_dict().items() if n in FILE} for model in tuned]
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     learning = AdaMerged(base, states, layer_wise, keep)
     with torch.no_grad():
         learning.coefficients += torch.linspace(-0.2, 0.2, learning.coefficients.numel()).view_as(learning.coefficients)
     x = torch.randn(3, 4)
     learning(x).sum().backward()
+    assert learning.model.same is learning.model.first and learning.model.second.weight is learning.model.first.weight
     assert [name for name, p in learning.named_parameters() if p.grad is not None] == ["coefficients"]
     assert (learning.coefficients.grad != 0).all()
     method = merging.adamerging if keep is None else merging.adamerging_plus
-    own = {name: tensor for name, tensor in before.items() if name != "second.weight"}
+    own = {name: tensor for name, tensor in before.items() if name in FILE}
     merged = Small(5)
     merged.load_state_dict(
         dict(method(own, states, learning.learnt(), **({} if keep is None else {"keep": keep}))), strict=False

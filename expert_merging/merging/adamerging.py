@@ -74,6 +74,11 @@ class AdaMerged(nn.Module):
         if keep is not None:
             vectors = elected_task_vectors(vectors, keep)
         self.names = list(vectors[0])
+        # Every place a tensor is held, once: torch's own tying of weights leaves a module that stands under two names,
+        # such as T5's embedding, with the merged weights.
+        first = {name: owner for owner, others in ties.items() for name in (owner, *others)}
+        held = [f"{path}.{own}" if path else own for path, part in model.named_modules() for own in _own_names(part)]
+        self.places = {name: first[name] for name in held if first.get(name) in vectors[0]}
         for i, name in enumerate(self.names):
             self.register_buffer(f"vectors_{i}", torch.stack([vector[name] for vector in vectors]), persistent=False)
         shape = (len(models), len(self.names)) if layer_wise else (len(models),)
@@ -92,7 +97,9 @@ class AdaMerged(nn.Module):
 
     def forward(self, *args, **kwargs):
         """As the model's own, with the merged weights."""
-        return functional_call(self.model, self.weights(), args, kwargs)
+        made = self.weights()
+        made = {name: made[owner] for name, owner in self.places.items()}
+        return functional_call(self.model, made, args, kwargs, tie_weights=False)
 
     def learnt(self) -> dict[str, torch.Tensor]:
         """{name: coefficients [T]}, as `adamerging` takes them."""
@@ -107,3 +114,8 @@ class AdaMerged(nn.Module):
         for name, tensor in rebuilt(dict(self.model.state_dict()), made.__getitem__):
             places[name].copy_(tensor)
         return into
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers directly in a module."""
+    return [*module._parameters, *module._buffers]
