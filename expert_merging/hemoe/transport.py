@@ -80,12 +80,12 @@ def dual_prices(
     """
     items, groups = profit.shape
     prices = np.zeros(groups) if prices is None else np.array(prices, dtype=np.float64)
-    net = profit - prices
+    net = np.ascontiguousarray((profit - prices).T)  # [groups, items]
     for _ in range(sweeps):
         changed = False
         for group in range(groups):
-            others = np.delete(net, group, axis=1).max(1) if groups > 1 else np.full(items, -np.inf)
-            margin = np.sort(net[:, group] - others)[::-1]  # how much dearer it may get before each leaves it
+            others = np.delete(net, group, axis=0).max(0, initial=-np.inf)
+            margin = np.sort(net[group] - others)[::-1]  # how much dearer it may get before each leaves it
             # With `high` inside the price may be above 0, with `low` inside below; else it is 0.
             fits = margin[high[group]] if high[group] < items else -np.inf
             keeps = margin[low[group] - 1] if low[group] > 0 else np.inf
@@ -95,7 +95,7 @@ def dual_prices(
             elif prices[group] + keeps < 0:
                 step = keeps
             if step != 0.0:
-                net[:, group] -= step
+                net[group] -= step
                 prices[group] += step
                 changed = True
         if not changed:
