@@ -82,6 +82,7 @@ def main(c):
         texts = docstrings.pretraining_texts(docstrings.read_docstrings())
         blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
         bases.pretrain(c, accelerator, c.family, tokenizer, blocks, Path(base))
+    finetuning.check_model(base, c.family)
     tokenizer = finetuning.load_tokenizer(base)
 
     # The same rows, batches and head for all variants of a seed.

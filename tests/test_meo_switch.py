@@ -159,7 +159,7 @@ def test_use_is_the_routers_and_blind_to_padding():
         assert torch.allclose(use.probability, alone[name].probability, atol=1e-6)
         assert use.scale == pytest.approx(alone[name].scale, abs=1e-6)
         assert use.probability.sum() == pytest.approx(1) and 0.25 <= use.scale <= 1
-        assert torch.allclose(use.usage, count / count.sum())
+        assert torch.allclose(use.usage, count / count.sum().double())
         for kind in switch.GATES:
             gates = use.gates(kind, 2)
             assert gates.count_nonzero() == 2 and gates.sum() == pytest.approx(1)
@@ -229,7 +229,7 @@ def place(world, tmp_path_factory):
     """Features of one task and a finished model with 4 experts; returns the words that name them."""
     folder = tmp_path_factory.mktemp("densify")
     words = world.words(folder, task_types="ag_news", train_examples=12, eval_batch_size=4)
-    call_main("datasets_preprocessing.py", words)
+    call_main("datasets_preprocessing.py", [*words, "--num_expert", "4"])
     shutil.copytree(world.folder / "base-4", folder / "seed0" / "models" / "Any_[4]")
     more = "--source Any_[4] --densify ag_news --k 2 --ks 1 2 --compare_examples 4 --latency_runs 1 --latency_batches 1"
     return folder, [*words, *more.split()]

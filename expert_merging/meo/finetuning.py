@@ -71,6 +71,18 @@ def check(family: str, n: int, ks: tuple[int, ...], levels: tuple[str, ...]) -> 
         )
 
 
+def check_model(path: str, family: str) -> None:
+    """Raises UserError where the model in `path`, a folder or a name on the hub, is none or of another family."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"MODEL_PATH: no model in {path} ({first_line(error)}); bring the model's folder") from error
+    if kind != family:
+        raise UserError(f"MODEL_PATH: {path} holds a {kind} model, not {family}")
+
+
 def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None):
     """The pre-trained model with a head for the task; a new head is random (seed before). Raises UserError for none."""
     import transformers
@@ -86,8 +98,6 @@ def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None)
         model = getattr(transformers, kind).from_pretrained(path, torch_dtype=torch.float32, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"found no whole {family} model in {path} ({first_line(error)}); bring its folder") from error
-    if model.config.model_type != family:
-        raise UserError(f"{path} holds a {model.config.model_type} model, not {family}")
     return model
 
 
