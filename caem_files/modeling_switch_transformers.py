@@ -279,6 +279,8 @@ class SwitchTransformersAttention(T5Attention):
         if cache is not None:
             earlier = cache.cross_attention_cache if crossing else cache.self_attention_cache
             positions = {"cache_position": None if crossing else cache_position}
+            if crossing:  # read at every step: products would each time copy what is not contiguous
+                key, value = key.contiguous(), value.contiguous()
             key, value = earlier.update(key, value, self.layer_idx, positions)
             if crossing:
                 cache.is_updated[self.layer_idx] = True

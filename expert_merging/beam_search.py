@@ -85,7 +85,9 @@ def forbid_repeated_ngrams(scores: torch.Tensor, tokens: torch.Tensor, size: int
     ngrams = tokens.unfold(1, size, 1)  # [rows, length - size + 1, size]
     repeated = (ngrams[..., :-1] == tokens[:, None, length - size + 1 :]).all(dim=-1)
     # Added, since a token may stand at the end of several, of which one is repeated.
-    return scores.scatter_add(1, ngrams[..., -1], torch.zeros_like(repeated, dtype=scores.dtype).masked_fill(repeated, -torch.inf))
+    return scores.scatter_add(
+        1, ngrams[..., -1], torch.zeros_like(repeated, dtype=scores.dtype).masked_fill(repeated, -torch.inf)
+    )
 
 
 def _continue(ranked, number: int, found: BeamHypotheses, tokens, vocabulary: int, settings) -> list[tuple]:

@@ -18,6 +18,7 @@ from expert_merging.files import new_folder, read_json
 from expert_merging.hub import first_line
 from expert_merging.readings import deviates
 from expert_merging.tasks import get_task
+from expert_merging.tokenizing import WordCache
 
 SPLITS = ("train", "validation", "test")
 _MANIFEST = "complete.json"
@@ -47,7 +48,8 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
     task = get_task(task_name)
     raw = task.load(constants) if raw is None else raw
     with new_folder(folder) as temporary:
-        made = {split: _tokenized(raw[split], split, task_name, constants, tokenizer) for split in SPLITS}
+        words = WordCache(tokenizer)
+        made = {split: _tokenized(raw[split], split, task_name, constants, tokenizer, words) for split in SPLITS}
         features = DatasetDict({split: dataset for split, (dataset, _) in made.items()})
         features.save_to_disk(str(temporary))
         manifest = {
@@ -199,7 +201,7 @@ def collate(
     }
 
 
-def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace, tokenizer):
+def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace, tokenizer, ids_of: WordCache):
     """(features, report) of one split."""
     import numpy as np
     import pyarrow as pa
@@ -209,14 +211,15 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     task = get_task(task_name)
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
-    columns = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "references": pa.list_(pa.string())}
+    token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    columns = {"input_ids": pa.list_(token_id), "labels": pa.list_(token_id), "references": pa.list_(pa.string())}
     tables, lengths, odd = [], {"input": [], "target": []}, 0
     bar = tqdm(total=len(order), desc=f"{task_name} {split}", unit="example", dynamic_ncols=True, leave=False)
     for start in range(0, len(order), 1000):
         batch = [examples[i] for i in order[start : start + 1000]]
         prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]
-        input_ids, input_lengths = _cut(tokenizer, prompts, constants.max_input_length)
-        labels, target_lengths = _cut(tokenizer, targets, constants.max_decoder_length)
+        input_ids, input_lengths = _cut(ids_of(prompts), tokenizer.eos_token_id, constants.max_input_length)
+        labels, target_lengths = _cut(ids_of(targets), tokenizer.eos_token_id, constants.max_decoder_length)
         lengths["input"] += input_lengths
         lengths["target"] += target_lengths
         odd += sum(map(_is_odd, prompts, targets))
@@ -238,10 +241,9 @@ def _is_odd(prompt: str, target: str) -> bool:
     return not target.strip() or all(word.endswith(":") for word in prompt.split())
 
 
-def _cut(tokenizer, texts: list[str], limit: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids, at most `limit` with </s> at the end, and how many there were before cutting."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [ids[: limit - 1] + [tokenizer.eos_token_id] for ids in encoded], [len(ids) + 1 for ids in encoded]
+def _cut(rows: list[list[int]], end: int, limit: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids, at most `limit` with `end` behind them, and how many there were before cutting."""
+    return [[*ids[: limit - 1], end] for ids in rows], [len(ids) + 1 for ids in rows]
 
 
 def source_constant(task_name: str) -> str:

@@ -72,6 +72,14 @@ def test_parts_make_the_whole(num_processes, model, dataset, tokenizer, c):
     assert decoding.in_order(parts) == decoding.in_order([whole])
 
 
+def test_the_released_reading_is_decoded_by_transformers(searched, model, dataset, tokenizer, c):
+    """Whose finished beams are fed on, and counted by the released code; its inputs are padded to the limit."""
+    c.reading = "paper+counts"
+    recording = Recording(model)
+    decoding.generate(recording, dataset, tokenizer, c, "cpu", 4)
+    assert recording.shapes[0] == (4, c.max_input_length) and recording.by_keywords
+
+
 def test_greedy_too(model, dataset, tokenizer, c, recwarn):
     c.num_beams = 1
     texts = decoding.in_order([decoding.generate(model, dataset, tokenizer, c, "cpu", 4)])
@@ -95,8 +103,9 @@ class Recording(torch.nn.Module):
         super().__init__()
         self.config, self.shapes, self.error_at = model.config, [], error_at
 
-    def generate(self, input_ids, attention_mask, generation_config):
-        self.settings = generation_config
+    def generate(self, *positional, **named):
+        input_ids, _, self.settings = (*positional, *named.values())
+        self.by_keywords = bool(named)  # as transformers' own search is called
         self.shapes.append(tuple(input_ids.shape))
         assert torch.is_inference_mode_enabled() and not self.training
         if self.error_at == len(self.shapes):
@@ -104,7 +113,13 @@ class Recording(torch.nn.Module):
         return input_ids
 
 
-def test_longest_first_in_batches_of_similar_length(model, dataset, tokenizer, c):
+@pytest.fixture
+def searched(monkeypatch):
+    """The search by what stands for a model."""
+    monkeypatch.setattr(decoding, "beam_search", lambda model, *given: model.generate(*given))
+
+
+def test_longest_first_in_batches_of_similar_length(searched, model, dataset, tokenizer, c):
     recording = Recording(model)
     texts = decoding.in_order([decoding.generate(recording, dataset, tokenizer, c, "cpu", 4)])
     assert texts == [text for [text] in dataset["references"]]  # the tokenizer gives a text back as it was
@@ -122,7 +137,7 @@ def test_longest_first_in_batches_of_similar_length(model, dataset, tokenizer, c
     assert (settings.repetition_penalty, settings.length_penalty, settings.do_sample) == (1.2, 1.0, False)
 
 
-def test_out_of_memory_is_one_line_that_says_what_to_do(model, dataset, tokenizer, c):
+def test_out_of_memory_is_one_line_that_says_what_to_do(searched, model, dataset, tokenizer, c):
     recording = Recording(model, error_at=1)
     recording.train()
     longest = max(map(len, dataset["input_ids"]))
@@ -133,7 +148,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(model, dataset, tokenize
     assert recording.training
 
 
-def test_evaluate_task(model, dataset, tokenizer, c):
+def test_evaluate_task(searched, model, dataset, tokenizer, c):
     from accelerate import Accelerator
 
     from expert_merging.scoring import accuracy
