@@ -48,7 +48,7 @@ def bert(shape: tuple[int, int, int], mode: str, k: int, device: str, head: bool
     layers, size, width = shape
     config = BertConfig(
         vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=size, intermediate_size=width,
-        num_attention_heads=size // 64, attn_implementation="eager",
+        num_attention_heads=size // 64, attn_implementation="eager", pad_token_id=None,  # what looks for padding reads values
     )  # fmt: skip
     with torch.device(device):
         model = (BertForMaskedLM if head else BertModel)(config)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from expert_merging.meo.gate import Routing, without_autocast
 
 # Bytes of experts and merged weights in work at a time: on a CPU what stays in its cache, else what is little memory.
-TILE_BYTES = {"cpu": 8 << 20}
+TILE_BYTES = {"cpu": 32 << 20}
 OTHER_TILE_BYTES = 512 << 20
 
 
@@ -62,7 +62,7 @@ def mix_weights(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
     with without_autocast(x):
         y = _MergedLinear.apply(x, weight, routing.gates, gathered)
         if bias is not None:
-            y = y + merge(bias, routing.gates)[:, None].to(y.dtype)
+            y += merge(bias, routing.gates)[:, None].to(y.dtype)
     return y
 
 
@@ -98,11 +98,11 @@ class _MergedLinear(torch.autograd.Function):
                 if for_x:
                     dx.baddbmm_(dpart, _merged(part, gates, gathered, x.dtype))
                 if for_weight or for_gates:
-                    dmerged = torch.bmm(dpart.mT, x).to(weight.dtype).flatten(1)
-                if for_weight:
-                    dweight[:, rows] = (shares.mT @ dmerged).view(part.shape)
+                    dmerged = torch.bmm(dpart.mT, x).to(weight.dtype).view(len(x), -1)
+                if for_weight:  # straight to its place: a second pass over all experts would cost as much as this product
+                    torch.mm(shares.mT, dmerged, out=dweight[:, rows].flatten(1))
                 if for_gates:
-                    dgates += (dmerged @ part.flatten(1).mT).to(dgates.dtype)
+                    dgates += (part.flatten(1) @ dmerged.mT).mT.to(dgates.dtype)
         return dx, dweight, dgates, None
 
 
