@@ -21,7 +21,7 @@ methods = (
     "random",
     "random_heterogeneous",  # of HEMoE's sizes
     "EMoE",
-)  # how neurons are split into experts
+)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(
@@ -34,19 +34,22 @@ EVAL_TASKS_PATH = by_scale(
     paper="", small="{HEMOE_DIR}/data/eval", tiny="{HEMOE_DIR}/data/eval"
 )  # folder of lm_eval task files; "" for lm_eval's own alone
 
+PARTS_PATH = ""  # of the method parts: a folder of the released {layer}.part.{experts} files
+
 # -- domains and importance
 domains_from = by_scale(paper="clusters", small="tasks", tiny="tasks")  # tasks | clusters
 num_domains = by_scale(paper=8, small=6, tiny=6)  # D
 embedder = "tfidf"  # of clusters: tfidf, or the local folder of an encoder
 held_out = by_scale(paper=100, small=100, tiny=40)  # examples a task that measure and nothing else sees
-score_sequences = by_scale(paper=5000, small=1000, tiny=300)  # a domain
+score_sequences = by_scale(paper=5000, small=1000, tiny=200)  # a domain
+score_sums = "float64"  # float64 | bfloat16: the released code's, which stop growing
 max_tokens = by_scale(paper=1024, small=128, tiny=64)  # of an instruction with its output, in scoring and tuning
 
 # -- partition
 num_experts = by_scale(paper=8, small=6, tiny=6)  # n
 size_ratio = 4.0  # R: the largest expert over the smallest
 experts_per_domain = 2.0  # l, in units of n / D
-num_modules = by_scale(paper=128, small=128, tiny=48)  # of HEMoE_modules: groups of neurons that stay together
+num_modules = by_scale(paper=128, small=128, tiny=32)  # of HEMoE_modules: groups of neurons that stay together
 solver = "alternating"  # alternating | highs | gurobi
 solver_starts = 16
 solver_seconds = 60.0  # a layer, at most
@@ -67,7 +70,7 @@ lora_rank = 8
 lora_alpha = 16
 lora_dropout = 0.05
 tune_tasks = ("all",)  # whose examples; the authors tune a model for each task
-tune_steps = by_scale(paper=2000, small=1000, tiny=120)
+tune_steps = by_scale(paper=2000, small=1000, tiny=60)
 tune_batch = by_scale(paper=16, small=32, tiny=32)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, small=1, tiny=1)  # passes a step
 tune_lr = by_scale(paper=3e-4, small=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
@@ -85,10 +88,10 @@ eval_ks = (0,)  # experts that fire; 0 takes 1..n
 
 # -- the dense model of the scales tiny and small, and its data
 doc_train_examples = by_scale(paper=0, small=8000, tiny=4000)  # a task
-doc_test_examples = by_scale(paper=0, small=300, tiny=80)  # a task
+doc_test_examples = by_scale(paper=0, small=300, tiny=50)  # a task
 base_vocab_size = by_scale(paper=0, small=8192, tiny=2048)
-base_hidden_size = by_scale(paper=0, small=256, tiny=96)
-base_intermediate_size = by_scale(paper=0, small=1024, tiny=384)  # neurons of an FFN
+base_hidden_size = by_scale(paper=0, small=256, tiny=64)
+base_intermediate_size = by_scale(paper=0, small=1024, tiny=256)  # neurons of an FFN
 base_layers = by_scale(paper=0, small=6, tiny=4)
 base_heads = by_scale(paper=0, small=8, tiny=4)
 base_tokens = by_scale(paper=0, small=128, tiny=64)

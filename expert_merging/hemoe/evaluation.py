@@ -1,5 +1,7 @@
 """What a dense model or a mixture is worth: accuracy by lm_eval, loss on held-out answers, and the share it activates."""
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -13,8 +15,8 @@ from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
 from expert_merging.hub import first_line
 
 
-def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, Any]:
-    """{name: lm_eval task}, 0-shot. Looked for among the YAML files of `folder`, else among lm_eval's own.
+def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, Any]]:
+    """The tasks as lm_eval's `TaskManager.load` gives them, 0-shot; those of `folder` (YAML files) before lm_eval's own.
 
     Raises UserError for a name that neither has, and where a task's data cannot be had.
     """
@@ -33,34 +35,34 @@ def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, Any]:
         raise UserError(
             f"eval_tasks: neither lm_eval nor {folder or 'EVAL_TASKS_PATH'} has a task {', '.join(unknown)}"
         )
-    tasks = {}
-    for name in names:
-        try:
-            tasks[name] = manager.load([name])["tasks"][name]
-        except Exception as error:  # whatever the reader of its data raises
-            raise UserError(f"eval_tasks: the data of {name} cannot be had ({first_line(error)})") from error
-        tasks[name].set_config(key="num_fewshot", value=0)
-    return tasks
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # whatever the reader of a task's data raises
+        raise UserError(f"eval_tasks: the data of {', '.join(names)} cannot be had ({first_line(error)})") from error
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    return loaded
 
 
-def accuracy(model, tokenizer, tasks: dict[str, Any], batch_size: int, limit: int = 0) -> dict[str, float]:
+def accuracy(model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int, limit: int = 0) -> dict[str, float]:
     """{task: accuracy} by lm_eval: acc_norm (by the likelihood a byte) where the task has it, else acc.
 
     Args:
         tasks: `load_tasks`'s.
         limit: examples of a task; 0 takes all.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     was_training = model.training
     model.eval()
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=True)
-    found = simple_evaluate(
-        lm, tasks=list(tasks.values()), limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
-    )["results"]
+    with contextlib.redirect_stderr(io.StringIO()):  # its four bars a task
+        found = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR")[
+            "results"
+        ]
     model.train(was_training)
-    return {task: found[task].get("acc_norm,none", found[task].get("acc,none")) for task in tasks}
+    return {task: found[task].get("acc_norm,none", found[task].get("acc,none")) for task in tasks["tasks"]}
 
 
 def measure(model, batches_of: dict[str, Iterable[dict[str, torch.Tensor]]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 HEMOE_DIR/data           instruction data and evaluation tasks made of docstrings (scales tiny and small)
 HEMOE_DIR/seed{s}/base   the dense model trained on them (the same scales)
 HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
-.../{method}/            split.npz and split.json; model/ as converted; tuned/ and tuning.json; measure.json; evaluation.json
+.../{method}/            split.npz, split.json, parts/; model/ as converted; tuned/, tuning.json; measure.json; evaluation.json
 
 Each step's JSON holds the constants its result follows from: found with others, the step stops and says which.
 """
@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "random": ("random", {}, "noise"),
     "random_heterogeneous": ("random_heterogeneous", {}, "noise"),
     "EMoE": ("EMoE", {}, "fixed"),
+    "parts": ("parts", {}, "noise"),  # the released files in PARTS_PATH
 }
 
 # What each step's result follows from, beside the earlier steps'.
@@ -43,7 +44,7 @@ _CONSTANTS = {
         "base_tokens", "base_steps", "base_batch", "base_lr",
     ),
     "domains": ("base_model", "domains_from", "num_domains", "embedder", "held_out", "score_sequences"),
-    "scores": ("max_tokens",),
+    "scores": ("max_tokens", "score_sums"),
     "split": (
         "moe_layers", "num_experts", "size_ratio", "experts_per_domain", "num_modules", "solver", "solver_starts",
         "solver_seconds", "rounding",
@@ -277,7 +278,7 @@ def scores(c: SimpleNamespace) -> None:
     from expert_merging.devices import make_accelerator
 
     model, tokenizer = _load_dense(c)
-    found = score(model.to(make_accelerator(c).device), _Data(c, tokenizer).batches("scored"))
+    found = score(model.to(make_accelerator(c).device), _Data(c, tokenizer).batches("scored"), accumulate=c.score_sums)
     found.save(folder / "scores.npz")
     record = _record(
         c, identity, domains=found.domains, sequences=found.sequences, correlation=_correlations(found.values)
@@ -319,16 +320,33 @@ def partition(c: SimpleNamespace) -> None:
             "starts": c.solver_starts, "seconds": c.solver_seconds, "solver": c.solver, "rounding": c.rounding,
             **{key: getattr(c, value) if isinstance(value, str) else value for key, value in other.items()},
         }  # fmt: skip
-        like = _split(c, "HEMoE") if name == "random_heterogeneous" else None
-        split = split_by(
-            name, Settings(**settings), scores=found.values[layers], gates=gates, like=like, layers=layers,
-            domains=found.domains,
-        )  # fmt: skip
+        if name == "parts":
+            split = _imported(c, gates[0].shape[0])
+        else:
+            like = _split(c, "HEMoE") if name == "random_heterogeneous" else None
+            split = split_by(
+                name, Settings(**settings), scores=found.values[layers], gates=gates, like=like, layers=layers,
+                domains=found.domains,
+            )  # fmt: skip
         split.save(folder / "split.npz")
+        split.export_parts(folder / "parts")
         write_json(
             folder / "split.json", _record(c, identity, split=split.record(), left_out=split.left_out().tolist())
         )
         print(f"{method}: sizes {[sorted(sizes) for sizes in split.sizes.tolist()]}")
+
+
+def _imported(c: SimpleNamespace, neurons: int):
+    """The split that PARTS_PATH holds."""
+    from expert_merging.hemoe.split import Split
+
+    split = Split.import_parts(c.PARTS_PATH, "parts", c.moe_layers)
+    if (split.neurons, split.expert_count) != (neurons, c.num_experts):
+        raise UserError(
+            f"PARTS_PATH: {c.PARTS_PATH} splits {split.neurons} neurons into {split.expert_count} experts; base_model has "
+            f"{neurons} and num_experts is {c.num_experts}"
+        )
+    return split
 
 
 def _split(c: SimpleNamespace, method: str):

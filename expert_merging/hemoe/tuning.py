@@ -89,7 +89,7 @@ class _Trainer(Trainer):
 
 def fit(
     model, rows: list[dict[str, list[int]]], pad: int, folder: Path, *, steps: int, batch_size: int, lr: float,
-    accumulation: int = 1, warmup: float = 0.05, last_lr: float = 0.1, save_steps: int = 200, seed: int = 0,
+    accumulation: int = 1, warmup: float = 0.05, last_lr: float = 0.1, save_steps: int = 50, seed: int = 0,
     on_cpu: bool = True, bf16: bool = False, any_k: bool = False, label: str = "training",
 ) -> dict[str, Any]:  # fmt: skip
     """Train `model` in place on `rows` with AdamW, a cosine from `lr` to `last_lr` of it, gradients clipped at 1.
