@@ -103,9 +103,11 @@ def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoRe
         become_several()
         main(constants)
     except UserError as error:
+        _close_bars()
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        _close_bars()
         print(f"\n{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
@@ -120,6 +122,13 @@ def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoRe
 
 
 _OF_A_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def _close_bars() -> None:
+    """Bars that stand open would be drawn once more when the process ends, after our line."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 def _interrupt(*_) -> NoReturn:

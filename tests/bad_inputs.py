@@ -38,7 +38,7 @@ def try_damaged(name: str, folder: Path, number: int, seed: int) -> tuple[int, i
     task, dice = get_task(name), random.Random(f"{name} {seed}")
     raw, parquet = folder / "raw", folder / "parquet"
     _WRITERS[name](raw)
-    parquet.mkdir()
+    parquet.mkdir(parents=True)
     constants = SimpleNamespace(**{f"{name.upper()}_PATH": str(raw)})
     from expert_merging.sources import load_splits
 

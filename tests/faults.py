@@ -5,7 +5,8 @@
 Each script runs at `tiny` with small constants. It is killed with SIGKILL at random moments, or right before or after a
 random one of its writes, renames and removals (so also while a checkpoint or a data set is saved), and started again until
 it ends by itself; then every file must be as after an undisturbed run, and none besides. This goes on in fresh folders
-until `--kills` kills were dealt. What a kill cannot show, loss of what the disk had not yet written, is not tested here.
+until `--kills` kills were dealt. Once it gets a Ctrl-C, which must end it within 10 seconds and with one line. What a kill
+cannot show, loss of what the disk had not yet written, is not tested here.
 
 Prints kills survived / tried for each script, the broken inputs tried and lost or half-written files; ends with status 1
 unless all were survived. A script's process is forked from one that has torch imported, which saves seconds a start.
@@ -31,6 +32,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from bad_inputs import try_damaged  # noqa: E402
 from conftest import ROOT, World, build_world  # noqa: E402
 
 # What may differ between two runs with the same result.
@@ -84,6 +86,7 @@ class Outcome:
     tried: int = 0
     survived: int = 0
     at_a_write: int = 0
+    ctrl_c: float | None = None  # seconds until it had ended
     rounds: int = 0
     seconds: float = 0.0
     complaints: list[str] = field(default_factory=list)
@@ -261,12 +264,14 @@ def disturb(name: str, world: World, before: Path | None, calm: dict[str, str], 
         else:
             runs.mkdir(parents=True)
         log, events, dealt = Path(f"{runs}.log"), Path(f"{runs}.events"), 0
+        if (outcome.rounds > 1 or case.children) and outcome.ctrl_c is None:
+            process = fork_script(case, words_of(case, world, runs), log)
+            press_ctrl_c(process, dice.uniform(0.3, max(0.3, length / 2)), log, outcome)
         while True:
             quiet = outcome.rounds == 1 and not case.children  # the first round is undisturbed, but forked
             deal = not quiet and outcome.tried + dealt < kills
             at_write = deal and not case.children and dice.random() < 0.5
             started = time.monotonic()
-            # The larger of two draws would finish a round with few kills, the smaller gets nowhere: one is fair.
             kill_at = dice.randint(1, max(2, changes)) if at_write else 0
             process = fork_script(case, words_of(case, world, runs), log, kill_at, events)
             killed, status = wait(process, dice.uniform(0, length) if deal and not at_write else None)
@@ -291,6 +296,23 @@ def disturb(name: str, world: World, before: Path | None, calm: dict[str, str], 
             break
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def press_ctrl_c(process: int, seconds: float, log: Path, outcome: Outcome) -> None:
+    """Interrupt the process after so many seconds, as a terminal would, and note how it ends."""
+    time.sleep(seconds)
+    began = time.monotonic()
+    if os.waitpid(process, os.WNOHANG)[0]:
+        return  # it was done before
+    os.kill(process, signal.SIGINT)
+    _, status = wait(process, None)
+    took = time.monotonic() - began
+    said = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-1]
+    if status == 0 and "interrupted" not in said:
+        return  # it was about to end
+    outcome.ctrl_c = took
+    if status != 130 or "the same command goes on" not in said or took > 10:
+        outcome.complaints.append(f"Ctrl-C: status {status} after {took:.1f} s, and it said: {said[:300]}")
 
 
 def wait(process: int, seconds: float | None) -> tuple[bool, int]:
@@ -324,7 +346,7 @@ def import_all() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="of each script [30]")
-    parser.add_argument("--inputs", type=int, default=400, help="broken files for each reader [400]")
+    parser.add_argument("--inputs", type=int, default=400, help="damaged files of each task and format [400]")
     parser.add_argument("--workers", type=int, default=2, help="scripts at a time [2]")
     parser.add_argument("--scripts", nargs="+", default=None, help="only these")
     chosen = parser.parse_args()
@@ -353,12 +375,18 @@ def main() -> None:
                 case = CASES[outcome.name]
                 print(
                     f"{case.script}: {outcome.survived} / {outcome.tried} kills survived ({outcome.at_a_write} at a "
-                    f"write, {outcome.rounds} rounds, {outcome.seconds:.0f} s)",
+                    f"write, {outcome.rounds} rounds, {outcome.seconds:.0f} s), "
+                    + ("no time for Ctrl-C" if outcome.ctrl_c is None else f"Ctrl-C ended it in {outcome.ctrl_c:.1f} s"),
                     *outcome.complaints[:5], sep="\n    ", flush=True,
                 )  # fmt: skip
+            inputs = [(task, folder / f"damaged-{task}", chosen.inputs, 0) for task in ("ag_news", "squad", "xsum")]
+            bad, refused = map(sum, zip(*pool.starmap(try_damaged, inputs), strict=True))  # raises what is no UserError
         lost = sum(len(outcome.complaints) for outcome in outcomes)
     tried = sum(outcome.tried for outcome in outcomes)
     survived = sum(outcome.survived for outcome in outcomes)
+    print(
+        f"bad inputs tried: {bad}, of which refused in one line {refused} and read with all their rows {bad - refused}"
+    )
     print(f"kills survived: {survived} / {tried}; lost, left-over, half-written or changed files: {lost}")
     print(f"{time.monotonic() - began:.0f} s")
     sys.exit(0 if survived == tried and not lost else 1)
