@@ -1,7 +1,7 @@
 """
 The paper's figure of operations against k ("Merging Experts into One", EMNLP 2023), counted, and what such counts hide.
 
-    python benchmarks/meo_flops.py [--threads N] [--repeats N] [--count_only]
+    python benchmarks/meo_flops.py [--threads N] [--repeats N] [--from_record]
 
 BERT of three sizes, one sequence of 128 tokens, forward: dense, vanilla MoE and MEO at sequence level, with and without the
 vocabulary's head. Operations (2 a multiply-add) are counted by torch.utils.flop_counter on the meta device; beside them
@@ -99,22 +99,15 @@ def seconds(shape: tuple[int, int, int], k: int, repeats: int) -> dict[str, floa
     return {mode: statistics.median(list_[1:]) for mode, list_ in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [5]")
-    parser.add_argument("--memory", type=float, default=4.0, help="GB that the experts measured may take [4]")
-    parser.add_argument("--count_only", action="store_true", help="measure no time; keep what is on record")
-    chosen = parser.parse_args()
+def measure(threads: int, repeats: int, memory: float) -> dict:
+    """The record: every point counted, and for Small and Base timed where the experts fit in `memory` GB."""
     import torch
 
-    from expert_merging.files import read_json, write_atomic, write_json
-    from expert_merging.provenance import versions
+    from expert_merging.provenance import command, versions
 
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    path = ROOT / "benchmarks" / "results" / "meo_flops.json"
-    points = []
+    points, times = [], []
     for name, shape in SHAPES.items():
         paper = {k: {"dense": None, "moe": moe, "meo": one} for k, moe, one in FIGURE[name]}
         for mode, k in [("dense", 1), *((mode, k) for mode in ("moe", "meo") for k in KS)]:
@@ -125,19 +118,41 @@ def main() -> None:
             print(
                 "{model} {mode} k={k}: {gflops:.3f} with, {gflops_without_head:.3f} without head".format(**points[-1])
             )
-    times, machine = [], {"cores": os.cpu_count(), "threads": chosen.threads, "repeats": chosen.repeats}
-    if chosen.count_only:
-        before = read_json(path)
-        times, machine = before["times"], before["machine"]
-    else:
-        for name in ("Small", "Base"):
-            for k in KS:
-                layers, size, width = SHAPES[name]
-                if 2 * layers * size * width * 4 * k / 1e9 <= chosen.memory:
-                    times.append({"model": name, "k": k, "seconds": seconds(SHAPES[name], k, chosen.repeats)})
-                    print(f"{name} k={k}:", {mode: round(value, 4) for mode, value in times[-1]["seconds"].items()})
-    record = {"tokens": TOKENS, "published": PUBLISHED, "machine": machine, "versions": versions()}
-    write_json(path, {**record, "points": points, "times": times})
+    for name in ("Small", "Base"):
+        for k in KS:
+            layers, size, width = SHAPES[name]
+            if 2 * layers * size * width * 4 * k / 1e9 <= memory:
+                times.append({"model": name, "k": k, "seconds": seconds(SHAPES[name], k, repeats)})
+                print(
+                    f"{name} k={k}:",
+                    {mode: round(value, 4) for mode, value in times[-1]["seconds"].items()},
+                    flush=True,
+                )
+    machine = {"cores": os.cpu_count(), "threads": threads, "repeats": repeats, "processor_time": threads == 1}
+    record = {
+        "tokens": TOKENS,
+        "published": PUBLISHED,
+        "machine": machine,
+        "versions": versions(),
+        "command": command(),
+    }
+    return {**record, "points": points, "times": times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [5]")
+    parser.add_argument("--memory", type=float, default=4.0, help="GB that the experts measured may take [4]")
+    parser.add_argument("--from_record", action="store_true", help="only the tables and the figure, from the JSON file")
+    chosen = parser.parse_args()
+    from expert_merging.files import read_json, write_atomic, write_json
+
+    path = ROOT / "benchmarks" / "results" / "meo_flops.json"
+    if not chosen.from_record:
+        write_json(path, measure(chosen.threads, chosen.repeats, chosen.memory))
+    record = read_json(path)
+    points, times = record["points"], record["times"]
     table = flops_table(points, times)
     for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
         write_atomic(ROOT / "results" / "meo" / f"flops.{ending}", text)

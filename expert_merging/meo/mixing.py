@@ -58,7 +58,7 @@ def mix_weights(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
         x = x.to(torch.get_autocast_dtype(x.device.type))
     n, k = len(weight), routing.experts.shape[1]
     # Few of many experts: gather the rows' own k. Else one product with all n, which reads each only once for all rows.
-    gathered = routing.experts if len(x) == 1 or 2 * k < n else None
+    gathered = routing.experts if 2 * k < n or len(x) == 1 and k < n else None
     with without_autocast(x):
         y = _MergedLinear.apply(x, weight, routing.gates, gathered)
         if bias is not None:
