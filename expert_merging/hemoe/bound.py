@@ -15,10 +15,7 @@ from expert_merging.hemoe.transport import assign, dual_prices
 
 WIDEST = 3e7  # items x sets of domains: 8,192 x 255 is 2e6; beyond, only the cheap bound is given
 CANDIDATES = 400  # ways to pick the sets that are tried one by one, at most
-
-
-class TooMany(Exception):
-    """More ways than CANDIDATES."""
+TRIED = 10  # where there are more, this many of them, for a better solution
 
 
 def tighten(problem, serves: np.ndarray, value: float, bound: float, seconds: float, steps: int = 200):
@@ -52,17 +49,16 @@ def tighten(problem, serves: np.ndarray, value: float, bound: float, seconds: fl
         if bound <= value * (1 + 1e-9):
             return serves, value, max(value, bound)
         if step % 10 == 0:
-            for part in (1 / 16, 1 / 4, 1):  # the most promising ones first: what they gain spares others
-                try:
-                    ways = _ways(problem, sets, reduced, domain_prices, part * room)
-                except TooMany:
-                    break
-                for cost, way in ways:
+            for part in (1 / 64, 1 / 16, 1 / 4, 1):  # the most promising ones first: what they gain spares others
+                ways, complete = _ways(problem, sets, reduced, domain_prices, part * room)
+                for cost, way in ways if complete else ways[:TRIED]:
                     if cost <= now - value and way.tobytes() not in tried:
                         tried.add(way.tobytes())
                         better = _solved(problem, way, value)
                         if better is not None:
                             serves, value = way, better
+                if not complete:
+                    break
                 if part == 1 or part * room >= now - value:
                     return serves, value, value  # every way not tried is below
             room = now - value + 1e-9 * value
@@ -110,11 +106,11 @@ def _pick(problem, sets: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndar
     return solved.x, domain_prices, float((f - sets @ domain_prices).max())
 
 
-def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, room: float) -> list:
-    """(cost, y bool [n, D]) of every way to pick n sets, but for the order of experts, whose cost is `room` at most.
+def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, room: float) -> tuple[list, bool]:
+    """([(cost, y bool [n, D])], whether that is all): ways to pick n sets whose cost is `room` at most, cheapest first.
 
-    The cost is the sum of the sets' reduced costs and of `unused` [D] for each expert that a domain could still have.
-    Raises TooMany, also when the search itself grows too long.
+    The cost is the sum of the sets' reduced costs and of `unused` [D] for each expert that a domain could still have. Ways
+    that differ in the order of experts alone are one. There are more where the search is cut off.
     """
     order = np.argsort(reduced, kind="stable")
     order = order[reduced[order] <= room]
@@ -126,9 +122,7 @@ def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, ro
         """All completions whose further sets hold no domain before `domain`, nor it in sets before `first` of its own."""
         nonlocal visited
         visited += 1
-        if visited > 100 * CANDIDATES or len(found) > CANDIDATES:
-            raise TooMany
-        if sum(free) < left:
+        if visited > 100 * CANDIDATES or len(found) > CANDIDATES or sum(free) < left:
             return
         if domain == len(free):
             found.append((cost, np.array([members[i] for i in sorted(chosen)], dtype=bool)))
@@ -146,7 +140,8 @@ def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, ro
             extend(domain + 1, 0, [*free[:domain], 0, *free[domain + 1 :]], left, cost, chosen)
 
     extend(0, 0, [problem.per_domain] * sets.shape[1], problem.experts, 0.0, [])
-    return sorted(found, key=lambda one: one[0])
+    complete = visited <= 100 * CANDIDATES and len(found) <= CANDIDATES
+    return sorted(found, key=lambda one: one[0]), complete
 
 
 def _solved(problem, serves: np.ndarray, value: float) -> float | None:
