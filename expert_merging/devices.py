@@ -11,7 +11,8 @@ from expert_merging.errors import UserError
 def make_accelerator(constants: SimpleNamespace):
     """The `accelerate.Accelerator` that `constants.device` asks for, with every random generator seeded.
 
-    Raises UserError for an unknown device, and for "cuda" where there is none.
+    Raises UserError for an unknown device, for "cuda" where there is none, and for a launch with FSDP or DeepSpeed: every
+    process holds the whole model here, and decodes its own share of the examples, which sharded weights do not allow.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -24,6 +25,9 @@ def make_accelerator(constants: SimpleNamespace):
             f"scale {constants.scale} needs a CUDA device and torch sees none; "
             "run on a machine with a GPU, or give --device cpu for a trial"
         )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(f"{name} is not supported: launch several processes without it (README, Several GPUs)")
     # At every checkpoint it would say that tied weights are written once, which is meant.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     on_cpu = constants.device == "cpu" or not torch.cuda.is_available()
