@@ -30,10 +30,10 @@ adapt_losses = by_scale(
     small=("verbalizer", "self_generated", "self_generated"),
     tiny=("verbalizer", "self_generated", "self_generated"),
 )  # of each task: first_token | verbalizer | self_generated | teacher_forced_gold (an oracle)
-adapt_tokens = 16  # of the model's own answer, in self_generated
-adapt_steps = by_scale(paper=1000, small=200, tiny=60)  # of test-time adaptation
+adapt_tokens = by_scale(paper=16, small=16, tiny=8)  # of the model's own answer, in self_generated
+adapt_steps = by_scale(paper=1000, small=200, tiny=30)  # of test-time adaptation
 adapt_batch_size = by_scale(paper=16, small=16, tiny=8)  # examples of each task in a step
-router_lr = by_scale(paper=1e-4, small=1e-3, tiny=1e-3)  # of WEMoE's routers; the paper's is for wide models
+router_lr = by_scale(paper=1e-4, small=1e-3, tiny=3e-3)  # of WEMoE's routers; the paper's is for wide models, many steps
 coefficient_lr = by_scale(paper=1e-3, small=1e-3, tiny=1e-2)  # of AdaMerging's coefficients; at tiny for the few steps
 adapt_guard = "warn"  # when a task collapses into one answer: warn | rollback | off
 current_case_name = "Merging"
