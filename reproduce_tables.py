@@ -10,7 +10,7 @@ Takes   at tiny some 40 minutes a seed on 2 CPU cores (`--parts comparison`: 10)
 from expert_merging.constants import run
 
 seeds = (0,)
-parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8, CAEM-8), or the name of a run
+parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
 experts_num = 8
 larger_experts_num = 16
 plan_only = False  # say what would run, and stop
