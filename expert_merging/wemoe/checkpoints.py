@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,7 +38,7 @@ def load_routers(model: nn.Module, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["wemoe"])
         tensors = load_file(path)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} holds no routers of WEMoE; adapt the model again") from error
     for name in SAME:
         if record[name] != model.wemoe[name]:
@@ -95,7 +95,7 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
         raise UserError(f"{folder} was made from another pre-trained model than the one given")
     try:
         other, packed = load_file(folder / "other.safetensors"), load_file(folder / "task_vectors.safetensors")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged ({error}); write it again") from error
     made = copy.deepcopy(model).requires_grad_(False)
     made.wemoe = record

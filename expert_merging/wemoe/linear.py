@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MERGED_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of merged rows, over all samples, that exist at a time
+MERGED_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of merged rows, over all samples, that exist at a time
 FEW_TOKENS = 4  # a sample with fewer tokens is cheaper by T + 1 products than by merging its weights
 
 
