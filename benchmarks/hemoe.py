@@ -29,8 +29,8 @@ def row(name: str, ours: float, theirs: float, unit: str, target: float | None, 
     """`ratio` is theirs / ours (of times) unless given; 0 where there is none."""
     return {
         "name": name, "ratio": round(theirs / ours if ratio is None else ratio, 4), "target": target,
-        "ours": round(ours, 6), "theirs": round(theirs, 6), "unit": unit,
-        "pairs": pairs or [[round(ours, 6), round(theirs, 6)]],
+        "ours": float(f"{ours:.6g}"), "theirs": float(f"{theirs:.6g}"), "unit": unit,
+        "pairs": pairs or [[ours, theirs]],
     }  # fmt: skip
 
 

@@ -134,6 +134,17 @@ def test_highs_agrees_and_the_proof_is_not_its_own_witness():
         solver.solve(solver.Problem(scores_of(400, 8, 3), 8, 25, 100, 2), solver="highs", seconds=0.01)
 
 
+def test_gurobi_where_the_user_has_it():
+    problem = solver.Problem(scores_of(12, 3, 3), 3, 2, 8, 2)
+    try:
+        import gurobipy  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="needs gurobipy"):
+            solver.solve(problem, solver="gurobi")
+    else:
+        assert solver.solve(problem, solver="gurobi").objective == pytest.approx(solver.solve(problem).objective)
+
+
 def test_a_poor_start_is_mended_on_the_way_to_the_bound():
     problem = solver.Problem(scores_of(400, 6, 5), 6, 33, 133, 2)
     poor = np.zeros((6, 6), dtype=bool)
