@@ -1,5 +1,6 @@
 """WEMoE_multi_task_merging.py on small models: any Switch or T5 folders, what it leaves, and what it refuses."""
 
+import contextlib
 import json
 import shutil
 
@@ -115,7 +116,7 @@ def test_mixed_batches_hold_all_tasks_and_are_nothing_to_sample_wise_routing(wor
     model = label_free.load_made(sources, merged / "seed0" / "models" / "Merging-wemoe_[4]")
     alone = {t: generate(model, sources.data[t]["test"], sources.tokenizer, c, "cpu", 6) for t in TASKS}
     monkeypatch.setattr(decoding, "generate", noted)
-    label_free.mixed_scores(sources, SimpleNamespace(device="cpu"), model)
+    label_free.mixed_scores(sources, SimpleNamespace(device="cpu", autocast=contextlib.nullcontext), model)
     assert [len(batch) for batch in batches] == [6, 6, 3]
     starts = {tuple(sources.data[t]["test"][0]["input_ids"][:1]): t for t in TASKS}  # the first word of the prompt
     assert all(len({starts[tuple(ids[:1])] for ids in batch}) == 3 for batch in batches)

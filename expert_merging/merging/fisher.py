@@ -28,10 +28,12 @@ def fisher(
 
     def make(name: str) -> torch.Tensor:
         origin = base[name]
-        tensors = [wide(same_shape(name, origin, model[name], i)) for i, model in enumerate(models)]
+        tensors = [wide(same_shape(name, origin, m[name], i)).to(origin.device) for i, m in enumerate(models)]
         if any(name not in one for one in information):
             return sum(tensors) / len(tensors)
-        certainty = [a * (wide(one[name]) + floor) for a, one in zip(weights, information, strict=True)]
+        certainty = [
+            a * (wide(one[name]).to(origin.device) + floor) for a, one in zip(weights, information, strict=True)
+        ]
         return sum(f * x for f, x in zip(certainty, tensors, strict=True)) / sum(certainty)
 
     return rebuilt(base, make)

@@ -28,11 +28,11 @@ def regmean(
 
     def make(name: str) -> torch.Tensor:
         origin = base[name]
-        tensors = [wide(same_shape(name, origin, model[name], i)) for i, model in enumerate(models)]
+        tensors = [wide(same_shape(name, origin, m[name], i)).to(origin.device) for i, m in enumerate(models)]
         layer = name.removesuffix(".weight")
         if layer == name or any(layer not in one for one in grams):
             return sum(tensors) / len(tensors)
-        left = [_prepared(one[layer].double(), off_diagonal) for one in grams]
+        left = [_prepared(one[layer].double().to(origin.device), off_diagonal) for one in grams]
         if not (total := sum(left)).any():
             return sum(tensors) / len(tensors)
         # The same addition for every model, whatever the size of its inputs: it pulls towards the plain average.
