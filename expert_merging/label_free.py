@@ -298,9 +298,10 @@ def mixed_scores(sources: Sources, accelerator, model: nn.Module) -> dict[str, d
     for start in range(0, len(rows), c.eval_batch_size):
         batch = rows[start : start + c.eval_batch_size]
         label = f"mixed batches: {start}/{len(rows)}"
-        made = decoding.generate(
-            model, together.select(batch), sources.tokenizer, c, accelerator.device, len(batch), label
-        )
+        with accelerator.autocast():  # as `evaluate_task` does
+            made = decoding.generate(
+                model, together.select(batch), sources.tokenizer, c, accelerator.device, len(batch), label
+            )
         texts |= {batch[i]: text for i, text in made.items()}
     scores, first = {}, 0
     for task, test in tests.items():

@@ -25,7 +25,9 @@ def features(shift=0):
 
 def loss_of(kind, model, data=None, batch_size=ROWS, **more):
     data = {"task": features() if data is None else data}
-    return AnswerLoss(model, model, lambda: model, {"task": kind}, data, {"task": [2, 3, 4, 5, 6]}, batch_size, 0, **more)
+    return AnswerLoss(
+        model, model, lambda: model, {"task": kind}, data, {"task": [2, 3, 4, 5, 6]}, batch_size, 0, **more
+    )
 
 
 def entropy_of(logits):
@@ -46,7 +48,9 @@ def test_a_batch_is_the_mean_of_its_examples(name, kind):
     torch.testing.assert_close(whole, torch.stack([one for one, _ in singles]).mean(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction, torch.stack([p for _, p in singles]).mean(0), rtol=1e-5, atol=1e-6)
     assert 0 < whole.item() < (1 + 1e-6 if kind != "teacher_forced_gold" else 10)
-    assert prediction.sum().item() == pytest.approx(1, abs=1e-5) and len(prediction) == (5 if kind == "verbalizer" else 32)
+    assert prediction.sum().item() == pytest.approx(1, abs=1e-5) and len(prediction) == (
+        5 if kind == "verbalizer" else 32
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
