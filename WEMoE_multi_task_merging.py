@@ -19,7 +19,8 @@ methods = (
     "average", "task_arithmetic", "ties", "ties_sum", "dare", "dare_ties", "fisher", "regmean", "adamerging_task",
     "adamerging_layer", "adamerging_plus", "wemoe", "ewemoe", "wemoe_batch", "wemoe_oracle",
 )  # fmt: skip
-lam = 0.3  # weight of the task vectors (task arithmetic, TIES, DARE), and at first of AdaMerging and WEMoE
+lam = 0.3  # weight of the task vectors in sums (task arithmetic, DARE, TIES), and at first of AdaMerging and WEMoE
+ties_lam = 1.0  # weight of TIES' disjoint mean: its paper's, for want of validation data
 ties_keep = 0.2  # share of each task vector that TIES and AdaMerging++ keep
 dare_drop = 0.5  # share of each task vector that DARE drops
 statistics_examples = by_scale(paper=256, small=256, tiny=64)  # training examples a task for Fisher and RegMean
@@ -68,15 +69,15 @@ def main(c):
     lines = {
         "average": ("", lambda: Made(merging.simple_average(base, tuned))),
         "task_arithmetic": ("lam", lambda: Made(merging.task_arithmetic(base, tuned, c.lam))),
-        "ties": ("lam ties_keep", lambda: Made(merging.ties(base, tuned, c.lam, c.ties_keep, "mean"))),
+        "ties": ("ties_lam ties_keep", lambda: Made(merging.ties(base, tuned, c.ties_lam, c.ties_keep, "mean"))),
         "ties_sum": ("lam ties_keep", lambda: Made(merging.ties(base, tuned, c.lam, c.ties_keep, "sum"))),
         "dare": (
             "lam dare_drop seed",
             lambda: Made(merging.dare_task_arithmetic(base, tuned, c.lam, c.dare_drop, c.seed)),
         ),
         "dare_ties": (
-            "lam dare_drop ties_keep seed",
-            lambda: Made(merging.dare_ties(base, tuned, c.lam, c.dare_drop, c.seed, c.ties_keep)),
+            "ties_lam dare_drop ties_keep seed",
+            lambda: Made(merging.dare_ties(base, tuned, c.ties_lam, c.dare_drop, c.seed, c.ties_keep)),
         ),
         "fisher": ("statistics_examples", lambda: Made(merging.fisher(base, tuned, sources.fisher_information()))),
         "regmean": ("statistics_examples", lambda: Made(merging.regmean(base, tuned, sources.gram_matrices()))),
