@@ -1,6 +1,6 @@
 """
-MEO against vanilla MoE and dense, one model with one set of parameters: BERT-base's shape, n = 8 experts a linear, k = 4,
-16 sequences of 128 tokens, forward and backward in training.
+MEO against vanilla MoE, on one model's parameters, and against the plain dense model: BERT-base's shape, n = 8 experts a
+linear, k = 4, 16 sequences of 128 tokens, forward and backward in training.
 
     python benchmarks/meo.py [--threads N] [--pairs N] [--layers 12] [--device cpu]
 
@@ -9,6 +9,7 @@ GPU). Needs, with 12 layers, 8 GB of memory in all. With one thread the time is 
 """
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -30,8 +31,8 @@ N, K, BATCH, TOKENS = 8, 4, 16, 128
 FASTER, OVERHEAD, SAME = 1.8, 1.35, 1e-5  # MoE's time by MEO's; MEO's by dense's; largest difference of hidden states
 
 
-def model(layers: int, device: str):
-    """BERT without dropout, with experts, gates and all else random, in training mode."""
+def models(layers: int, device: str) -> tuple:
+    """(dense, converted): BERT without dropout, with experts, gates and all else random, in training mode."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -39,32 +40,28 @@ def model(layers: int, device: str):
         vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=SIZE, intermediate_size=WIDTH, num_attention_heads=12,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    converted = meo.convert(BertModel(config, add_pooling_layer=False), n=N, k=K)
+    dense = BertModel(config, add_pooling_layer=False)
+    converted = meo.convert(copy.deepcopy(dense), n=N, k=K)
     with torch.no_grad():
         for module in meo.linears(converted).values():
             for parameter in (module.weight, module.w_gate):
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return converted.to(device).train()
+    return tuple(one.to(device).train() for one in (dense, converted))
 
 
-def run(
-    converted, mode: str, ids: torch.Tensor, given: torch.Tensor, backward: bool = True
-) -> tuple[float, torch.Tensor]:
-    """(seconds, hidden states) of a pass; its noise is the same each time."""
-    meo.set_mode(converted, mode)
-    converted.zero_grad(set_to_none=True)
+def run(model, ids: torch.Tensor, given: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """(seconds, hidden states) of a pass forward and back; its noise is the same each time."""
+    model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
     clock = time.process_time if torch.get_num_threads() == 1 and not ids.is_cuda else time.perf_counter
     wait()
     started = clock()
-    with torch.set_grad_enabled(backward):
-        states = converted(input_ids=ids).last_hidden_state
-    if backward:
-        loss = (states * given).sum()
-        if mode != "dense":
-            loss = loss + meo.balance_loss(converted)
-        loss.backward()
+    states = model(input_ids=ids).last_hidden_state
+    loss = (states * given).sum()
+    if hasattr(model, "meo_settings"):
+        loss = loss + meo.balance_loss(model)
+    loss.backward()
     wait()
     return clock() - started, states.detach()
 
@@ -77,14 +74,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    converted = model(chosen.layers, chosen.device)
+    dense, converted = models(chosen.layers, chosen.device)
     ids = torch.randint(VOCABULARY, (BATCH, TOKENS), device=chosen.device)
     given = torch.randn(BATCH, TOKENS, SIZE, device=chosen.device)
     times: dict[str, list[float]] = {mode: [] for mode in meo.MODES}
     for turn in range(chosen.pairs + 1):  # the first to warm up
         states = {}
         for mode in meo.MODES:
-            took, states[mode] = run(converted, mode, ids, given)
+            meo.set_mode(converted, mode)
+            took, states[mode] = run(dense if mode == "dense" else converted, ids, given)
+            converted.zero_grad(set_to_none=True)
             if turn:
                 times[mode].append(took)
             print(f"turn {turn} {mode}: {took:.2f} s", flush=True)
