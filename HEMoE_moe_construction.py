@@ -70,8 +70,8 @@ lora_rank = 8
 lora_alpha = 16
 lora_dropout = 0.05
 tune_tasks = ("all",)  # whose examples; the authors tune a model for each task
-tune_steps = by_scale(paper=2000, small=1000, tiny=60)
-tune_batch = by_scale(paper=16, small=32, tiny=32)  # examples in one forward pass
+tune_steps = by_scale(paper=2000, small=1000, tiny=50)
+tune_batch = by_scale(paper=16, small=32, tiny=16)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, small=1, tiny=1)  # passes a step
 tune_lr = by_scale(paper=3e-4, small=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
@@ -95,8 +95,8 @@ base_intermediate_size = by_scale(paper=0, small=1024, tiny=256)  # neurons of a
 base_layers = by_scale(paper=0, small=6, tiny=4)
 base_heads = by_scale(paper=0, small=8, tiny=4)
 base_tokens = by_scale(paper=0, small=128, tiny=64)
-base_steps = by_scale(paper=0, small=10000, tiny=800)
-base_batch = by_scale(paper=0, small=64, tiny=32)
+base_steps = by_scale(paper=0, small=10000, tiny=600)
+base_batch = by_scale(paper=0, small=64, tiny=16)
 base_lr = by_scale(paper=0.0, small=1e-3, tiny=3e-3)
 
 publish = False  # the step report copies table, figure and records to results/hemoe

@@ -114,17 +114,25 @@ def base(c: SimpleNamespace) -> None:
     if _done(folder / "base.json", identity):
         return
 
+    from expert_merging import training
     from expert_merging.devices import make_accelerator
 
     device = make_accelerator(c).device
     texts, tasks = read_json(data / "texts.json"), read_examples(data / "train")
     answers = [f"{one['instruction']} {one['output']}" for one in tasks]
     tokenizer = small_llama.new_tokenizer([*texts, *answers], c.base_vocab_size)
-    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    blocks = [stream[i : i + c.base_tokens] for i in range(0, len(stream) - c.base_tokens + 1, c.base_tokens)]
-    rows = [*blocks[: len(answers)], *(tuning.encode(tokenizer, one, c.base_tokens)["input_ids"] for one in tasks)]
+    # Half of what training sees is running text, half are the tasks' examples, instruction and output.
+    rng, half, stream = random.Random(c.seed), c.base_steps * c.base_batch // 2, []
+    for text in rng.sample(texts, len(texts)):
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if len(stream) >= half * c.base_tokens:
+            break
+    rows = [stream[i : i + c.base_tokens] for i in range(0, len(stream) - c.base_tokens + 1, c.base_tokens)]
+    seen = rng.sample(tasks, min(half, len(tasks)))
+    rows += [tuning.encode(tokenizer, one, c.base_tokens)["input_ids"] for one in seen]
     model = small_llama.new_llama(c, tokenizer)
     work = folder.with_suffix(".run")
+    training.claim(work, identity)
     fitted = tuning.fit(
         model, [{"input_ids": row, "labels": row} for row in rows], tokenizer.pad_token_id, work, steps=c.base_steps,
         batch_size=c.base_batch, lr=c.base_lr, seed=c.seed, on_cpu=device.type == "cpu", label="base model",
@@ -133,7 +141,7 @@ def base(c: SimpleNamespace) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "base.json", _record(c, identity, training=fitted, parameters=model.num_parameters()))
-    tuning.release(work)
+    training.release(work)
     print(f"base model: {model.num_parameters():,} parameters, loss {fitted['loss']:.3f} nats a token")
 
 
@@ -248,9 +256,9 @@ class _Data:
             raise UserError(f"{c.INSTRUCTIONS_PATH} has changed since the step domains; remove {_seed_folder(c)}")
         self._tokenizer, self._c = tokenizer, c
 
-    def rows(self, tasks: tuple[str, ...] = ()) -> list[dict[str, list[int]]]:
-        """For training; of all tasks unless some are named."""
-        chosen = [i for i in self._record["used"] if not tasks or self._examples[i]["task"] in tasks]
+    def rows(self, count: int, tasks: tuple[str, ...]) -> list[dict[str, list[int]]]:
+        """For training, at most `count`; of the tasks named, or ("all",)."""
+        chosen = [i for i in self._record["used"] if tasks == ("all",) or self._examples[i]["task"] in tasks][:count]
         if not chosen:
             raise UserError(f"tune_tasks: {self._c.INSTRUCTIONS_PATH} has no examples of {', '.join(tasks)}")
         return self._encoded(chosen)
@@ -396,6 +404,7 @@ def tuning(c: SimpleNamespace) -> None:
             continue
         import torch
 
+        from expert_merging import training
         from expert_merging.devices import make_accelerator
         from expert_merging.hemoe import tuning as lora
 
@@ -406,18 +415,20 @@ def tuning(c: SimpleNamespace) -> None:
         model = lora.add_lora(model, c.lora_rank, c.lora_alpha, c.lora_dropout)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         work = folder / "tuning.run"
+        training.claim(work, identity)
+        rows = _Data(c, tokenizer).rows(c.tune_steps * c.tune_batch * c.tune_accumulation, c.tune_tasks)
         fitted = lora.fit(
-            model, _Data(c, tokenizer).rows(c.tune_tasks if c.tune_tasks != ("all",) else ()), tokenizer.pad_token_id, work,
-            steps=c.tune_steps, batch_size=c.tune_batch, accumulation=c.tune_accumulation, lr=c.tune_lr,
-            last_lr=c.tune_last_lr, warmup=c.tune_warmup, seed=c.seed, on_cpu=device.type == "cpu",
-            bf16=device.type == "cuda", any_k=c.router_k == 0 and not dense, label=f"tuning {method}",
+            model, rows, tokenizer.pad_token_id, work, steps=c.tune_steps, batch_size=c.tune_batch,
+            accumulation=c.tune_accumulation, lr=c.tune_lr, last_lr=c.tune_last_lr, warmup=c.tune_warmup, seed=c.seed,
+            on_cpu=device.type == "cpu", bf16=device.type == "cuda", any_k=c.router_k == 0 and not dense,
+            label=f"tuning {method}",
         )  # fmt: skip
         model = model.merge_and_unload()
         with new_folder(folder / "tuned") as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         write_json(folder / "tuning.json", _record(c, identity, training=fitted, trained_parameters=trained))
-        lora.release(work)
+        training.release(work)
         print(f"{method}: loss {fitted['loss']:.3f} after {fitted['steps']} steps, {fitted['seconds']:.0f} s")
 
 

@@ -1,7 +1,6 @@
 """Training on instruction data with transformers' `Trainer`: LoRA on attention, the routers in full, experts frozen."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +136,6 @@ def fit(
         "steps": steps, "loss": sum(losses[-2:]) / len(losses[-2:]), "log": losses,
         "seconds": result.metrics["train_runtime"],
     }  # fmt: skip
-
-
-def release(folder: Path) -> None:
-    """Remove the checkpoints of a training that is done."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _one_bar(trainer: Trainer, label: str):
