@@ -28,14 +28,14 @@ train_batch = 0  # sequences a step
 input_length = 0  # tokens; longer inputs are cut
 
 # the small models of the docstring tasks, and their pre-training
-d_model = by_scale(paper=128, small=256, tiny=128)
-d_ff = by_scale(paper=512, small=1024, tiny=512)
+d_model = by_scale(paper=128, small=256, tiny=64)
+d_ff = by_scale(paper=512, small=1024, tiny=256)
 num_layers = by_scale(paper=2, small=4, tiny=2)  # in a stack
 num_heads = by_scale(paper=4, small=8, tiny=4)
 pretraining_steps = by_scale(paper=1500, small=20000, tiny=1500)
 pretraining_batch = by_scale(paper=32, small=128, tiny=32)  # blocks a step
 pretraining_length = 64  # tokens a block
-pretraining_lr = 2e-3  # peak
+pretraining_lr = 3e-3  # peak
 
 
 def recipe_for(c):
