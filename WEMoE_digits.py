@@ -69,7 +69,7 @@ def main(c):
         for method in missing:
             found, _ = run_method(
                 method,
-                base.to(device),
+                base,
                 experts,
                 tasks,
                 tasks,

@@ -448,7 +448,15 @@ def test_a_module_that_flattens_its_input_falls_back_to_single_samples():
     torch.testing.assert_close(made[:1], layer(states[:1]), atol=1e-5, rtol=0)
 
 
-T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -177,18 +177,20 @@ def run_method(
 
     Args:
         experts: {task: the fine-tuned model's tensors}.
-        tasks: to evaluate on; `adapt_tasks`: to adapt to.
+        tasks: to evaluate on, on the device to compute on; `adapt_tasks`: to adapt to.
         more: for `adapt`.
     """
+    device = tasks[0].head.device
     if method == "individual":
         model, record = copy.deepcopy(base).requires_grad_(False), {"model_info": _model_info(base)}
+        model.to(device)
         for task in tasks:
             if task.name in experts:
-                model.load_state_dict(dict(experts[task.name]), strict=False)
+                model.load_state_dict(dict(experts[task.name]))
                 record |= evaluate(model, [task], s, title=f"individual: {task.name}")
         return record | {"average_accuracy": _average(record, tasks)}, None
     started = time.monotonic()
-    model = build(method, base, list(experts.values()), s).eval()
+    model = build(method, base, list(experts.values()), s).eval().to(device)
     seconds = {"merge": time.monotonic() - started}
     record = {"model_info": _model_info(model)}
     adaptation = None

@@ -37,6 +37,15 @@ def add(folder: Path, group: str, method: str, found: dict[str, Any], seed: int,
     write_json(_path(folder, group, method), found | more | {"command": command(), "versions": versions()})
 
 
+def seen_and_unseen(found: dict[str, Any], tasks: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
+    """Mean accuracy over the tasks that were merged and over those that were not."""
+    means = {}
+    for key, names in (("seen_accuracy", [t for t in tasks if t not in unseen]), ("unseen_accuracy", unseen)):
+        values = [found[name]["accuracy"] for name in names if name in found]
+        means |= {key: sum(values) / len(values)} if values else {}
+    return means
+
+
 def line(found: dict[str, Any]) -> str:
     """A record in a line."""
     parts = [f"{100 * found['average_accuracy']:.2f} in batches of one task"]
@@ -69,6 +78,17 @@ def tasks_of(records: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return list(names)
 
 
+def _rows(records: dict[str, dict[str, dict[str, Any]]]):
+    """(name of a row, its records, where they are): seeds together, other groups, such as corruptions, a row each."""
+    for method, of_method in records.items():
+        seeds = [record for group, record in of_method.items() if group.startswith("seed")]
+        if seeds:
+            yield method, seeds, f"records/*/{method}.json"
+        for group, record in of_method.items():
+            if not group.startswith("seed"):
+                yield f"{method}, {group}", [record], f"records/{group}/{method}.json"
+
+
 def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
     """Accuracy, and what it costs; a number over groups (seeds) is their mean and standard deviation."""
     names = tasks_of(records)
@@ -78,8 +98,7 @@ def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
     note += "all tasks' images; same weights, sample-wise: of a model adapted with routing by batch."
     accuracy = Table("accuracy", "Accuracy", note)
     cost = Table("cost", "Size and time", "Parameters with task vectors as if dense; those not zero; bytes in memory.")
-    for method, of_method in records.items():
-        found = list(of_method.values())
+    for method, found, origin in _rows(records):
 
         def percent(*path: str, found=found):
             values = []
@@ -89,8 +108,10 @@ def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
                 values.append(None if record is None else 100 * record)
             return stat(values)
 
-        origin = f"records/*/{method}.json"
         row = {"method": method, "average": percent("average_accuracy"), "mixed": percent("mixed", "average_accuracy")}
+        for key in ("seen_accuracy", "unseen_accuracy"):
+            if any(key in record for of_method in records.values() for record in of_method.values()):
+                row[key.split("_")[0]] = percent(key)
         row["same weights, sample-wise"] = percent("sample_wise", "average_accuracy")
         accuracy.rows.append(row | {name: percent(name, "accuracy") for name in names} | {"from": origin})
         info, seconds = found[0]["model_info"], [record.get("seconds", {}) for record in found]
