@@ -5,7 +5,7 @@ linear, k = 4, 16 sequences of 128 tokens, forward and backward in training.
     python benchmarks/meo.py [--threads N] [--pairs N] [--layers 12] [--device cpu]
 
 The ways are timed in turn; a ratio is the median over the turns. Writes benchmarks/results/meo.json (meo_cuda.json on a
-GPU). Needs, with 12 layers, 8 GB of memory in all. With one thread the time is the processor's.
+GPU) and results/meo/speed_cpu.md. Needs, with 12 layers, 8 GB of memory in all. With one thread the time is the processor's.
 """
 
 import argparse
@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from expert_merging import meo  # noqa: E402
-from expert_merging.files import write_json  # noqa: E402
+from expert_merging.files import read_json, write_atomic, write_json  # noqa: E402
 from expert_merging.provenance import versions  # noqa: E402
+from expert_merging.tables import Table  # noqa: E402
 
 LAYERS, SIZE, WIDTH, VOCABULARY = 12, 768, 3072, 30522
 N, K, BATCH, TOKENS = 8, 4, 16, 128
@@ -119,6 +120,19 @@ def main() -> None:
     }
     path = ROOT / "benchmarks" / "results" / ("meo_cuda.json" if ids.is_cuda else "meo.json")
     write_json(path, {"machine": machine, "versions": versions(), "shape": shape, "rows": rows})
+    write_atomic(
+        ROOT / "results" / "meo" / f"speed_{torch.device(chosen.device).type}.md", table(read_json(path)).markdown()
+    )
+
+
+def table(record: dict) -> Table:
+    """What docs/meo.md shows."""
+    shown = Table("speed", "MEO's speed", "Medians; the ratio is the median over the turns.")
+    for row in record["rows"]:
+        cells = {key: f"{row[key]:.3g} {row['unit']}".strip() for key in ("ours", "theirs")}
+        aim = f"{'at most' if row['better'] == 'lower' else 'at least'} {row['target']:g}"
+        shown.rows.append({"what": row["name"], **cells, "ratio": f"{row['ratio']:.2f}", "wanted": aim})
+    return shown
 
 
 if __name__ == "__main__":

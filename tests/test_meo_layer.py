@@ -264,3 +264,17 @@ def test_bert_base_counts():
     assert benchmark.gflops(base, "moe", 2) == pytest.approx(42.99, abs=0.01)
     assert benchmark.gflops(base, "moe", 4) == pytest.approx(71.99, abs=0.01)
     assert benchmark.gflops(base, "meo", 4) == pytest.approx(28.95, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "k"), [("Small", 4), ("Small", 32), ("Base", 1), ("Base", 16), ("Base", 32), ("Large", 2), ("Large", 32)]
+)
+def test_the_papers_figure(name, k):
+    """Within 1% of what the figure shows, where it counts a merge's multiply-adds as one operation each."""
+    import benchmarks.meo_flops as benchmark
+
+    shape = benchmark.SHAPES[name]
+    _, moe, merged = next(point for point in benchmark.FIGURE[name] if point[0] == k)
+    assert benchmark.gflops(shape, "moe", k) == pytest.approx(moe, rel=0.01)
+    counted = benchmark.merge_once(shape, k, benchmark.gflops(shape, "meo", k))
+    assert counted == pytest.approx(merged, rel=0.01)
