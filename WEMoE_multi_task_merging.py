@@ -34,9 +34,10 @@ adapt_losses = by_scale(
 adapt_tokens = by_scale(paper=16, small=16, tiny=8)  # of the model's own answer, in self_generated
 adapt_steps = by_scale(paper=1000, small=200, tiny=30)  # of test-time adaptation
 adapt_batch_size = by_scale(paper=16, small=16, tiny=8)  # examples of each task in a step
-router_lr = by_scale(paper=1e-4, small=1e-3, tiny=3e-3)  # of WEMoE's routers; the paper's is for wide models, many steps
+router_lr = by_scale(paper=1e-4, small=3e-4, tiny=5e-4)  # of WEMoE's routers; at tiny for the few steps
 coefficient_lr = by_scale(paper=1e-3, small=1e-3, tiny=1e-2)  # of AdaMerging's coefficients; at tiny for the few steps
-adapt_guard = "warn"  # when a task collapses into one answer: warn | rollback | off
+adapt_guard = "rollback"  # when a task collapses into one answer: warn | rollback | off
+adapt_window = by_scale(paper=20, small=20, tiny=5)  # steps between two looks of the guard
 current_case_name = "Merging"
 
 
@@ -63,7 +64,7 @@ def main(c):
     base, tuned, models = sources.base, sources.tuned, Path(c.MODEL_SAVE_PATH)
 
     # A line a method: the constants that it depends on, and what it makes of the models.
-    adapt = "lam seed adapt_losses adapt_tokens adapt_steps adapt_batch_size adapt_guard"
+    adapt = "lam seed adapt_losses adapt_tokens adapt_steps adapt_batch_size adapt_guard adapt_window"
     ada, we = f"{adapt} coefficient_lr", f"{adapt} router_lr router_depth"
     gold = ("teacher_forced_gold",) * len(c.task_types)
     lines = {

@@ -144,8 +144,8 @@ class Sources:
     def _adapt(self, parameters: list[nn.Parameter], loss: AnswerLoss, lr: float) -> dict[str, Any]:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         record = adapt(
-            parameters, self.tasks, loss, self.c.adapt_steps, lr, self.c.adapt_guard, checkpoint=self.checkpoint,
-            title="adapting",
+            parameters, self.tasks, loss, self.c.adapt_steps, lr, self.c.adapt_guard, window=self.c.adapt_window,
+            checkpoint=self.checkpoint, title="adapting",
         )  # fmt: skip
         return {"losses": loss.kinds, "batch_size": self.c.adapt_batch_size, **record}
 
