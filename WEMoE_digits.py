@@ -11,10 +11,12 @@ on all, fine-tuned on each, and the four are merged; what adapts sees the test i
 from expert_merging.constants import run
 
 seeds = (0, 1, 2)
+# fmt: off
 methods = (
-    "pretrained", "individual", "average", "task_arithmetic", "ties", "adamerging_task", "adamerging_layer", "wemoe",
-    "wemoe_depth0", "wemoe_batch", "ewemoe_0", "ewemoe_90", "ewemoe_100",
-)  # fmt: skip  # see expert_merging/wemoe/classification.py
+    "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
+    "wemoe", "wemoe_depth0", "wemoe_batch", "ewemoe_0", "ewemoe_90", "ewemoe_100",
+)  # see expert_merging/wemoe/classification.py
+# fmt: on
 pretrain_examples = 500  # of the 1200 training images; few, or there is nothing left for fine-tuning to add
 pretrain_steps = 400  # of 64 images; the tasks in turn
 finetune_steps = 300  # of 64 images, for each task

@@ -24,7 +24,7 @@ from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.vectors import held_bytes
 
 _WEMOE = re.compile(r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<batch>_batch)?$")
-STATIC = ("pretrained", "average", "task_arithmetic", "ties")
+STATIC = ("pretrained", "average", "task_arithmetic", "ties_mean", "ties_sum")
 ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
 METHODS = f"individual, {', '.join(STATIC)}, {', '.join(ADAMERGING)}, wemoe[_depth0|1|2][_batch], ewemoe_PERCENT[...]"
 
@@ -89,8 +89,10 @@ def build(method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Ten
         state = dict(merging.simple_average(state, experts))
     elif method == "task_arithmetic":
         state = dict(merging.task_arithmetic(state, experts, s.lam))
-    elif method == "ties":
-        state = dict(merging.ties(state, experts, s.lam))
+    elif method == "ties_mean":  # as in its paper, with its weight for want of validation data
+        state = dict(merging.ties(state, experts, scale=1.0, merge="mean"))
+    elif method == "ties_sum":  # as the papers of AdaMerging and WEMoE compare with
+        state = dict(merging.ties(state, experts, scale=s.lam, merge="sum"))
     model.load_state_dict(state)
     return model
 

@@ -136,7 +136,7 @@ class WeightEnsemblingFFN(nn.Module):
 
     def plain(self, weights: torch.Tensor) -> nn.Module:
         """An ordinary layer of the base's class with the weights merged by `weights` [T]."""
-        ffn = copy.deepcopy(self.base)
+        ffn = copy.deepcopy(self.base, {id(vectors): None for vectors in self.vectors})  # without the task vectors
         for module in ffn.modules():
             if isinstance(module, EnsembledLinear):
                 unensemble(module)
@@ -304,13 +304,13 @@ def export_static(model: nn.Module, weights: Mapping[str, torch.Tensor] | torch.
 
     Raises ValueError when `weights` is None and a router looks at its input.
     """
-    made = copy.deepcopy(model)
-    for name, layer in list(ensembles(made)):
+    plain: dict[int, Any] = {}
+    for name, layer in ensembles(model):
         if weights is None and layer.gate.depth > 0:
             raise ValueError(f"{name} is routed by its input; give the weights to merge it by")
         own = layer.gate.bias if weights is None else weights[name] if isinstance(weights, Mapping) else weights
-        parent, _, child = name.rpartition(".")
-        setattr(made.get_submodule(parent), child, layer.plain(own.detach()))
+        plain[id(layer)] = layer.plain(own.detach())
+    made = copy.deepcopy(model, plain)
     if hasattr(made, "wemoe"):
         del made.wemoe
     return made
