@@ -6,7 +6,8 @@
 
 partition solves every layer at neuron level and over 128 modules, then gives HiGHS as long on the same two problems. Scores
 are log-normal; a neuron's scores in two domains correlate between 0.5 (first layer) and 0.95 (last). Its modules are of
-like neurons: the same favourite domain, like sums. Each part writes its rows into benchmarks/results/hemoe_{part}.json.
+like neurons: the same favourite domain, like sums. Over neurons HiGHS gets the first layer alone, since it overstays its
+time there. Each part writes benchmarks/results/hemoe_{part}.json; partition and full_size go on where they were interrupted.
 """
 
 import argparse
@@ -34,6 +35,18 @@ def row(name: str, ours: float, theirs: float, unit: str, target: float | None, 
     }  # fmt: skip
 
 
+def record_of(part: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"hemoe_{part}.json"
+
+
+def begun(part: str, shape: str):
+    """What an interrupted run of the same shape has, or {}."""
+    from expert_merging.files import read_json
+
+    found = read_json(record_of(part)) if record_of(part).exists() else {}
+    return found if found.get("unfinished") and found["shape"] == shape else {}
+
+
 # ---------------------------------------------------------------- partition
 
 
@@ -58,14 +71,16 @@ def like_modules(scores: np.ndarray, count: int) -> np.ndarray:
 
 def partition(chosen) -> tuple[list[dict], dict]:
     from expert_merging.errors import UserError
+    from expert_merging.files import write_json
     from expert_merging.hemoe import solver
     from expert_merging.hemoe.importance import processed
     from expert_merging.hemoe.partition import Settings
 
     modules, settings = 128, Settings()
     weights = processed(instance(chosen.layers, chosen.neurons, 8))
-    layers = []
-    for layer, scores in enumerate(weights):
+    shape = f"{chosen.layers} layers of {chosen.neurons} neurons"
+    layers = begun("partition", shape).get("layers", [])
+    for layer, scores in list(enumerate(weights))[len(layers) :]:
         grouped = np.zeros((modules, 8))
         np.add.at(grouped, like_modules(scores, modules), scores)
         problems = {
@@ -83,7 +98,7 @@ def partition(chosen) -> tuple[list[dict], dict]:
             found[name] = {key: getattr(solution, key) for key in ("objective", "bound", "gap", "status", "seconds")}
             found[name] |= {"core_seconds": spent, "feasible": bool(fits), "sizes": sizes.tolist()}
         for name, problem in problems.items():
-            if name == "neurons" and layer % 5:  # building and presolving it takes longer than all else
+            if name == "neurons" and layer:  # HiGHS overstays its time there, by minutes
                 continue
             started = time.monotonic()
             try:
@@ -93,29 +108,30 @@ def partition(chosen) -> tuple[list[dict], dict]:
                 of_highs = {"objective": None, "bound": None}
             found[f"highs, {name}"] = of_highs | {"seconds": time.monotonic() - started}
         layers.append(found)
+        write_json(record_of("partition"), {"unfinished": True, "shape": shape, "layers": layers})
         print(f"layer {layer}: " + "; ".join(_said(name, found[name]) for name in found if name in LINES), flush=True)
     assert all(one[name]["feasible"] for one in layers for name in ("neurons", "modules"))
 
     def of(name: str, key: str) -> list[float]:
         return [one[name][key] or 0.0 for one in layers if name in one]
 
-    def compared(name: str, ours: str, theirs: str) -> dict:
-        """Nothing found is shown as 0, and gives no ratio."""
-        both = [(one[ours]["objective"], one[theirs]["objective"] or 0.0) for one in layers if theirs in one]
-        found = [(a, b) for a, b in both if b]  # where theirs found nothing there is no ratio
-        mean = [float(np.mean(column)) for column in zip(*both, strict=True)]
-        name = f"{name}: least of {len(found)}, and in {len(both) - len(found)} theirs found none"
-        return row(name, *mean, "", 1.0, both, min((a / b for a, b in found), default=None))
+    def compared(name: str, theirs: str, ours: str = "neurons") -> list[dict]:
+        """No row where theirs found nothing in any layer."""
+        pairs = [(one[ours]["objective"], one[theirs]["objective"]) for one in layers if theirs in one]
+        pairs = [pair for pair in pairs if pair[1] is not None]
+        if not pairs:
+            return []
+        means = [float(np.mean(column)) for column in zip(*pairs, strict=True)]
+        return [row(f"{name}, least of {len(pairs)} layers", *means, "", 1.0, pairs, min(a / b for a, b in pairs))]
 
-    shape = f"{chosen.layers} layers of {chosen.neurons} neurons"
     return [
         row(f"partition of {shape}: time of the clock, against 5 minutes", sum(of("neurons", "seconds")), 300.0, "s", 1.0),
         row(f"partition of {shape}: time of one core", sum(of("neurons", "core_seconds")), 300.0, "s", 1.0),
-        compared("partition, neurons against 128 modules", "neurons", "modules"),
-        compared("partition, neurons, against HiGHS as long", "neurons", "highs, neurons"),
-        compared("partition, 128 modules, against HiGHS as long", "modules", "highs, modules"),
+        *compared("partition, neurons against 128 modules", "modules"),
+        *compared("partition, neurons, against HiGHS as long", "highs, neurons"),
+        *compared("partition, 128 modules, against HiGHS as long", "highs, modules", "modules"),
     ], {
-        "layers_proved_optimal": sum(one["neurons"]["status"] == "optimal" for one in layers),
+        "shape": shape, "layers_proved_optimal": sum(one["neurons"]["status"] == "optimal" for one in layers),
         "greatest_gap": max(of("neurons", "gap")), "layers": layers,
     }  # fmt: skip
 
@@ -225,9 +241,9 @@ def _score(folder: Path) -> dict:
 
     model, random = AutoModelForCausalLM.from_pretrained(folder / "dense"), np.random.default_rng(0)
     started = time.monotonic()
-    batches = {f"domain{d}": [random_batch(random, 2, 48, 64, 128000)] for d in range(8)}
+    batches = {f"domain{d}": [random_batch(random, 1, 48, 64, 128000)] for d in range(8)}
     score(model, batches).save(folder / "scores.npz")
-    return {"sequences": 16, "scoring_alone_s": round(time.monotonic() - started, 1)}
+    return {"sequences": 8, "scoring_alone_s": round(time.monotonic() - started, 1)}
 
 
 def _partition(folder: Path) -> dict:
@@ -275,13 +291,20 @@ def _step(work, folder: Path) -> dict:
 
 
 def full_size(chosen) -> tuple[list[dict], dict]:
+    from expert_merging.files import write_json
+
+    shape = "LLaMA-3.2-1B, random weights, float32"
+    steps = begun("full_size", shape).get("steps", {})
     # Each in a process of its own: peak memory is that of a whole life.
-    own, steps = multiprocessing.get_context("spawn"), {}
+    own = multiprocessing.get_context("spawn")
     for name, work in (("model", _make), ("score", _score), ("partition", _partition), ("convert", _convert)):
+        if name in steps:
+            continue
         with own.Pool(1) as pool:
             steps[name] = pool.apply(_step, (work, chosen.folder))
+        write_json(record_of("full_size"), {"unfinished": True, "shape": shape, "steps": steps})
         print(name, steps[name], flush=True)
-    return [], {"shape": "LLaMA-3.2-1B, random weights, float32", "steps": steps}
+    return [], {"shape": shape, "steps": steps}
 
 
 def tables() -> None:
@@ -340,8 +363,7 @@ def main() -> None:
     for found in rows:
         print("{name}: {ours} against {theirs} {unit}: ratio {ratio}, target {target}".format(**found))
     machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
-    path = ROOT / "benchmarks" / "results" / f"hemoe_{chosen.part}.json"
-    write_json(path, {"machine": machine, "versions": versions(), **more, "rows": rows})
+    write_json(record_of(chosen.part), {"machine": machine, "versions": versions(), **more, "rows": rows})
     tables()
 
 

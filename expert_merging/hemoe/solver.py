@@ -155,24 +155,21 @@ def climb(problem: Problem, serves: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def starts(problem: Problem, count: int, seed: int) -> Iterator[np.ndarray]:
-    """`count` feasible y [n, D]: one half with as many experts that serve all domains as fit, the rest random."""
+    """`count` feasible y [n, D]: in turn one with some experts that serve all domains, and one at random."""
     random = np.random.default_rng(seed)
     n, domains, q = problem.experts, problem.scores.shape[1], problem.per_domain
     for number in range(count):
         serves = np.zeros((n, domains), dtype=bool)
         everywhere = 0
-        if number % 2 == 0:  # the most that leaves a free place for each other expert
-            everywhere = max(u for u in range(min(q, n) + 1) if n - u <= domains * (q - u))
-            everywhere = min(everywhere, number // 2 % (everywhere + 1) + 1) if everywhere else 0
+        if number % 2 == 0:  # 1, 2, ... up to as many as leave a place for each other expert, and again
+            most = max(u for u in range(min(q, n) + 1) if n - u <= domains * (q - u))
+            everywhere = number // 2 % most + 1 if most else 0
         serves[:everywhere] = True
         left = q - everywhere
         if left:
             # A place in a domain for every other expert, then the places still free.
-            places = np.repeat(np.arange(domains), left)
-            first = random.permutation(places.size)[: n - everywhere]
-            order = random.permutation(places[first]) if n > everywhere else []
-            for expert, domain in zip(range(everywhere, n), order, strict=True):
-                serves[expert, domain] = True
+            places = random.permutation(np.repeat(np.arange(domains), left))
+            serves[np.arange(everywhere, n), places[: n - everywhere]] = True
             for domain in range(domains):
                 free = np.flatnonzero(~serves[:, domain])
                 serves[random.permutation(free)[: q - int(serves[:, domain].sum())], domain] = True
