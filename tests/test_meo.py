@@ -434,3 +434,25 @@ def test_token_level_gates_of_decoders_are_of_one_mode():
     with pytest.raises(UserError, match="convert with mode='moe'"):
         meo.set_mode(model, "moe")
     assert {m.mode for m in meo.linears(model).values()} == {"meo"}
+
+
+@pytest.mark.parametrize("head", ["BartForSequenceClassification", "T5ForSequenceClassification", "T5EncoderModel"])
+def test_other_heads(head):
+    """Models that hold their encoder and decoder elsewhere: MoE and MEO agree, the balance loss is in the loss."""
+    import transformers
+
+    config = tiny_model("bart" if head.startswith("Bart") else "t5").config
+    config.num_labels, config.eos_token_id, config.pad_token_id = 2, 1, 0
+    torch.manual_seed(0)
+    model = perturb(meo.convert(getattr(transformers, head)(config), n=4, k=3)).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 1], [9, 8, 7, 6, 1]])
+    outs = []
+    for mode in ("meo", "moe"):
+        meo.set_mode(model, mode)
+        with torch.no_grad():
+            outs.append(model(input_ids=ids)[0])
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
+    if head != "T5EncoderModel":
+        model.train()(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        assert meo.balance_loss(model) > 0
+        assert all(module.w_noise.grad.any() for module in meo.linears(model).values())

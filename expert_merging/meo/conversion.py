@@ -263,8 +263,9 @@ def _is_linear(module: nn.Module) -> bool:
 def _stacks(model: nn.Module, tasks: nn.Module | None) -> list[tuple[nn.Module, Stack]]:
     """(module, state) of the encoder and decoder; whichever comes first holds a linear."""
     if model.config.is_encoder_decoder:
-        found = [(model.get_encoder(), Stack("encoder", tasks))]
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        inner = model if hasattr(model, "get_encoder") else model.base_model
+        found = [(inner.get_encoder(), Stack("encoder", tasks))]
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
         return [*found, (decoder, Stack("decoder", tasks))] if decoder is not None else found
     return [(model.base_model, Stack("causal" if _is_causal(model) else "encoder", tasks))]
 
