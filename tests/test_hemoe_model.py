@@ -432,6 +432,18 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         tuned(tmp_path, mixture(dense_model(), k=2), steps=4)
 
 
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(tmp_path):
+    whole = tuned(tmp_path, mixture(dense_model(), k=2), steps=2).state_dict()
+    for name, state in (("checkpoint-3", None), ("checkpoint-4", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        if state:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    again = tuned(tmp_path, mixture(dense_model(), k=2), steps=2).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_router_that_starts_from_the_map_sends_domains_to_their_experts():
     dense = dense_model()
     serves = [[[1, 1], [1, 0], [0, 1]]] * 2  # expert 0 serves both domains, 1 the first, 2 the second

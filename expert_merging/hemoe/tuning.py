@@ -1,12 +1,14 @@
 """Training on instruction data with transformers' `Trainer`: LoRA on attention, the routers in full, experts frozen."""
 
+import contextlib
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from expert_merging.errors import UserError
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
@@ -53,6 +55,7 @@ def batches(rows: list[dict[str, list[int]]], size: int, pad: int) -> list[dict[
 
 def add_lora(model, rank: int, alpha: int, dropout: float):
     """`model` with LoRA on q, k, v and o of every layer; of the rest only learned routers are trained, in full."""
+    import torch.distributed.tensor  # noqa: F401  (peft takes for granted that somebody has)
     from peft import LoraConfig, get_peft_model
 
     routers = isinstance(model, HEMoEForCausalLM) and model.config.router == "learned"
@@ -120,7 +123,7 @@ def fit(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None
     bar = _one_bar(trainer, label)
-    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    last = _last_whole(folder)
     try:
         result = trainer.train(resume_from_checkpoint=last)
     except Exception as error:  # a file cut short surfaces as whatever its reader raises
@@ -136,6 +139,16 @@ def fit(
         "steps": steps, "loss": sum(losses[-2:]) / len(losses[-2:]), "log": losses,
         "seconds": result.metrics["train_runtime"],
     }  # fmt: skip
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The Trainer's newest checkpoint, if any; those that a kill left half-written are removed. Their state comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        shutil.rmtree(path)
+    return None
 
 
 def _one_bar(trainer: Trainer, label: str):
