@@ -139,6 +139,8 @@ def main(c):
         scores, texts = fidelity.written(model, test, task, tokenizer, c, accelerator)
         found["Switch"] = {"loss": reference.loss, "scores": scores, "texts": texts}
         found["sizes"] = fidelity.sizes({"Switch": (model, folder), "dense": (dense, dense_folder)})
+        write_json(work, {"identity": identity, "found": found})
+    if "latency" not in found:
         found["latency"] = fidelity.latency({"Switch": model, "dense": dense}, test, tokenizer, c)
         write_json(work, {"identity": identity, "found": found})
     favourites = {layer: use.favourite for layer, use in uses.items()}

@@ -101,7 +101,7 @@ def finetuning_tables(name: str, records: Records) -> list[Table]:
             "variant": variant["name"],
             score: stat([r["scores"]["test"][score] for r in of]),
             "test loss": stat([r["scores"]["test"]["loss"] for r in of], 4),
-            "GFLOPs a sequence": of[0]["flops"] / 1e9,
+            "MFLOPs a sequence": of[0]["flops"] / 1e6,
             f"{where}ms a training step": stat([1000 * r["step_seconds"] for r in of if r["step_seconds"]], 1),
             "parameters, M": of[0]["parameters"] / 1e6,
             "kept for backward, MB": of[0]["kept_bytes"] / 1e6,
@@ -158,7 +158,7 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
     first, score = records[0], records[0]["main_score"]
     quantities: dict[str, Callable[[dict], float]] = {
         f"test {score}": lambda r: r["scores"]["test"][score],
-        "GFLOPs a sequence": lambda r: r["flops"] / 1e9,
+        "MFLOPs a sequence": lambda r: r["flops"] / 1e6,
         "ms a training step": lambda r: 1000 * (r["step_seconds"] or np.nan),
     }
     lines = list(dict.fromkeys((v["how"], v["level"]) for v in _variants(records) if v["level"]))
@@ -178,8 +178,8 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
                 ks, [np.mean(v) for v in of], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in of], ls=style, marker="o",
                 ms=4, capsize=2, lw=2.4 if how == "moe" else 1.2, color=f"C{number}", label=text,
             )  # fmt: skip
-            axes.set_xticks(ks)
-        axes.set(title=label, xlabel="k, active experts")
+        ticks = sorted({v["k"] for v in _variants(records) if v["level"]})
+        axes.set(title=label, xlabel="k, active experts", xticks=ticks)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle(f"{first['family']} on {first['task']}, {_seeds(records)}")
     _save(figure, folder / f"{name}.png")
@@ -281,8 +281,9 @@ def densify_tables(records: Records) -> list[Table]:
         ),
         Table(
             "densify_costs", "Size and latency of the Switch and of the dense model",
-            f"{about}; median of {first['identity']['latency_runs']} runs, {first['threads']} thread(s), "
-            f"{first['identity']['num_beams']} beams; a model that writes more tokens takes longer.", costs,
+            f"{about}; median of {first['identity']['latency_runs']} runs, {first['threads']} thread(s)"
+            f"{', time of the process' if first['device'] == 'cpu' else ''}, {first['identity']['num_beams']} beams; a model "
+            "that writes more tokens takes longer.", costs,
         ),
     ]  # fmt: skip
 
