@@ -13,6 +13,7 @@ steps = ("base", "domains", "scores", "partition", "conversion", "tuning", "meas
 methods = (
     "HEMoE",
     "HEMoE_start",  # routers start from the domains' map
+    "HEMoE_gate",  # EMoE's routers, not trained
     "HEMoE_modules",  # over pre-clustered modules
     "HEMoE_equal",  # size_ratio 1
     "MoEfication",

@@ -21,10 +21,11 @@ from expert_merging.files import new_folder, read_json, write_json
 STEPS = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
 
-# name: (partition, its settings that differ, the router at the start: noise, domains (the map's), fixed (EMoE's mean gate))
+# name: (partition, its settings that differ, the router: noise at the start, domains (the map's), fixed (EMoE's mean gate))
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "HEMoE": ("HEMoE", {}, "noise"),
     "HEMoE_start": ("HEMoE", {}, "domains"),
+    "HEMoE_gate": ("HEMoE", {}, "fixed"),
     "HEMoE_modules": ("HEMoE", {"modules": "num_modules"}, "noise"),
     "HEMoE_equal": ("HEMoE", {"ratio": 1.0}, "noise"),
     "MoEfication": ("MoEfication", {}, "noise"),

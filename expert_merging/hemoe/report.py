@@ -18,7 +18,7 @@ RESULTS = ROOT / "results" / "hemoe"
 SHARES = (0.25, 0.5, 0.75)  # at which curves are compared
 _LABELS = {
     "dense": "dense, as it is", "dense_tuned": "dense, tuned alike", "HEMoE": "HEMoE, neurons",
-    "HEMoE_start": "HEMoE, routers from the map", "HEMoE_modules": "HEMoE, modules",
+    "HEMoE_start": "HEMoE, routers from the map", "HEMoE_gate": "HEMoE, EMoE's routers", "HEMoE_modules": "HEMoE, modules",
     "HEMoE_equal": "HEMoE, equal sizes", "MoEBERT_domains": "MoEBERT, an expert a domain",
     "random": "random, equal sizes", "random_heterogeneous": "random, HEMoE's sizes",
 }  # fmt: skip
@@ -31,6 +31,8 @@ _QUESTIONS = (
     ("both", "HEMoE", "random"),
     ("against MoEfication", "HEMoE", "MoEfication"),
     ("against EMoE", "HEMoE", "EMoE"),
+    ("against EMoE, routers alike", "HEMoE_gate", "EMoE"),
+    ("EMoE's routers instead of trained ones", "HEMoE_gate", "HEMoE"),
     ("neurons instead of modules", "HEMoE", "HEMoE_modules"),
     ("routers that start from the map", "HEMoE_start", "HEMoE"),
 )
@@ -265,11 +267,11 @@ def figure(records: Records, path: Path) -> None:
             if not curves:
                 continue
             mean, share = np.mean(curves, axis=0), np.mean(shares, axis=0)
-            style = "--" if method.startswith("random") else ":" if "MoEB" in method or "ication" in method else "-"
-            axes.plot(share, mean, style, marker="o", ms=3, lw=1.3, color=f"C{number}", label=_name(method))
+            colour, style = plt.get_cmap("tab20")(2 * number % 20 + number // 10), "-" if "HEMoE" in method else "--"
+            axes.plot(share, mean, style, marker="o", ms=3, lw=1.3, color=colour, label=_name(method))
             if len(curves) > 1 and method in ("HEMoE", "random"):
                 sd = np.std(curves, axis=0, ddof=1)
-                axes.fill_between(share, mean - sd, mean + sd, color=f"C{number}", alpha=0.12, lw=0)
+                axes.fill_between(share, mean - sd, mean + sd, color=colour, alpha=0.12, lw=0)
         for method, style in zip(DENSE, (":", "-"), strict=True):
             values = [curve(of[method])[what][0] for of in records.values() if method in of]
             if values:
