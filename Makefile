@@ -4,14 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup reproduce evidence test lint bench
+.PHONY: setup reproduce evidence test lint bench faults
 
 setup: $(VENV)/ready
 	@$(RUN) caem_files/install.py
 
-$(VENV)/ready: requirements.txt
+# Everything by its hash, then torch by its version, so that its CPU and its CUDA build both do (docs/trust.md).
+$(VENV)/ready: requirements.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep ^torch== requirements.txt)
 	touch $@
 
 reproduce: setup
@@ -22,6 +24,10 @@ evidence: setup
 
 test: setup
 	$(RUN) -m pytest
+
+# Kills every script thirty times and feeds the readers broken files; under an hour on 2 cores.
+faults: setup
+	$(RUN) tests/faults.py
 
 bench: setup
 	$(RUN) benchmarks/layer.py
