@@ -37,8 +37,10 @@ validation_examples = by_scale(paper=0, small=1000, tiny=160)  # a task; 0 takes
 test_examples = by_scale(paper=0, small=1000, tiny=240)  # a task; 0 takes all
 
 # -- training (paper, A.3): AdamW at a constant rate
-batch_size = by_scale(paper=8, small=24, tiny=8)  # examples of a task in one forward pass, over all processes
+batch_size = by_scale(paper=8, small=24, tiny=8)  # of a task in one pass, over all processes; cut if memory is short
 gradient_accumulation_steps = by_scale(paper=3, small=1, tiny=1)  # passes a task: at paper 24 examples of each a step
+gradient_checkpointing = False  # activations computed again in the backward pass: less memory, a third more time
+precision = "auto"  # auto: bf16 on GPUs that have it, else fp32 | bf16 | fp32; weights and optimizer are always fp32
 lr = by_scale(paper=3e-4, small=5e-4, tiny=1e-3)  # constant
 adam_betas = (0.9, 0.98)
 adam_eps = 1e-6  # the released code's; the paper prints 1e-16

@@ -1,4 +1,8 @@
-"""Which examples a step sees: rotation over epochs (paper, 4.1) and batches of similar length, as functions of the seed."""
+"""Which examples a step sees: rotation over epochs (paper, 4.1) and batches of similar length, as functions of the seed;
+and how many of them at a time fit in memory."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -28,3 +32,24 @@ def length_grouped(examples: np.ndarray, lengths: np.ndarray, batch_size: int, s
     in_order = np.concatenate([row[np.argsort(-lengths[row], kind="stable")] for row in rows])
     batches = [in_order[start : start + batch_size] for start in range(0, len(in_order), batch_size)]
     return [batches[i] for i in np.random.default_rng(seed).permutation(len(batches))]
+
+
+class MicroBatches:
+    """In how many parts the passes of a task are computed: in one until memory runs out, then in twice as many.
+
+    A pass is a dataclass with `task` and `rows` (which examples) whose loss is the sum of its parts' losses.
+    """
+
+    def __init__(self):
+        self.parts: dict[str, int] = {}
+
+    def cut(self, one: Any) -> list[Any]:
+        """The pass in parts of as many rows each as can be."""
+        number = min(self.parts.get(one.task, 1), len(one.rows))
+        return [replace(one, rows=rows) for rows in np.array_split(one.rows, number)] if number > 1 else [one]
+
+    def halve(self, one: Any) -> bool:
+        """Note that a part `one` did not fit; whether there is a smaller one."""
+        if len(one.rows) > 1:
+            self.parts[one.task] = 2 * self.parts.get(one.task, 1)
+        return len(one.rows) > 1

@@ -11,8 +11,9 @@ from expert_merging.errors import UserError
 def make_accelerator(constants: SimpleNamespace):
     """The `accelerate.Accelerator` that `constants.device` asks for, with every random generator seeded.
 
-    Raises UserError for an unknown device, for "cuda" where there is none, and for a launch with FSDP or DeepSpeed: every
-    process holds the whole model here, and decodes its own share of the examples, which sharded weights do not allow.
+    Raises UserError for an unknown device or precision, for "cuda" where there is none, and for a launch with FSDP or
+    DeepSpeed: every process holds the whole model here, and decodes its own share of the examples, which sharded weights
+    do not allow.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -20,6 +21,8 @@ def make_accelerator(constants: SimpleNamespace):
 
     if constants.device not in ("cuda", "cpu", "auto"):
         raise UserError(f"device is {constants.device!r}; it must be cuda, cpu or auto")
+    if constants.precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision is {constants.precision!r}; it must be auto, bf16 or fp32")
     if constants.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"scale {constants.scale} needs a CUDA device and torch sees none; "
@@ -31,10 +34,11 @@ def make_accelerator(constants: SimpleNamespace):
     # At every checkpoint it would say that tied weights are written once, which is meant.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     on_cpu = constants.device == "cpu" or not torch.cuda.is_available()
+    bf16 = {"auto": not on_cpu and torch.cuda.is_bf16_supported(), "bf16": True, "fp32": False}[constants.precision]
     set_seed(constants.seed)
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision="no" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16",
+        mixed_precision="bf16" if bf16 else "no",
         # An expert that received no token in any process has no gradient; the others must not wait for it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

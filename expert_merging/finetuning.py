@@ -17,7 +17,7 @@ import torch
 from transformers.models.switch_transformers.modeling_switch_transformers import router_losses
 
 from expert_merging import decoding, histories, models, provenance, training, usage
-from expert_merging.batching import epoch_examples, length_grouped
+from expert_merging.batching import MicroBatches, epoch_examples, length_grouped
 from expert_merging.cross_entropy import task_loss
 from expert_merging.features import collate, folder_of, padded_lengths
 from expert_merging.files import read_json, write_json
@@ -64,6 +64,8 @@ def finetune(
     """
     training.claim(work, identity)
     model.set_usage_counting(of_method(c.reading, "counts"))
+    if c.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
     )
@@ -125,7 +127,7 @@ def finetune(
     epochs = training.train(
         accelerator, model, optimizer, num_epochs=num_epochs or c.num_epochs, steps_of=steps_of, loss_of=loss_of,
         after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=c.max_grad_norm,
-        label=name,
+        micro_batches=MicroBatches(), label=name,
     )  # fmt: skip
     del optimizer  # its states are twice the model, and the best epoch's weights come beside the last one's
     accelerator.free_memory()
@@ -136,6 +138,7 @@ def finetune(
     history = {
         "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
         "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "identity": identity, "parameters": model.num_parameters(),
         "experts_num": model.config.num_experts, "tasks": list(data),

@@ -29,7 +29,7 @@ _WITHOUT_EFFECT += (
     "checkpoint_minutes",
     "eval_batch_size",
 )
-_WITHOUT_EFFECT += ("device", "merge_only", "test_each_epoch")
+_WITHOUT_EFFECT += ("device", "precision", "gradient_checkpointing", "merge_only", "test_each_epoch")
 
 
 def save(folder: str | Path, name: str, history: dict[str, Any]) -> None:

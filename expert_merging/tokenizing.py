@@ -17,9 +17,9 @@ class WordCache:
 
     def __init__(self, tokenizer, room: int = 1_000_000):
         """`room`: how many words are kept; with more, all are forgotten. A million takes about 200 MB."""
-        self.tokenizer, self.room = tokenizer, room
+        self.backend, self.room = tokenizer.backend_tokenizer, room
         self.known: dict[str, tuple[int, ...] | None] = {}  # None: its ids depend on its neighbours
-        pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+        pre_tokenizer = self.backend.pre_tokenizer
         self.cuts_at_spaces = pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str("a b")) == 2
         self.newline_is_space = self._whole(["a\nb"]) == self._whole(["a b"])
 
@@ -37,18 +37,25 @@ class WordCache:
         return [list(chain.from_iterable(pieces)) for pieces in made]
 
     def _learn(self, words: list[str]) -> None:
-        if not words:
-            return
-        neighbour = self._whole(["a"])[0]
-        between = self._whole([f"a {word} a" for word in words])
-        for word, alone, together in zip(words, self._whole(words), between, strict=True):
-            # A word of nothing but white space may be something at the end of a text.
-            same = alone and together == [*neighbour, *alone, *neighbour]
-            self.known[word] = tuple(alone) if same else None
+        """Note the ids of new words. That they are the same beside others is tried in rows of 64 words, and where a row
+        gives anything else, word by word."""
+        neighbour = self._whole(["a"])[0] if words else []
+        alone = self._whole(words)
+        rows = [slice(start, start + 64) for start in range(0, len(words), 64)]
+        together = self._whole([" ".join(["a", *words[row], "a"]) for row in rows])
+        for row, ids in zip(rows, together, strict=True):
+            new, ids_of_new = words[row], alone[row]
+            if ids == [*neighbour, *chain.from_iterable(ids_of_new), *neighbour]:
+                same = [True] * len(new)
+            else:
+                between = self._whole([f"a {word} a" for word in new])
+                same = [one == [*neighbour, *ids, *neighbour] for ids, one in zip(ids_of_new, between, strict=True)]
+            for word, ids, is_same in zip(new, ids_of_new, same, strict=True):
+                # A word of nothing but white space may be something at the end of a text.
+                self.known[word] = tuple(ids) if ids and is_same else None
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         """By the tokenizer itself, on all cores."""
-        if not texts:
-            return []
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return self.tokenizer(list(texts), **options)["input_ids"]
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]

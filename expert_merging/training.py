@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from accelerate.utils.other import load as load_weights_only
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from expert_merging import histories, provenance
+from expert_merging.batching import MicroBatches
 from expert_merging.errors import UserError
 from expert_merging.files import hold, new_folder, read_json, sha256, write_json
 
@@ -45,6 +47,7 @@ def train(
     checkpoint_minutes: float,
     max_grad_norm: float = 0.0,
     schedule: Callable[[int, int], float] | None = None,
+    micro_batches: MicroBatches | None = None,
     label: str = "",
 ) -> list[dict[str, Any]]:
     """Train `model` in place; the weights of the best epoch end up in `best_folder(folder, history)`.
@@ -55,13 +58,15 @@ def train(
             Where a pass has a `task`, a loss that is no number names it.
         after_epoch: epoch -> what to note in the history; its "selection" (higher is better) chooses the best epoch.
         schedule: (epoch, step) -> factor on the optimizer's learning rate; None keeps it constant.
+        micro_batches: cuts passes that do not fit in memory; a step's loss and examples stay the same. None, or several
+            processes (which would wait for one another): a pass that does not fit ends the run.
 
     Returns:
         The history: for each epoch `after_epoch`'s record with the mean "train_loss" a step and the "seconds" it took.
 
     Raises:
-        UserError: the loss or a weight is no longer a number, or a checkpoint cannot be read or written or is another
-            run's. The last good checkpoint stays.
+        UserError: the loss or a weight is no longer a number, out of memory, or a checkpoint cannot be read or written
+            or is another run's. The last good checkpoint stays.
     """
     progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": []}
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -82,7 +87,9 @@ def train(
             if schedule is not None:
                 for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
                     group["lr"] = lr * schedule(epoch, number)
-            loss, examples, odd = _step(accelerator, model, optimizer, steps[number], loss_of, max_grad_norm)
+            loss, examples, odd = _step(
+                accelerator, model, optimizer, steps[number], loss_of, max_grad_norm, micro_batches
+            )
             where = f"epoch {epoch + 1}, step {number + 1} of {len(steps)}"
             if not math.isfinite(loss):
                 of_tasks = f" of {', '.join(odd)}" if odd else ""
@@ -149,18 +156,16 @@ def best_epoch(history: list[dict[str, Any]]) -> int:
     return max(range(len(history)), key=lambda epoch: (history[epoch]["selection"], -epoch))
 
 
-def _step(accelerator, model, optimizer, passes, loss_of, max_grad_norm) -> tuple[float, int, list[str]]:
+def _step(
+    accelerator, model, optimizer, passes, loss_of, max_grad_norm, micro_batches: MicroBatches | None
+) -> tuple[float, int, list[str]]:
     """One optimizer step over `passes`. Returns its loss, the number of examples, and, where the loss is no number, the
     tasks of the passes to blame (those of this process)."""
-    total, examples, losses = torch.zeros((), device=accelerator.device), 0, []
-    for number, one in enumerate(passes):
-        # Gradients cross processes once a step, with the last pass.
-        with accelerator.no_sync(model) if number + 1 < len(passes) else contextlib.nullcontext():
-            loss, count = loss_of(model, one)
-            accelerator.backward(loss)
-        total += loss.detach()
-        losses.append(loss.detach())
-        examples += count
+    whole, gradients = passes, None
+    while gradients is None:
+        passes = [part for one in whole for part in micro_batches.cut(one)] if micro_batches else whole
+        gradients = _gradients(accelerator, model, optimizer, passes, loss_of, micro_batches)
+    total, examples, losses = gradients
     if max_grad_norm > 0:
         accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
@@ -169,6 +174,39 @@ def _step(accelerator, model, optimizer, passes, loss_of, max_grad_norm) -> tupl
     if not math.isfinite(value):
         odd = {getattr(one, "task", "") for one, loss in zip(passes, losses, strict=True) if not loss.isfinite()}
     return value, examples, sorted(odd - {""})
+
+
+def _gradients(
+    accelerator, model, optimizer, passes, loss_of, micro_batches: MicroBatches | None
+) -> tuple[torch.Tensor, int, list[torch.Tensor]] | None:
+    """Add up the gradients of a step's passes. Returns its loss, the number of examples and each pass's loss; None, with
+    no gradients and `micro_batches` set to smaller parts, where a pass did not fit in memory."""
+    total, examples, losses = torch.zeros((), device=accelerator.device), 0, []
+    for number, one in enumerate(passes):
+        try:
+            # Gradients cross processes once a step, with the last pass.
+            with accelerator.no_sync(model) if number + 1 < len(passes) else contextlib.nullcontext():
+                loss, count = loss_of(model, one)
+                accelerator.backward(loss)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if micro_batches is None or accelerator.num_processes > 1 or not micro_batches.halve(one):
+                raise UserError(
+                    "out of memory in training; lower batch_size and raise gradient_accumulation_steps, or give "
+                    "--gradient_checkpointing"
+                ) from error
+            break
+        total += loss.detach()
+        losses.append(loss.detach())
+        examples += count
+    else:
+        return total, examples, losses
+    loss = None  # and with it what its graph holds
+    optimizer.zero_grad(set_to_none=True)
+    clear_device_cache(garbage_collection=True)
+    accelerator.print(f"out of memory: passes of {one.task} in parts of {(len(one.rows) + 1) // 2} examples from here on")
+    return None
 
 
 def best_folder(folder: Path, history: list[dict[str, Any]]) -> Path:

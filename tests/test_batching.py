@@ -1,12 +1,13 @@
 """Rotation and length grouping."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging.batching import epoch_examples, length_grouped
+from expert_merging.batching import MicroBatches, epoch_examples, length_grouped
 
 SIZES = st.integers(1, 40)
 
@@ -49,3 +50,30 @@ def test_grouping_saves_padding():
     grouped = length_grouped(examples, lengths, 24, 0)
     assert padded(grouped) < 0.6 * padded(plain)
     assert padded(grouped) < 1.05 * lengths.sum()
+
+
+@dataclass(frozen=True)
+class Pass:
+    task: str
+    rows: np.ndarray
+
+
+@given(st.integers(1, 30), st.integers(0, 6))
+def test_micro_batches_share_out_the_rows(rows, times):
+    one, other, cutting = (
+        Pass(
+            "a",
+            np.arange(rows) * 3,
+        ),
+        Pass("b", np.arange(rows)),
+        MicroBatches(),
+    )
+    for _ in range(times):
+        largest = cutting.cut(one)[0]
+        assert cutting.halve(largest) == (len(largest.rows) > 1)
+    parts = cutting.cut(one)
+    assert np.concatenate([part.rows for part in parts]).tolist() == one.rows.tolist()
+    sizes = [len(part.rows) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and {part.task for part in parts} == {"a"}
+    assert len(parts) == min(rows, 2**times) or sizes == [1] * rows
+    assert cutting.cut(other) == [other]

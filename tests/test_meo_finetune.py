@@ -164,8 +164,8 @@ def test_pretraining_learns(tmp_path):
     tokenizer = bases.new_tokenizer(tiny_tokenizer())
     blocks = recipes.blocks_of(sentences(400), tokenizer, 16)
     c = SimpleNamespace(
-        seed=0, device="cpu", scale="tiny", d_model=16, d_ff=32, num_layers=1, num_heads=2, pretraining_steps=40,
-        pretraining_batch=8, pretraining_lr=0.01, checkpoint_minutes=5,
+        seed=0, device="cpu", precision="auto", scale="tiny", d_model=16, d_ff=32, num_layers=1, num_heads=2,
+        pretraining_steps=40, pretraining_batch=8, pretraining_lr=0.01, checkpoint_minutes=5,
     )  # fmt: skip
     for family in ("bert", "t5", "bart"):
         bases.pretrain(c, make_accelerator(c), family, tokenizer, blocks, tmp_path / family)

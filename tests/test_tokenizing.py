@@ -97,7 +97,8 @@ def test_a_word_is_tokenised_once(name, monkeypatch):
     expected, tokenised, by_itself = whole(TOKENIZERS[name], texts), [], cache._whole
     monkeypatch.setattr(cache, "_whole", lambda given: tokenised.extend(given) or by_itself(given))
     assert cache(texts) == expected
-    assert max(len(text.split()) for text in tokenised) == 3  # a word, or a word between two others
+    distinct = set(" ".join(texts).split())
+    assert sum(len(text.split()) for text in tokenised) < 2.5 * len(distinct)  # alone, and beside one another
     tokenised.clear()
     assert cache(texts) == expected
     assert tokenised == []

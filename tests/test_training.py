@@ -3,13 +3,16 @@
 import json
 import resource
 import shutil
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from expert_merging import files, training
+from expert_merging.batching import MicroBatches
 from expert_merging.errors import UserError
 
 
@@ -285,3 +288,63 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="a weight became infinite or no number at epoch 1, step 4 of 5"):
         run(tmp_path, loss=bad)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+# ---------------------------------------------------------------- memory that is short
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A pass that can be cut: its loss is the sum of its rows' losses, over the rows of the whole."""
+
+    task: str
+    rows: np.ndarray
+    of: int
+
+
+def run_in(folder, room: int, micro_batches) -> tuple[list[int], list[dict], dict]:
+    """Two steps of 6 + 3 rows on a device where `room` rows of the task "long" fit: (rows tried, history, weights)."""
+    set_seed(0)
+    model, tried = Toy(), []
+    model.dropout.p = 0.0
+    data = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+
+    def loss(model, one):
+        tried.append(len(one.rows))
+        made = (model(data[one.rows]) - 1).square().sum() / one.of
+        if one.task == "long" and len(one.rows) > room:
+            # Half of a backward pass is done when memory runs out.
+            (made / 2).backward()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return made, len(one.rows)
+
+    steps = [[Examples("long", np.arange(6), 9), Examples("short", np.arange(6, 9), 9)]] * 2
+    history = training.train(
+        Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), num_epochs=1, steps_of=lambda epoch: steps,
+        loss_of=loss, after_epoch=lambda epoch: {"selection": 0}, folder=folder, checkpoint_minutes=9, label="toy",
+        micro_batches=micro_batches,
+    )  # fmt: skip
+    return tried, history, model.state_dict()
+
+
+def test_passes_are_cut_where_memory_runs_out_and_the_step_stays_the_same(tmp_path, capsys):
+    tried, history, weights = run_in(tmp_path / "short", 2, MicroBatches())
+    assert tried == [6, 3, *[2, 2, 1, 1, 3] * 2]  # six rows do not fit, nor three; four parts do, then and in the next step
+    _, undisturbed, expected = run_in(tmp_path / "ample", 6, MicroBatches())
+    assert history[0]["train_loss"] == pytest.approx(undisturbed[0]["train_loss"], rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name])
+    assert "out of memory: passes of long in parts of 3 examples from here on" in capsys.readouterr().out
+
+
+def test_an_example_that_does_not_fit_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match="out of memory in training; lower batch_size .* give --gradient_checkpointing"):
+        run_in(tmp_path, 0, MicroBatches())
+
+
+def test_other_errors_pass(tmp_path):
+    def broken(model, x):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(tmp_path, loss=broken)
