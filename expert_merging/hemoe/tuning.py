@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from expert_merging.errors import UserError
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
@@ -103,7 +103,7 @@ def fit(
         any_k: draw the number of experts that fire from 1..n for every step (a mixture only).
 
     Returns:
-        {"steps", "loss" (of the last tenth of the steps), "seconds", "log"}.
+        {"steps", "loss" (of the last tenth of the steps), "seconds" (of this call), "log"}.
 
     Raises:
         UserError: the loss is no longer a number, or a checkpoint cannot be read.
@@ -124,8 +124,13 @@ def fit(
     trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None
     bar = _one_bar(trainer, label)
     last = _last_whole(folder)
+    seconds = 0.0
     try:
-        result = trainer.train(resume_from_checkpoint=last)
+        if last and int(last.rpartition("-")[2]) >= steps:  # killed after its last step; `train` would add another
+            trainer._load_from_checkpoint(last)
+            trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
+        else:
+            seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"]
     except Exception as error:  # a file cut short surfaces as whatever its reader raises
         if last is None or bar.begun:
             raise
@@ -137,7 +142,7 @@ def fit(
         raise UserError(f"{label}: the loss became {losses[-1]}; lower the learning rate and remove {folder}")
     return {
         "steps": steps, "loss": sum(losses[-2:]) / len(losses[-2:]), "log": losses,
-        "seconds": result.metrics["train_runtime"],
+        "seconds": seconds,
     }  # fmt: skip
 
 
