@@ -37,6 +37,7 @@ from conftest import ROOT, World, build_world  # noqa: E402
 
 # What may differ between two runs with the same result.
 VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions", "_name_or_path"}
+VOLATILE |= {"seconds_to_merge", "seconds_to_test"}
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,38 @@ class Case:
 
     script: str
     words: list[str] = field(default_factory=list)
+    needs: tuple[str, ...] = ()  # cases whose results it reads
     ignored: tuple[str, ...] = ()
     preparation: bool = False  # of others; not killed itself
     few_texts: bool = False  # reading all docstrings takes most of a minute: a few stand for them
     children: bool = False  # it starts others, which take seconds to import torch
 
 
+FEATURES = ("features",)
+SINGLE = (*FEATURES, "single task", "ag_news", "xsum")
 CASES = {
     "features": Case("datasets_preprocessing.py", ["--num_expert", "4"]),
-    "single task": Case("single_task_finetune.py", ["--task_type", "squad", "--num_expert", "4"]),
-    "ag_news": Case("single_task_finetune.py", ["--task_type", "ag_news", "--num_expert", "4"], preparation=True),
-    "xsum": Case("single_task_finetune.py", ["--task_type", "xsum", "--num_expert", "4"], preparation=True),
-    "baseline": Case("Baseline_multi_task_finetune.py", ["--experts_num", "4"]),
-    "caem": Case("CAEM_multi_task_finetune.py", ["--source_experts_num", "4", "--target_experts_num", "4"]),
+    "single task": Case("single_task_finetune.py", ["--task_type", "squad", "--num_expert", "4"], needs=FEATURES),
+    "ag_news": Case("single_task_finetune.py", ["--task_type", "ag_news", "--num_expert", "4"], FEATURES, preparation=True),
+    "xsum": Case("single_task_finetune.py", ["--task_type", "xsum", "--num_expert", "4"], FEATURES, preparation=True),
+    "baseline": Case("Baseline_multi_task_finetune.py", ["--experts_num", "4"], needs=SINGLE),
+    "caem": Case("CAEM_multi_task_finetune.py", ["--source_experts_num", "4", "--target_experts_num", "4"], needs=SINGLE),
     "usage": Case(
-        "count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"]
+        "count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"],
+        needs=("features", "single task"),
     ),
-    "references": Case("reference_scores.py", ["--num_expert", "4"]),
-    "pair": Case("compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"]),
+    "references": Case("reference_scores.py", ["--num_expert", "4"], needs=SINGLE),
+    "pair": Case(
+        "compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"],
+        needs=(*SINGLE, "baseline", "caem"),
+    ),
+    "merging": Case(
+        "WEMoE_multi_task_merging.py",
+        ["--experts_num", "4", "--methods", "average", "dare", "fisher", "regmean", "adamerging_layer", "wemoe",
+         "--adapt_steps", "3", "--adapt_batch_size", "2", "--adapt_tokens", "3", "--statistics_examples", "3",
+         "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
+        needs=SINGLE,
+    ),
     "pre-training": Case(
         "pretrain_base_model.py",
         ["--BASE_MODEL_PATH", "{runs}/base-{experts}", "--num_expert", "4", "--vocab_size", "300", "--d_model", "16",
@@ -187,13 +202,14 @@ def read_few_texts() -> None:
 
 
 def snapshot(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, str]:
-    """{relative path: hash of the content that counts} of every file; lock files aside."""
+    """{relative path: the content that counts, or its hash} of every file; lock files aside."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         is_lock = path.name.startswith(".") and path.name.endswith(".lock")
         if path.is_file() and not is_lock and not any(part in name for part in ignored):
-            found[name] = hashlib.sha256(content(path)).hexdigest()
+            readable = path.suffix in (".json", ".csv", ".md")
+            found[name] = content(path).decode() if readable else hashlib.sha256(content(path)).hexdigest()
         elif path.is_dir() and not any(path.iterdir()) and path.name.startswith("."):
             found[name] = "a left-over folder"
     return found
@@ -221,7 +237,14 @@ def differences(calm: dict[str, str], other: dict[str, str]) -> list[str]:
     """How the files of a disturbed run differ from those of the undisturbed one, in words."""
     lost = [f"{name} is lost" for name in calm.keys() - other.keys()]
     extra = [f"{name} is left over" for name in other.keys() - calm.keys()]
-    return sorted(lost + extra + [f"{n} differs" for n in calm.keys() & other.keys() if calm[n] != other[n]])
+    changed = [n for n in calm.keys() & other.keys() if calm[n] != other[n]]
+    return sorted(lost + extra + [f"{n} differs: {first_difference(calm[n], other[n])}" for n in changed])
+
+
+def first_difference(calm: str, other: str) -> str:
+    """Where two texts part, with a little around it."""
+    place = next((i for i, (a, b) in enumerate(zip(calm, other, strict=False)) if a != b), 0)
+    return f"{calm[max(0, place - 60) : place + 40]!r} was, {other[place : place + 40]!r} is"
 
 
 # ---------------------------------------------------------------- the harness
@@ -338,6 +361,8 @@ def import_all() -> None:
     import torch
     import transformers  # noqa: F401
 
+    import global_config  # noqa: F401
+
     from expert_merging import caem, decoding, features, finetuning, pairs, report  # noqa: F401
 
     torch.set_num_threads(1)
@@ -358,7 +383,7 @@ def main() -> None:
         names = [name for name, case in CASES.items() if (ROOT / case.script).exists()]
         if chosen.scripts:
             wanted = [n for n in names if CASES[n].script in chosen.scripts and not CASES[n].preparation]
-            names = names[: names.index(wanted[-1]) + 1]
+            names = [n for n in names if n in wanted or any(n in CASES[one].needs for one in wanted)]
         calm = undisturbed(world, names, folder)
         print(f"undisturbed, once: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)
         jobs = [
