@@ -251,7 +251,7 @@ def _partition(folder: Path) -> dict:
     from expert_merging.hemoe.partition import Settings, partition
 
     scores = Scores.load(folder / "scores.npz")
-    split = partition("HEMoE", Settings(), scores.values, domains=scores.domains)
+    split = partition("HEMoE", Settings(seconds=20.0), scores.values, domains=scores.domains)
     split.save(folder / "split.npz")
     return {
         "proved_optimal": split.status.count("optimal"), "greatest_gap": float(split.gap.max()),

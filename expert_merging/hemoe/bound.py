@@ -51,8 +51,11 @@ def tighten(problem, serves: np.ndarray, value: float, bound: float, seconds: fl
         if step % 10 == 0:
             for part in (1 / 64, 1 / 16, 1 / 4, 1):  # the most promising ones first: what they gain spares others
                 ways, complete = _ways(problem, sets, reduced, domain_prices, part * room)
-                for cost, way in ways if complete else ways[:TRIED]:
-                    if cost <= now - value and way.tobytes() not in tried:
+                new = [(cost, way) for cost, way in ways if way.tobytes() not in tried]
+                # Lowering the bound is cheaper than trying many: that is for when it hardly falls any more.
+                complete &= len(new) <= 3 * TRIED or pace < 0.2
+                for cost, way in new if complete else new[:TRIED]:
+                    if cost <= now - value:
                         tried.add(way.tobytes())
                         better = _solved(problem, way, value)
                         if better is not None:
@@ -146,11 +149,12 @@ def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, ro
 
 def _solved(problem, serves: np.ndarray, value: float) -> float | None:
     """The value of the best items for `serves`, where it is above `value`."""
-    profit = problem.scores @ serves.T
-    prices = dual_prices(profit, problem.lows, problem.highs)
-    above = (profit - prices).max(1).sum() + np.maximum(problem.highs * prices, problem.lows * prices).sum()
+    kinds, times = np.unique(serves, axis=0, return_counts=True)  # experts alike are one group (solver.best_items)
+    profit, low, high = problem.scores @ kinds.T.astype(np.float64), problem.low * times, problem.high * times
+    prices = dual_prices(profit, low, high, enough=value)
+    above = (profit - prices).max(1).sum() + np.maximum(high * prices, low * prices).sum()
     if above <= value * (1 + 1e-12):
         return None
-    labels = assign(profit, problem.lows, problem.highs, prices)
+    labels = assign(profit, low, high, prices)
     found = float(profit[np.arange(len(labels)), labels].sum())
     return found if found > value * (1 + 1e-12) else None

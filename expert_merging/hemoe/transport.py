@@ -71,12 +71,17 @@ def _shortest_paths(cost: np.ndarray, start: np.ndarray, tolerance: float) -> tu
 
 
 def dual_prices(
-    profit: np.ndarray, low: np.ndarray, high: np.ndarray, prices: np.ndarray | None = None, sweeps: int = 20
+    profit: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    prices: np.ndarray | None = None,
+    sweeps: int = 20,
+    enough: float = -np.inf,
 ) -> np.ndarray:
     """Prices [groups] at which the items' own choices nearly have the sizes wanted.
 
     At any prices sum_i max_e (profit - price) + sum_e max(high price, low price) is above what any assignment reaches;
-    here it is lowered one price at a time, from `prices` (zeros unless given).
+    here it is lowered one price at a time, from `prices` (zeros unless given), until it is `enough`.
     """
     items, groups = profit.shape
     prices = np.zeros(groups) if prices is None else np.array(prices, dtype=np.float64)
@@ -98,6 +103,6 @@ def dual_prices(
                 net[group] -= step
                 prices[group] += step
                 changed = True
-        if not changed:
+        if not changed or net.max(0).sum() + np.maximum(high * prices, low * prices).sum() <= enough:
             break
     return prices
