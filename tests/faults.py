@@ -78,6 +78,22 @@ CASES = {
          "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
         needs=SINGLE,
     ),
+    "meo": Case(
+        "MEO_finetune.py",
+        ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--task", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
+         "--n", "3", "--ks", "2", "--levels", "sequence", "--epochs", "2", "--train_batch", "4", "--input_length", "24",
+         "--learning_rate", "0.01"],
+        ignored=("meo/bert_rte/report",),  # it shows times
+    ),
+    "hemoe": Case(
+        "HEMoE_moe_construction.py",
+        ["--scale", "paper", "--base_model", "{world}/llama", "--INSTRUCTIONS_PATH", "{world}/instructions",
+         "--EVAL_TASKS_PATH", "{world}/eval", "--domains_from", "tasks", "--num_domains", "2", "--num_experts", "2",
+         "--moe_layers", "0", "2", "--max_tokens", "32", "--held_out", "4", "--score_sequences", "8", "--num_modules", "6",
+         "--solver_starts", "2", "--router_k", "1", "--tune_steps", "3", "--tune_batch", "4", "--tune_accumulation", "1",
+         "--methods", "HEMoE", "EMoE", "--eval_tasks", "doc_copy", "doc_turn", "--eval_batch_size", "8"],
+        ignored=("hemoe/report",),
+    ),
     "pre-training": Case(
         "pretrain_base_model.py",
         ["--BASE_MODEL_PATH", "{runs}/base-{experts}", "--num_expert", "4", "--vocab_size", "300", "--d_model", "16",
@@ -113,7 +129,7 @@ class Outcome:
 def words_of(case: Case, world: World, runs: Path) -> list[str]:
     """The command line of a case whose results go below `runs`; a checkpoint after every step."""
     words = world.words(runs, checkpoint_minutes=0)
-    return [*words, *(word.replace("{runs}", str(runs)) for word in case.words)]
+    return [*words, *(word.replace("{runs}", str(runs)).replace("{world}", str(world.folder)) for word in case.words)]
 
 
 def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, events: Path | None = None) -> int:
@@ -351,6 +367,47 @@ def wait(process: int, seconds: float | None) -> tuple[bool, int]:
         time.sleep(0.002)
 
 
+def add_other_models(folder: Path) -> None:
+    """What MEO and HEMoE start from: a BERT and a Llama with random weights, and data for them."""
+    from types import SimpleNamespace
+
+    import torch
+    from raw_data import sentences, tiny_tokenizer
+
+    from expert_merging.hemoe import doc_choice, small_llama
+    from expert_merging.meo import bases
+
+    torch.manual_seed(0)
+    tokenizer = bases.new_tokenizer(tiny_tokenizer())
+    bases.new_model("bert", tokenizer, SimpleNamespace(d_model=16, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(
+        folder / "bert"
+    )
+    tokenizer.save_pretrained(folder / "bert")
+    texts = sentences(40)
+    (folder / "glue" / "rte").mkdir(parents=True)
+    for split, part in (("train", texts[:24]), ("validation", texts[24:])):
+        rows = [{"sentence1": text, "sentence2": text[::-1], "label": i % 2} for i, text in enumerate(part)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "glue" / "rte" / f"{split}.jsonl").write_text(lines)
+
+    dice, found = random.Random(0), {}
+    for task in ("copy", "turn"):
+        rows = []
+        for _ in range(60):
+            four = dice.sample("red green blue one two three four five cat dog bird fish".split(), 4)
+            answer, other = " ".join(four), " ".join(four[::-1])
+            if task == "turn":
+                answer, other = other, answer
+            rows.append({"instruction": f"{task} {' '.join(four)}:", "output": answer, "task": task, "other": other})
+        test = [{**row, "choices": [row["output"], row["other"]], "label": 0} for row in rows[:6]]
+        found[task] = {"train": rows[6:], "test": test}
+    doc_choice.write(found, folder / "instructions", folder / "eval")
+    tokenizer = small_llama.new_tokenizer([row["output"] for row in found["copy"]["train"]], 300)
+    shape = SimpleNamespace(base_hidden_size=16, base_intermediate_size=24, base_layers=3, base_heads=2)
+    small_llama.new_llama(shape, tokenizer).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+
+
 def import_all() -> None:
     """What the scripts import, so that their forks need not."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -362,7 +419,6 @@ def import_all() -> None:
     import transformers  # noqa: F401
 
     import global_config  # noqa: F401
-
     from expert_merging import caem, decoding, features, finetuning, pairs, report  # noqa: F401
 
     torch.set_num_threads(1)
@@ -380,6 +436,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         folder = Path(place)
         world = build_world(folder / "world")
+        if not chosen.scripts or {"MEO_finetune.py", "HEMoE_moe_construction.py"} & set(chosen.scripts):
+            add_other_models(world.folder)
         names = [name for name, case in CASES.items() if (ROOT / case.script).exists()]
         if chosen.scripts:
             wanted = [n for n in names if CASES[n].script in chosen.scripts and not CASES[n].preparation]
