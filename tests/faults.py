@@ -37,7 +37,7 @@ from conftest import ROOT, World, build_world  # noqa: E402
 
 # What may differ between two runs with the same result.
 VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions", "_name_or_path"}
-VOLATILE |= {"seconds_to_merge", "seconds_to_test"}
+VOLATILE |= {"seconds_to_merge", "seconds_to_test", "step_seconds"}
 
 
 @dataclass(frozen=True)
