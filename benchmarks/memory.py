@@ -1,0 +1,118 @@
+"""
+What training Switch-Base needs of memory, by task, batch size, precision and gradient checkpointing: which `batch_size`
+to set for a GPU of 16, 24, 48 or 80 GB.
+
+    python benchmarks/memory.py [--layers 12] [--experts 8] [--device cpu]
+
+On a CPU, weights, gradients and AdamW's two moments are counted (float32, each as large as the model), and what the forward
+pass keeps for the backward pass is measured: the bytes of every tensor that autograd saves, each storage once, weights left
+out, at two batch sizes, of which other sizes follow in proportion; with checkpointing, what one layer keeps while it is
+computed again comes to it (a layer's share, were all in the encoder). Allocators, fragments, and what is there for a moment
+only are not in it, and a tenth is left for them. The attention is the CPU's, whose memory is linear in the length, as is that on GPUs; the
+experts' inputs are those of grouped tokens on both. With --device cuda the peak itself is measured (max_memory_allocated).
+Writes benchmarks/results/memory.json and memory.md. Needs 4 GB.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from layer import SHAPE
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from expert_merging.files import write_atomic, write_json  # noqa: E402
+from expert_merging.provenance import versions  # noqa: E402
+
+LENGTHS = {"AG News": (55, 3), "SQuAD": (150, 5), "XSum": (480, 25), "padded to the limits": (1000, 200)}  # tokens
+SIZES = (1, 2)  # examples measured
+GPUS = (16, 24, 48, 80)  # GB
+ROOM = 0.9  # of a GPU's memory, to be filled
+
+
+def batch_of(examples: int, tokens: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(2, SHAPE["vocab_size"], (examples, size), generator=generator) for size in tokens)
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def kept_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
+    """Bytes that autograd saves in a forward pass, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batch, use_cache=False).loss
+    del loss
+    return sum(size for size, _ in storages.values())
+
+
+def peak_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
+    """Peak of allocated memory in an optimizer step on a GPU, less what weights, gradients and moments take."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    for _ in range(2):  # in the first the moments are not there yet
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() - 16 * model.num_parameters()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder each; Switch-Base has 12 [12]")
+    parser.add_argument("--experts", type=int, default=8, help="[8]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda [%(default)s]")
+    chosen = parser.parse_args()
+    torch.manual_seed(0)
+    sparse = {"num_sparse_encoder_layers": chosen.layers // 2, "num_sparse_decoder_layers": chosen.layers // 2}
+    layers = {"num_layers": chosen.layers, "num_decoder_layers": chosen.layers}
+    config = SwitchTransformersConfig(**{**SHAPE, "dropout_rate": 0.1, "num_experts": chosen.experts}, **sparse, **layers)
+    model = SwitchTransformersForConditionalGeneration(config).train().to(chosen.device)
+    measure = kept_bytes if chosen.device == "cpu" else peak_bytes
+    fixed = 16 * model.num_parameters() / 1e9  # four float32 numbers a parameter
+    rows, plain = [], {}
+    for bf16, checkpointing in ((False, False), (True, False), (False, True), (True, True)):
+        if checkpointing:  # re-entrant on a CPU, where the hooks see what it keeps; the scripts' kind keeps the same
+            model.gradient_checkpointing_enable({"use_reentrant": chosen.device == "cpu"})
+        for task, tokens in LENGTHS.items():
+            one, two = (measure(model, batch_of(size, tokens, chosen.device), bf16) / 1e9 for size in SIZES)
+            if chosen.device == "cpu" and checkpointing:
+                one, two = (kept + of_all / chosen.layers for kept, of_all in zip((one, two), plain[bf16, task], strict=True))
+            plain.setdefault((bf16, task), (one, two))
+            each = (two - one) / (SIZES[1] - SIZES[0])
+            fit = {gpu: max(0, int((ROOM * gpu - fixed - (one - each)) / each)) for gpu in GPUS}
+            rows.append({
+                "task": task, "tokens": tokens, "precision": "bf16" if bf16 else "fp32", "checkpointing": checkpointing,
+                "an example, GB": round(each, 4), "any number, GB": round(one - each, 4), "fit": fit,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    about = {"layers": chosen.layers, "experts": chosen.experts, "parameters": model.num_parameters(), "device": chosen.device}
+    about |= {"weights, gradients and moments, GB": round(fixed, 2), "versions": versions()}
+    write_json(ROOT / "benchmarks" / "results" / "memory.json", {**about, "memory": rows})
+    lines = [
+        f"| tokens | precision | checkpointing | GB an example | {' | '.join(f'{gpu} GB' for gpu in GPUS)} |",
+        f"|---|---|---|---:|{'---:|' * len(GPUS)}",
+    ]
+    for row in rows:
+        cells = [f"{row['task']}, {row['tokens'][0]} + {row['tokens'][1]}", row["precision"]]
+        cells += ["yes" if row["checkpointing"] else "no", f"{row['an example, GB']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, *(str(row['fit'][gpu]) for gpu in GPUS)])} |")
+    write_atomic(ROOT / "benchmarks" / "results" / "memory.md", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
