@@ -8,9 +8,9 @@ On a CPU, weights, gradients and AdamW's two moments are counted (float32, each 
 pass keeps for the backward pass is measured: the bytes of every tensor that autograd saves, each storage once, weights left
 out, at two batch sizes, of which other sizes follow in proportion; with checkpointing, what one layer keeps while it is
 computed again comes to it (a layer's share, were all in the encoder). Allocators, fragments, and what is there for a moment
-only are not in it, and a tenth is left for them. The attention is the CPU's, whose memory is linear in the length, as is that on GPUs; the
-experts' inputs are those of grouped tokens on both. With --device cuda the peak itself is measured (max_memory_allocated).
-Writes benchmarks/results/memory.json and memory.md. Needs 4 GB.
+only are not in it, and a tenth is left for them. The attention is the CPU's, whose memory is linear in the length, as is
+that on GPUs; the experts' inputs are those of grouped tokens on both. With --device cuda the peak itself is measured
+(max_memory_allocated). Writes benchmarks/results/memory.json and memory.md. Needs 4 GB.
 """
 
 import argparse
