@@ -188,6 +188,21 @@ def test_all_ways_to_compute_agree_in_values_and_gradients(clip, prune):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_large_products_agree_with_single_samples():
+    """At sizes where a CPU goes by oneDNN, and in several pieces of rows."""
+    torch.manual_seed(0)
+    base = Mlp()
+    base.wi, base.wo = nn.Linear(256, 1000), nn.Linear(1000, 256)
+    experts = [perturbed(base, 0.02) for _ in range(3)]
+    states, weights = torch.randn(20, 40, 256), torch.rand(20, 3)
+    for sparse in (False, True):
+        layer = layer_of(base, experts, hidden=256, sparse=sparse)
+        layer.given_weights = weights
+        made = layer(states)
+        layer.form = "loop"
+        torch.testing.assert_close(made, layer(states), atol=1e-4, rtol=1e-4)
+
+
 def test_the_gradients_are_those_of_finite_differences(mlps):
     base, experts, states = mlps
     layer = layer_of(base.double(), [expert.double() for expert in experts], sparse=True)

@@ -184,7 +184,10 @@ def run_method(
     """
     device = tasks[0].head.device
     if method == "individual":
-        model, record = copy.deepcopy(base).requires_grad_(False), {"model_info": _model_info(base)}
+        model = copy.deepcopy(base).requires_grad_(False)
+        info = _model_info(model)  # of as many models as there are tasks
+        info |= {key: len(experts) * info[key] for key in ("all_params", "effective_params", "bytes")}
+        record = {"model_info": info}
         model.to(device)
         for task in tasks:
             if task.name in experts:

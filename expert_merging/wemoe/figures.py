@@ -10,24 +10,22 @@ from expert_merging.plots import plt  # with the style of all figures
 
 
 def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Average accuracy by method: bars the mean over groups, dots the groups; beside it in mixed batches."""
+    """Average accuracy by method: strokes the mean over groups, dots the groups; beside it in mixed batches."""
     methods = list(records)
     figure, axes = plt.subplots(figsize=(1.6 + 0.62 * len(methods), 3.4))
     kinds = (("one-task batches", lambda r: r["average_accuracy"], "C0"),
              ("mixed batches", lambda r: r.get("mixed", {}).get("average_accuracy"), "C1"),
              ("same weights, sample-wise", lambda r: r.get("sample_wise", {}).get("average_accuracy"), "C2"))  # fmt: skip
-    lowest = 100.0
     for place, method in enumerate(methods):
         values = [[100 * v for r in records[method].values() if (v := get(r)) is not None] for _, get, _ in kinds]
         shown = [i for i, one in enumerate(values) if one]
         for slot, i in enumerate(shown):
             x = place + (slot - (len(shown) - 1) / 2) * 0.27
-            axes.bar(x, np.mean(values[i]), 0.25, color=kinds[i][2], alpha=0.75)
-            axes.plot([x] * len(values[i]), values[i], "o", ms=2.5, color="0.15")
-            lowest = min(lowest, *values[i])
+            axes.plot(x, np.mean(values[i]), "_", ms=11, mew=2.5, color=kinds[i][2])
+            axes.plot([x] * len(values[i]), values[i], "o", ms=3, color=kinds[i][2], alpha=0.6)
     for label, _, color in kinds:
-        axes.bar(0, 0, color=color, alpha=0.75, label=label)
-    axes.set(ylabel="accuracy, %", ylim=(max(0, lowest - 5), None), xticks=range(len(methods)))
+        axes.plot([], [], "_", ms=11, mew=2.5, color=color, label=label)
+    axes.set(ylabel="accuracy, %", xticks=range(len(methods)))
     axes.set_xticklabels(methods, rotation=35, ha="right")
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside upper center", ncols=3, fontsize=7)
@@ -79,7 +77,7 @@ def adaptation(method: str, groups: dict[str, dict[str, Any]], path: Path) -> No
             mean = np.array([one[:shortest] for one in marginal]).mean(axis=0)
             right.plot(records[0]["window"] * (1 + np.arange(shortest)), mean, "o-", ms=2.5, color=f"C{number}")
     left.set(xlabel="step", ylabel="entropy, nats", title="of the predictions")
-    right.set(xlabel="step", ylabel="share of log C", ylim=(0, 1.03), title="of the mean prediction (collapse: falls)")
+    right.set(xlabel="step", ylabel="share of log C", ylim=(0, 1.03), title="of the mean prediction")
     figure.suptitle(f"{method}: adaptation")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
     _save(figure, path)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MERGED_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of merged rows, over all samples, that exist at a time
+MERGED_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}  # of merged rows, over all samples, that exist at a time
+ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN_FROM = 2**21  # multiplications, below which its calls are dearer
 FEW_TOKENS = 4  # a sample with fewer tokens is cheaper by T + 1 products than by merging its weights
 
 
@@ -99,14 +101,17 @@ class _Product(torch.autograd.Function):
         routing_ = routing.to(dtype)
         out = states.new_empty((*states.shape[:2], len(weight)))
         products = routing.numel() * states.shape[1] if product else 0
-        for start, stop in _pieces(vectors, len(states), states.device, products):
+        pieces = _pieces(vectors, len(states), states.device, products)
+        size = 0 if product else len(states) * weight.shape[1] * (pieces[0][1] - pieces[0][0])
+        room = states.new_empty(size)  # the same for all pieces: fresh memory costs as much as the merging
+        for start, stop in pieces:
             tau = vectors.rows(start, stop).to(dtype)
             base = weight[start:stop].to(dtype)
             if product:
                 out[..., start:stop] = F.linear(states, base) + _weighted(states, routing_, tau)
             else:
-                own = _of_samples(base, routing_, tau)
-                out[..., start:stop] = torch.bmm(states, own.transpose(1, 2))
+                own = _of_samples(base, routing_, tau, room)
+                out[..., start:stop] = _by_sample(states, own)
         ctx.save_for_backward(states, routing, weight)
         ctx.vectors, ctx.product = vectors, product
         return out
@@ -140,12 +145,24 @@ class _Product(torch.autograd.Function):
         return to_states, to_routing, None, None, None
 
 
+def _by_sample(states: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """states [S, N, in] times each sample's rows [S, rows, in]: [S, N, rows]."""
+    large = states.shape[1] * own[0].numel() >= ONEDNN_FROM
+    if large and ONEDNN and states.device.type == "cpu" and states.dtype == torch.float32:
+        product = torch.ops.mkldnn._linear_pointwise  # torch's own way, MKL, leaves half of an AMD processor unused
+        return torch.stack([product(a, b, None, "none", [], "") for a, b in zip(states.contiguous(), own, strict=True)])
+    return torch.bmm(states, own.transpose(1, 2))
+
+
 def _weighted(states: torch.Tensor, routing: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     """sum_t w_st (tau_t h): [S, N, rows]."""
     made = F.linear(states, tau.reshape(-1, states.shape[-1])).unflatten(-1, (len(tau), -1))
     return torch.einsum("st,snto->sno", routing, made)
 
 
-def _of_samples(base: torch.Tensor, routing: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """Merged rows of each sample, [S, rows, in]."""
-    return torch.addmm(base.reshape(1, -1), routing, tau).view(len(routing), *base.shape)
+def _of_samples(
+    base: torch.Tensor, routing: torch.Tensor, tau: torch.Tensor, room: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Merged rows of each sample, [S, rows, in]; in `room`, if there is any."""
+    out = None if room is None else room[: len(routing) * tau.shape[1]].view(len(routing), -1)
+    return torch.addmm(base.reshape(1, -1), routing, tau, out=out).view(len(routing), *base.shape)

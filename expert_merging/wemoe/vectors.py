@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-BLOCK_BYTES = 1 << 18  # of one task's rows that are made dense together; a block of all tasks stays in a core's cache
+BLOCK_BYTES = 1 << 20  # of one task's rows that are made dense together
 
 
 def prune_magnitude(tensor: torch.Tensor, ratio: float, compat: str = "") -> torch.Tensor:
