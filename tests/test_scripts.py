@@ -5,7 +5,6 @@ import json
 import math
 import pickle
 import shutil
-import signal
 import subprocess
 import time
 
@@ -189,37 +188,6 @@ def test_released_reading_counts_every_padded_position(world, done, tmp_path):
     grid = content["expert_usage_grid"]["squad"]
     assert [sum(layer) for layer in grid] == [24 * examples] * 2  # the capacity, 64, cuts nothing here
     assert content["best_epoch"] == 1 and content["squad_data"]["validation"]
-
-
-def test_killed_and_resumed_ends_the_same(world, done, tmp_path):
-    """SIGKILL at a few moments; the same command goes on and leaves the same bytes."""
-    shutil.copytree(world.folder / "runs" / "data", tmp_path / "data")
-    words = [*world.words(tmp_path), "--task_type", "squad", "--num_expert", "4", "--checkpoint_minutes", "0"]
-    models = tmp_path / "seed0" / "models" / "single_task_[4]"
-    for steps in (1, 4):  # killed with the first checkpoint there, and in the second epoch
-        process = start("single_task_finetune.py", words)
-        while (
-            process.poll() is None
-            and len(checkpoints := sorted(models.glob("*.run/checkpoint-*"))) == 0
-            or (process.poll() is None and _place(checkpoints[-1]) < steps)
-        ):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert not (models / "single_task_squad").exists()
-    result = run_script("single_task_finetune.py", words)
-    assert result.returncode == 0, result.stderr
-    name = "single_task_squad/model.safetensors"
-    assert sha256(models / name) == sha256(done[0] / "models" / "single_task_[4]" / name)
-    mine, theirs = (history(folder, "single_task_[4]/single_task_squad") for folder in (tmp_path / "seed0", done[0]))
-    for key in ("train_loss", "squad_data", "expert_usage_grid", "expert_usage_grid_de", "selection", "best_epoch"):
-        assert mine[key] == theirs[key]
-
-
-def _place(checkpoint) -> int:
-    """How many steps a checkpoint stands for, epochs of three."""
-    _, epoch, step = checkpoint.name.split("-")
-    return 3 * int(epoch) + int(step)
 
 
 # ---------------------------------------------------------------- bad input
