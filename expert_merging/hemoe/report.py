@@ -279,5 +279,5 @@ def figure(records: Records, path: Path) -> None:
         axes.set(xlabel="activated share of the experts' neurons", ylabel=label)
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     with replacing(path) as temporary:
-        drawn.savefig(temporary, format="png")
+        drawn.savefig(temporary, format="png", dpi=100)
     plt.close(drawn)
