@@ -322,7 +322,7 @@ def partition(c: SimpleNamespace) -> None:
             found = Scores.load(_seed_folder(c) / "scores.npz")
             model, _ = _load_dense(c)
             layers = list(c.moe_layers)
-            gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().numpy() for layer in layers]
+            gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().float().numpy() for layer in layers]
         name, other, _ = METHODS[method]
         settings = {
             "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
