@@ -169,6 +169,7 @@ def main(c):
     about = {"name": name, "task": c.densify, "seed": c.seed, "main_score": task.main_score, "experts": experts}
     about |= {"command": provenance.command(), "versions": provenance.versions(), "identity": identity}
     about |= {"device": accelerator.device.type, "threads": torch.get_num_threads(), "examples": len(test)}
+    about["latency_clock"] = "wall" if accelerator.device.type == "cuda" else "process"
     about["uses"] = {
         layer: {"probability": use.probability.tolist(), "usage": use.usage.tolist(), "scale": use.scale}
         for layer, use in uses.items()
