@@ -41,13 +41,16 @@ def batch_of(examples: int, tokens: tuple[int, int], device: str) -> dict[str, t
 
 
 def kept_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
-    """Bytes that autograd saves in a forward pass, without the weights."""
+    """Bytes that autograd saves in a forward pass, without the weights and, by their shapes, autocast's copies of them:
+    how many of those there are depends on which experts get tokens, and `main` counts them all."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {tuple(one.shape) for one in model.parameters() if one.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
     storages = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
             storages[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no other takes its place
         return tensor
 
@@ -84,6 +87,7 @@ def main() -> None:
     model = SwitchTransformersForConditionalGeneration(config).train().to(chosen.device)
     measure = kept_bytes if chosen.device == "cpu" else peak_bytes
     fixed = 16 * model.num_parameters() / 1e9  # four float32 numbers a parameter
+    copies = 2 * model.num_parameters() / 1e9  # autocast's, in bf16
     rows, plain = [], {}
     for bf16, checkpointing in ((False, False), (True, False), (False, True), (True, True)):
         if checkpointing:  # re-entrant on a CPU, where the hooks see what it keeps; the scripts' kind keeps the same
@@ -93,6 +97,8 @@ def main() -> None:
             if chosen.device == "cpu" and checkpointing:
                 one, two = (kept + of_all / chosen.layers for kept, of_all in zip((one, two), plain[bf16, task], strict=True))
             plain.setdefault((bf16, task), (one, two))
+            if chosen.device == "cpu" and bf16:
+                one, two = one + copies, two + copies
             each = (two - one) / (SIZES[1] - SIZES[0])
             fit = {gpu: max(0, int((ROOM * gpu - fixed - (one - each)) / each)) for gpu in GPUS}
             rows.append({

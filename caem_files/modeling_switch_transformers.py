@@ -1680,7 +1680,9 @@ def merge_lazily(
 
     projection = reading if projection is None else projection
     if not {reading, projection} <= set(_READINGS):
-        raise ValueError(f'merge: reading and projection must be "paper" or "released", not {reading!r}, {projection!r}')
+        raise ValueError(
+            f'merge: reading and projection must be "paper" or "released", not {reading!r}, {projection!r}'
+        )
     record = {"target_experts": target_experts, "alpha": alpha, "reading": reading, "projection": projection}
     for stack in _STACKS:
         entropies = [normalized_entropy(count) for count in counts[stack]]

@@ -90,5 +90,8 @@ def save_state_dict(model, path: Path) -> None:
     """Write the weights as the released code does: a pickled state dict with the prefix `STmodel.` before each name."""
     import torch
 
-    with replacing(path) as temporary, temporary.open("wb") as file:  # given a name, torch would write that into the file
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # given a name, torch would write that into the file
         torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, file)

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import SwitchTransformersConfig
 
 from expert_merging import decoding, finetuning, histories, models
-from expert_merging.merging.average import average
 from expert_merging.cka import layerwise_cka
 from expert_merging.cross_entropy import task_loss
 from expert_merging.errors import UserError
 from expert_merging.files import read_json
+from expert_merging.merging.average import average
 from expert_merging.tasks import get_task
 from expert_merging.tensors import SafetensorsFolder
 

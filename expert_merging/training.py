@@ -205,7 +205,9 @@ def _gradients(
     loss = None  # and with it what its graph holds
     optimizer.zero_grad(set_to_none=True)
     clear_device_cache(garbage_collection=True)
-    accelerator.print(f"out of memory: passes of {one.task} in parts of {(len(one.rows) + 1) // 2} examples from here on")
+    accelerator.print(
+        f"out of memory: passes of {one.task} in parts of {(len(one.rows) + 1) // 2} examples from here on"
+    )
     return None
 
 

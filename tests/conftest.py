@@ -1,6 +1,7 @@
 """What several tests share: a small world of raw data, features and a random base model, and ways to run the scripts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def start(script: str, words: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, ROOT / script, *words], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests in the background have Ctrl-C ignored, and their children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

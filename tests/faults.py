@@ -148,6 +148,7 @@ def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, event
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a harness in the background has it ignored
         counted = count_changes(kill_at)
         if case.few_texts:
             read_few_texts()

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_merging.merging.average import average
 from expert_merging.errors import UserError
+from expert_merging.merging.average import average
 from expert_merging.readings import DEVIATIONS, deviates
 
 

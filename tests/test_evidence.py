@@ -74,7 +74,12 @@ def merged(name, value, overall, **more):
 
 def records(shift=0.0):
     usage = [
-        {"input_length": n, "mean_length": n - 0.5, "counting": counting, "entropy": {"encoder": [h, h], "decoder": [h]}}
+        {
+            "input_length": n,
+            "mean_length": n - 0.5,
+            "counting": counting,
+            "entropy": {"encoder": [h, h], "decoder": [h]},
+        }
         for n in (8, 16)
         for counting, h in (("paper", 0.8), ("released", 0.3))
     ]
@@ -264,7 +269,11 @@ def test_a_page_takes_its_tables_from_files(without_figures, folder, tmp_path):
 
 def test_latex_and_markdown_escape():
     table = Table("t", "A & B", "50%", [{"a_b": "x|y", "n": 1.5, "from": "f"}])
-    assert r"A \& B. 50\%" in table.latex() and r"a\_b & n \\" in table.latex() and "f" not in table.latex().split("x|y")[1][:9]
+    assert (
+        r"A \& B. 50\%" in table.latex()
+        and r"a\_b & n \\" in table.latex()
+        and "f" not in table.latex().split("x|y")[1][:9]
+    )
     assert r"x\|y" in table.markdown() and "<td>x|y</td>" not in table.html() and 'title="f"' in table.html()
 
 

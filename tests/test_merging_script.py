@@ -41,7 +41,9 @@ def merged(world):
 
     features = {key: value for key, value in SMALL.items() if key == "test_examples"}
     call_main("datasets_preprocessing.py", [*world.words("merged", **features), "--num_expert", "4"])
-    models_of(world.folder / "merged", SwitchTransformersForConditionalGeneration.from_pretrained(world.folder / "base-4"))
+    models_of(
+        world.folder / "merged", SwitchTransformersForConditionalGeneration.from_pretrained(world.folder / "base-4")
+    )
     call_main(SCRIPT, world.words("merged", **SMALL))
 
     torch.manual_seed(1)
@@ -126,8 +128,12 @@ def test_mixed_batches_hold_all_tasks_and_are_nothing_to_sample_wise_routing(wor
 
 def test_models_are_what_the_methods_say(merged):
     base = SafetensorsFolder(merged.parent / "base-4")
-    tuned = [SafetensorsFolder(merged / "seed0" / "models" / "single_task_[4]" / f"single_task_{task}") for task in TASKS]
-    made = {m: SafetensorsFolder(merged / "seed0" / "models" / f"Merging-{m}_[4]") for m in ("average", "task_arithmetic")}
+    tuned = [
+        SafetensorsFolder(merged / "seed0" / "models" / "single_task_[4]" / f"single_task_{task}") for task in TASKS
+    ]
+    made = {
+        m: SafetensorsFolder(merged / "seed0" / "models" / f"Merging-{m}_[4]") for m in ("average", "task_arithmetic")
+    }
     for name in base:
         torch.testing.assert_close(made["average"][name], sum(one[name] for one in tuned) / 3)
         wanted = base[name] + 0.3 * sum(one[name] - base[name] for one in tuned)

@@ -116,9 +116,7 @@ def fit(
         use_cpu=on_cpu, bf16=bf16, remove_unused_columns=False, logging_nan_inf_filter=False,
         disable_tqdm=False,
     )  # fmt: skip
-    trainer = _Trainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad)
-    )
+    trainer = _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad))
     trainer.any_k = any_k
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None

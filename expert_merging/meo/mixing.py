@@ -99,7 +99,9 @@ class _MergedLinear(torch.autograd.Function):
                     dx.baddbmm_(dpart, _merged(part, gates, gathered, x.dtype))
                 if for_weight or for_gates:
                     dmerged = torch.bmm(dpart.mT, x).to(weight.dtype).view(len(x), -1)
-                if for_weight:  # straight to its place: a second pass over all experts would cost as much as this product
+                if (
+                    for_weight
+                ):  # straight to its place: a second pass over all experts would cost as much as this product
                     torch.mm(shares.mT, dmerged, out=dweight[:, rows].flatten(1))
                 if for_gates:
                     dgates += (part.flatten(1) @ dmerged.mT).mT.to(dgates.dtype)
