@@ -158,8 +158,8 @@ def test_attention_as_on_a_gpu(config, seed, training):
             output = model.train(training)(**batch(seed))
         output.loss.backward()
         outputs.append(output)
-    same(*outputs)
-    same(*({name: p.grad for name, p in model.named_parameters()} for model in models))
+    same(*outputs, 1e-4)  # other kernels round otherwise, and layers and capacities make more of it
+    same(*({name: p.grad for name, p in model.named_parameters()} for model in models), 1e-4)
 
 
 @pytest.mark.parametrize("decoding", [{}, {"num_beams": 3, "early_stopping": True}])
