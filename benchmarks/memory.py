@@ -89,7 +89,8 @@ def main() -> None:
     fixed = 16 * model.num_parameters() / 1e9  # four float32 numbers a parameter
     copies = 2 * model.num_parameters() / 1e9  # autocast's, in bf16
     rows, plain = [], {}
-    for bf16, checkpointing in ((False, False), (True, False), (False, True), (True, True)):
+    for bf16, checkpointing in ((False, False), (False, True), (True, False), (True, True)):
+        model.gradient_checkpointing_disable()
         if checkpointing:  # re-entrant on a CPU, where the hooks see what it keeps; the scripts' kind keeps the same
             model.gradient_checkpointing_enable({"use_reentrant": chosen.device == "cpu"})
         for task, tokens in LENGTHS.items():
@@ -106,6 +107,11 @@ def main() -> None:
                 "an example, GB": round(each, 4), "any number, GB": round(one - each, 4), "fit": fit,
             })  # fmt: skip
             print(rows[-1], flush=True)
+            save(chosen, model, fixed, rows)
+
+
+def save(chosen: argparse.Namespace, model, fixed: float, rows: list[dict]) -> None:
+    """Write what has been measured so far."""
     about = {"layers": chosen.layers, "experts": chosen.experts, "parameters": model.num_parameters(), "device": chosen.device}
     about |= {"weights, gradients and moments, GB": round(fixed, 2), "versions": versions()}
     write_json(ROOT / "benchmarks" / "results" / "memory.json", {**about, "memory": rows})
