@@ -19,7 +19,8 @@ def beam_search(
     """The best hypothesis of each example: token ids from the start token on, </s> left out.
 
     Args:
-        model: a patched SwitchTransformersForConditionalGeneration in evaluation mode.
+        model: a patched SwitchTransformersForConditionalGeneration in evaluation mode. Where modules in its decoder keep
+            something of each row from step to step, their `take_rows(rows)` is called when rows leave the batch.
         input_ids, attention_mask: [examples, tokens].
         settings: num_beams (2 or more), max_length, length_penalty, repetition_penalty, no_repeat_ngram_size, and the
             ids decoder_start_token_id, eos_token_id (one) and pad_token_id.
@@ -32,6 +33,7 @@ def beam_search(
     ]
     encoded = (model.get_encoder()(input_ids, attention_mask, output_router_logits=False).last_hidden_state,)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    keepers = [module for module in model.get_decoder().modules() if hasattr(module, "take_rows")]
     examples = list(range(len(input_ids)))  # whose beams the batch holds, `beams` rows each
     tokens = input_ids.new_full((len(examples) * beams, 1), settings.decoder_start_token_id)
     totals = torch.zeros(len(examples), beams, device=device)  # log-probabilities of what is written
@@ -55,7 +57,7 @@ def beam_search(
         in_use = [number for number, example in enumerate(examples) if len(hypotheses[example]) < beams]
         if not in_use:
             return [_best(one) for one in hypotheses]
-        if len(in_use) <= _LEAVE_AT * len(examples):
+        if leave := len(in_use) <= _LEAVE_AT * len(examples):
             went_on = [went_on[row] for number in in_use for row in range(number * beams, (number + 1) * beams)]
             examples = [examples[number] for number in in_use]
             kept = torch.tensor(in_use, device=device)
@@ -66,6 +68,8 @@ def beam_search(
         tokens = torch.cat([tokens[origin], torch.tensor(token, device=device).unsqueeze(1)], dim=1)
         totals = torch.tensor(total, device=device).view(-1, beams)
         cache.self_attention_cache.reorder_cache(origin)
+        for module in keepers if leave else ():
+            module.take_rows(origin)
 
     # No room for more: what is unfinished counts as it is.
     for number, example in enumerate(examples):

@@ -32,12 +32,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import numpy as np  # noqa: E402
 from bad_inputs import try_damaged  # noqa: E402
 from conftest import ROOT, World, build_world  # noqa: E402
 
 # What may differ between two runs with the same result.
 VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions", "_name_or_path"}
-VOLATILE |= {"seconds_to_merge", "seconds_to_test", "step_seconds"}
+VOLATILE |= {"seconds_to_merge", "seconds_to_test", "step_seconds", "latency"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,27 @@ CASES = {
          "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
         needs=SINGLE,
     ),
+    "digits": Case(
+        "WEMoE_digits.py",
+        ["--seeds", "0", "--methods", "pretrained", "average", "adamerging_layer", "wemoe", "ewemoe_90",
+         "--pretrain_examples", "40", "--pretrain_steps", "6", "--finetune_steps", "5", "--adapt_steps", "4",
+         "--images_per_task", "20"],
+        ignored=("tables/cost.",),
+    ),
+    "clip": Case(
+        "WEMoE_clip.py",
+        ["--CLIP_PATH", "{world}/clip/base", "--EXPERT_PATH", "{world}/clip/tower_*",
+         "--DATASET_PATH", "{world}/clip/data/*", "--clip_tasks", "mnist", "eurosat", "dtd", "--adapt_steps", "4",
+         "--adapt_batch_size", "4", "--images_per_batch", "8", "--save_models", "true",
+         "--methods", "average", "adamerging_task", "wemoe", "ewemoe_90"],
+        ignored=("tables/cost.",),
+    ),
+    "densify": Case(
+        "MEO_densify.py",
+        ["--source", "CAEM_[4|4]", "--densify", "squad", "--k", "2", "--ks", "1", "2", "--calibration_examples", "8",
+         "--compare_examples", "4", "--latency_runs", "1", "--latency_batches", "1"],
+        needs=(*SINGLE, "caem"),
+    ),
     "meo": Case(
         "MEO_finetune.py",
         ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--task", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
@@ -104,7 +126,7 @@ CASES = {
     "reproduction": Case(
         "reproduce_tables.py",
         ["--experts_num", "4", "--larger_experts_num", "6", "--parts", "comparison"],
-        ignored=("logs/", "times.json"), children=True,
+        ignored=("logs/", "times.json", "tables/cost."), children=True,
     ),
 }  # fmt: skip
 
@@ -225,7 +247,7 @@ def snapshot(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, str]:
         name = str(path.relative_to(folder))
         is_lock = path.name.startswith(".") and path.name.endswith(".lock")
         if path.is_file() and not is_lock and not any(part in name for part in ignored):
-            readable = path.suffix in (".json", ".csv", ".md")
+            readable = path.suffix in (".json", ".csv", ".md", ".npz")
             found[name] = content(path).decode() if readable else hashlib.sha256(content(path)).hexdigest()
         elif path.is_dir() and not any(path.iterdir()) and path.name.startswith("."):
             found[name] = "a left-over folder"
@@ -238,6 +260,10 @@ def content(path: Path) -> bytes:
         return json.dumps(lasting(json.loads(path.read_text()))).encode()
     if path.suffix == ".pkl":
         return json.dumps(lasting(pickle.loads(path.read_bytes()))).encode()
+    if path.suffix == ".npz":  # arrays, and a record of how they were found
+        with np.load(path) as arrays:
+            plain = {name: arrays[name].tolist() for name in arrays.files}
+        return json.dumps({**plain, "record": lasting(json.loads(plain["record"]))}).encode()
     if path.suffix == ".html":
         return b"made of the records, which are compared"
     return path.read_bytes()
@@ -369,11 +395,12 @@ def wait(process: int, seconds: float | None) -> tuple[bool, int]:
 
 
 def add_other_models(folder: Path) -> None:
-    """What MEO and HEMoE start from: a BERT and a Llama with random weights, and data for them."""
+    """What MEO, HEMoE and WEMoE start from: a BERT, a Llama and CLIPs with random weights, and data for them."""
     from types import SimpleNamespace
 
     import torch
     from raw_data import sentences, tiny_tokenizer
+    from tiny_models import write_clip_place
 
     from expert_merging.hemoe import doc_choice, small_llama
     from expert_merging.meo import bases
@@ -390,6 +417,8 @@ def add_other_models(folder: Path) -> None:
         rows = [{"sentence1": text, "sentence2": text[::-1], "label": i % 2} for i, text in enumerate(part)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "glue" / "rte" / f"{split}.jsonl").write_text(lines)
+
+    write_clip_place(folder / "clip")
 
     dice, found = random.Random(0), {}
     for task in ("copy", "turn"):
@@ -437,12 +466,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         folder = Path(place)
         world = build_world(folder / "world")
-        if not chosen.scripts or {"MEO_finetune.py", "HEMoE_moe_construction.py"} & set(chosen.scripts):
-            add_other_models(world.folder)
         names = [name for name, case in CASES.items() if (ROOT / case.script).exists()]
         if chosen.scripts:
             wanted = [n for n in names if CASES[n].script in chosen.scripts and not CASES[n].preparation]
             names = [n for n in names if n in wanted or any(n in CASES[one].needs for one in wanted)]
+        if any("{world}" in word for name in names for word in CASES[name].words):
+            add_other_models(world.folder)
         calm = undisturbed(world, names, folder)
         print(f"undisturbed, once: {len(names)} runs, {time.monotonic() - began:.0f} s", flush=True)
         jobs = [

@@ -1,5 +1,7 @@
 """The beam search gives what transformers' own gives one example at a time, counts included, however it is batched."""
 
+import contextlib
+
 import pytest
 import stock_switch  # noqa: F401  skips where transformers is not patched
 import torch
@@ -10,6 +12,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from expert_merging.beam_search import beam_search, forbid_repeated_ngrams
+from expert_merging.meo.switch import merged_experts
 
 END = 1
 
@@ -72,8 +75,10 @@ def test_as_transformers_does(
         assert torch.equal(counts, their_usage[stack])
 
 
-def test_sentences_end_and_examples_leave_early(monkeypatch):
-    """That the comparison above is not of sentences that all run to the limit, and that the batch shrinks."""
+@pytest.mark.parametrize("merged", [False, True], ids=["switch", "experts merged for each sequence"])
+def test_sentences_end_and_examples_leave_early(monkeypatch, merged):
+    """That the comparison above is not of sentences that all run to the limit, and that the batch shrinks; also where a
+    layer keeps something of each row."""
     model = random_model(3, 12, 3.0)
     ids, mask = batch_of([5] * 12, 12)
     chosen = GenerationConfig(
@@ -84,7 +89,7 @@ def test_sentences_end_and_examples_leave_early(monkeypatch):
     monkeypatch.setattr(
         model.decoder, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), merged_experts(model, 2) if merged else contextlib.nullcontext():
         found = beam_search(model, ids, mask, chosen)
         monkeypatch.undo()
         assert found == one_by_one(model, ids, mask, chosen)

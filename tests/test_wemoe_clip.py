@@ -1,75 +1,23 @@
 """The CLIP experiments end to end on a tiny CLIP and tiny image data sets, in local folders of the hub's formats."""
 
-import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_main
 from PIL import Image
+from tiny_models import CLIP_TASKS as TASKS
+from tiny_models import write_clip_place, write_images
 
 from expert_merging.errors import UserError
 from expert_merging.files import read_json
 from expert_merging.wemoe import clip, report
 from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
 
-TASKS = ("mnist", "eurosat", "dtd")
-
-
-def write_clip(folder, tower_of=None):
-    """A CLIP of 16-pixel images whose tokenizer knows single characters; or only a vision tower near `tower_of`'s."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, CLIPVisionModel
-    from transformers.models.clip.tokenization_clip import bytes_to_unicode
-
-    if tower_of is not None:
-        tower = CLIPVisionModel.from_pretrained(tower_of)
-        for parameter in tower.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        tower.save_pretrained(folder)
-        return
-    characters = list(bytes_to_unicode().values())
-    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**size, "vocab_size": len(words), "eos_token_id": len(words) - 1, "bos_token_id": len(words) - 2}
-    config = CLIPConfig(
-        text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8,
-        logit_scale_init_value=2.0,
-    )  # fmt: skip
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-
-
-def write_images(folder, task: str, parquet: bool, splits=("test",), names: bool = True):
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-    from datasets import Image as Picture
-
-    random = np.random.default_rng(len(task))
-    label = ClassLabel(names=["one", "two_three", "four"]) if names else Value("int64")
-    features = Features({"image": Picture(), "label": label})
-    made = {}
-    for split in splits:
-        pictures = [Image.fromarray(random.integers(0, 256, (18, 24, 3), dtype=np.uint8)) for _ in range(14)]
-        made[split] = Dataset.from_dict({"image": pictures, "label": [i % 3 for i in range(14)]}, features=features)
-        if parquet:
-            folder.mkdir(parents=True, exist_ok=True)
-            made[split].to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    if not parquet:
-        DatasetDict(made).save_to_disk(str(folder))
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    write_clip(folder / "base")
-    for task in TASKS:
-        write_clip(folder / f"tower_{task}", tower_of=folder / "base")
-        write_images(folder / "data" / task, task, parquet=task != "dtd", splits=("test", "contrast"))
-    return folder
+    return write_clip_place(tmp_path_factory.mktemp("clip"))
 
 
 def words(place, results, **more) -> list[str]:

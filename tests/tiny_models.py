@@ -1,6 +1,10 @@
-"""Dense transformers models of a few thousand parameters, with random weights, for the tests of MEO."""
+"""Transformers models of a few thousand parameters, with random weights, for the tests of MEO and WEMoE."""
 
+import json
+
+import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -65,3 +69,62 @@ def perturb(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter += (0.5 * parameter.std(correction=0).clamp(min=0.2) * noise).to(parameter.dtype)
     return model
+
+
+CLIP_TASKS = ("mnist", "eurosat", "dtd")
+
+
+def write_clip(folder, tower_of=None):
+    """A CLIP of 16-pixel images whose tokenizer knows single characters; or only a vision tower near `tower_of`'s."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast, CLIPVisionModel
+    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+    if tower_of is not None:
+        tower = CLIPVisionModel.from_pretrained(tower_of)
+        for parameter in tower.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        tower.save_pretrained(folder)
+        return
+    characters = list(bytes_to_unicode().values())
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(words), "eos_token_id": len(words) - 1, "bos_token_id": len(words) - 2}
+    config = CLIPConfig(
+        text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8,
+        logit_scale_init_value=2.0,
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+def write_images(folder, task: str, parquet: bool, splits=("test",), names: bool = True):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets import Image as Picture
+
+    random = np.random.default_rng(len(task))
+    label = ClassLabel(names=["one", "two_three", "four"]) if names else Value("int64")
+    features = Features({"image": Picture(), "label": label})
+    made = {}
+    for split in splits:
+        pictures = [Image.fromarray(random.integers(0, 256, (18, 24, 3), dtype=np.uint8)) for _ in range(14)]
+        made[split] = Dataset.from_dict({"image": pictures, "label": [i % 3 for i in range(14)]}, features=features)
+        if parquet:
+            folder.mkdir(parents=True, exist_ok=True)
+            made[split].to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    if not parquet:
+        DatasetDict(made).save_to_disk(str(folder))
+
+
+def write_clip_place(folder):
+    """A CLIP, a vision tower fine-tuned on each of CLIP_TASKS, as it were, and their images, in `folder`; returns it."""
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    write_clip(folder / "base")
+    for task in CLIP_TASKS:
+        write_clip(folder / f"tower_{task}", tower_of=folder / "base")
+        write_images(folder / "data" / task, task, parquet=task != "dtd", splits=("test", "contrast"))
+    return folder

@@ -237,6 +237,11 @@ class MergedExperts(nn.Module):
             self.merged = merge(self.wi, self.wo, top_k(mean, self.k))
         return self.merged
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch only; beam_search calls it."""
+        if self.by_sequence and self.merged is not None:
+            self.merged = self.merged[0][rows], self.merged[1][rows]
+
 
 @contextlib.contextmanager
 def merged_experts(
