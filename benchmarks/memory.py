@@ -78,12 +78,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder each; Switch-Base has 12 [12]")
     parser.add_argument("--experts", type=int, default=8, help="[8]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda [%(default)s]")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda [%(default)s]"
+    )
     chosen = parser.parse_args()
     torch.manual_seed(0)
     sparse = {"num_sparse_encoder_layers": chosen.layers // 2, "num_sparse_decoder_layers": chosen.layers // 2}
     layers = {"num_layers": chosen.layers, "num_decoder_layers": chosen.layers}
-    config = SwitchTransformersConfig(**{**SHAPE, "dropout_rate": 0.1, "num_experts": chosen.experts}, **sparse, **layers)
+    config = SwitchTransformersConfig(
+        **{**SHAPE, "dropout_rate": 0.1, "num_experts": chosen.experts}, **sparse, **layers
+    )
     model = SwitchTransformersForConditionalGeneration(config).train().to(chosen.device)
     measure = kept_bytes if chosen.device == "cpu" else peak_bytes
     fixed = 16 * model.num_parameters() / 1e9  # four float32 numbers a parameter
@@ -96,7 +100,9 @@ def main() -> None:
         for task, tokens in LENGTHS.items():
             one, two = (measure(model, batch_of(size, tokens, chosen.device), bf16) / 1e9 for size in SIZES)
             if chosen.device == "cpu" and checkpointing:
-                one, two = (kept + of_all / chosen.layers for kept, of_all in zip((one, two), plain[bf16, task], strict=True))
+                one, two = (
+                    kept + of_all / chosen.layers for kept, of_all in zip((one, two), plain[bf16, task], strict=True)
+                )
             plain.setdefault((bf16, task), (one, two))
             if chosen.device == "cpu" and bf16:
                 one, two = one + copies, two + copies
@@ -112,7 +118,12 @@ def main() -> None:
 
 def save(chosen: argparse.Namespace, model, fixed: float, rows: list[dict]) -> None:
     """Write what has been measured so far."""
-    about = {"layers": chosen.layers, "experts": chosen.experts, "parameters": model.num_parameters(), "device": chosen.device}
+    about = {
+        "layers": chosen.layers,
+        "experts": chosen.experts,
+        "parameters": model.num_parameters(),
+        "device": chosen.device,
+    }
     about |= {"weights, gradients and moments, GB": round(fixed, 2), "versions": versions()}
     write_json(ROOT / "benchmarks" / "results" / "memory.json", {**about, "memory": rows})
     lines = [

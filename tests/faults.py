@@ -443,7 +443,7 @@ def import_all() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import accelerate  # noqa: F401
-    import datasets  # noqa: F401
+    import datasets
     import evaluate  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -452,6 +452,7 @@ def import_all() -> None:
     from expert_merging import caem, decoding, features, finetuning, pairs, report  # noqa: F401
 
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The CLIP experiments end to end on a tiny CLIP and tiny image data sets, in local folders of the hub's formats."""
 
-
 import numpy as np
 import pytest
 import torch
