@@ -102,7 +102,8 @@ def main(c):
     records = Path(c.PICKLE_PATH) / "densify"
     hashes = finetuning.data_hashes(c, [c.densify])
     identity = histories.identity(c, weights=SafetensorsFolder(folder).sha256(), data=hashes)
-    if histories.finished(records, name, identity):
+    work = records / f"{name}.run.json"
+    if histories.finished(records, name, identity, work):
         print(f"{records / name}.json is there already; remove it to merge again")
         return
 
@@ -131,7 +132,6 @@ def main(c):
 
     # Compare with the Switch: the same layer inputs, the same targets, and what both write.
     test = data["test"].select(range(min(c.compare_examples, len(data["test"]))))
-    work = records / f"{name}.run.json"
     kept = read_json(work) if work.exists() else {}
     found = kept["found"] if kept.get("identity") == identity else {}
     reference = fidelity.Reference(model, test, tokenizer, c)

@@ -102,9 +102,9 @@ def main(c):
         for variant in finetuning.variants(c.family, c.n, c.ks, c.levels):
             place = folder / f"seed{seed}"
             identity = {**about, "seed": seed, "variant": variant.name}
-            if histories.finished(place, variant.file, identity):
-                continue
             work = place / f"{variant.file}.run"
+            if histories.finished(place, variant.file, identity, work):
+                continue
             training.claim(work, identity)
             record = finetuning.train_variant(
                 c, accelerator, variant, family=c.family, task=c.task, recipe=recipe, base=base, tokenizer=tokenizer,

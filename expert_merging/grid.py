@@ -63,8 +63,8 @@ def grid(c: SimpleNamespace) -> Grid:
     steps: dict[str, Step] = {}
     needs: dict[str, tuple[str, ...]] = {}
 
-    def add(name: str, script: str, constants: dict[str, Any], result: Path, *needed: str) -> None:
-        steps[name], needs[name] = Step(script, constants, result), needed
+    def add(name: str, script: str, constants: dict[str, Any], result: Path, *needed: str, **more: Path) -> None:
+        steps[name], needs[name] = Step(script, constants, result, **more), needed
 
     for task in tasks:
         add(
@@ -72,6 +72,7 @@ def grid(c: SimpleNamespace) -> Grid:
             "datasets_preprocessing.py",
             {"num_expert": n},
             Path(c.DATA_DIR) / task / "complete.json",
+            also=Path(c.DATA_DIR) / "lengths.png",
         )
     data = tuple(f"features {task}" for task in tasks)
     singles = {}
@@ -81,14 +82,17 @@ def grid(c: SimpleNamespace) -> Grid:
         for task in tasks:
             own = {"task_type": task, "num_expert": experts}
             result = folder / f"single_task_{task}.json"
-            add(f"single-task-{experts} {task}", "single_task_finetune.py", own, result, *data)
+            work = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=experts)) / f"single_task_{task}.run"
+            add(f"single-task-{experts} {task}", "single_task_finetune.py", own, result, *data, work=work)
         result = folder / "reference_scores.json"
-        add(f"reference-{experts}", "reference_scores.py", {"num_expert": experts}, result, *singles[experts])
+        own, work = {"num_expert": experts}, folder / "reference_scores.run.json"
+        add(f"reference-{experts}", "reference_scores.py", own, result, *singles[experts], work=work)
 
     def multi_task(name: str, script: str, run: str, *needed: str, **own: Any) -> None:
         suffix = f"{own['source_experts_num']}|{own['target_experts_num']}" if "alpha" in own else own["experts_num"]
         constants = own | {"current_case_name": run}
-        add(name, script, constants, pickles / f"{run}_[{suffix}].json", *needed)
+        result, work = pickles / f"{run}_[{suffix}].json", Path(c.MODEL_SAVE_PATH) / f"{run}_[{suffix}].run"
+        add(name, script, constants, result, *needed, work=work)
 
     # For the audit: what the test scores would have chosen. At paper scale a look at them costs hours.
     every_epoch = {"test_each_epoch": c.test_each_epoch or c.scale != "paper"}
@@ -137,7 +141,7 @@ def grid(c: SimpleNamespace) -> Grid:
         measures = [measure for measure in ("soup", "line", "cka") if _measured(measure, pattern)]
         result = pickles / "pairs" / f"{runs[0]}__{runs[1]}.json"
         own = {"first": runs[0], "second": runs[1], "measures": tuple(measures)}
-        add(name, "compare_models.py", own, result, first, second)
+        add(name, "compare_models.py", own, result, first, second, work=result.with_suffix(".run.json"))
     # Usage is counted before the runs that merge by it.
     order = sorted(
         steps, key=lambda name: (name.startswith("CAEM") and "reading" in steps[name].constants, " + " in name)

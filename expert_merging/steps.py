@@ -24,15 +24,21 @@ from expert_merging.provenance import ROOT
 
 @dataclass(frozen=True)
 class Step:
-    """A script, its own constants, and the JSON file that it writes last."""
+    """A script, its own constants, and the JSON file with its result.
+
+    A kill right after that was written may leave `work`, checkpoints that the script removes last, or not `also`, what it
+    writes last: then it is called once more.
+    """
 
     script: str
     constants: dict[str, Any] = field(default_factory=dict)
     result: Path = Path()
+    work: Path | None = None
+    also: Path | None = None
 
     def is_done(self, shared: SimpleNamespace) -> bool:
         """Whether the result is there and notes the same constants. What differs, the script itself will say."""
-        if not self.result.exists():
+        if not self.result.exists() or self.work and self.work.exists() or self.also and not self.also.exists():
             return False
         content = read_json(self.result)
         noted, wanted = content.get("identity") or content.get("asked") or {}, {**vars(shared), **self.constants}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,7 +152,7 @@ def constants(runs, *words):
     return read_constants(vars(compare_models), [*runs.words, *words])
 
 
-def test_done_once(runs, done, capsys):
+def test_done_once(runs, done, capsys, tmp_path):
     path = runs.folder / "histories" / "pairs" / f"{CAEM}__{BASELINE}.json"
     before = path.stat().st_mtime_ns
     compare(runs, CAEM, BASELINE, "--line_points", "3")
@@ -161,6 +162,10 @@ def test_done_once(runs, done, capsys):
     step = Step("compare_models.py", {"first": CAEM, "second": BASELINE, "line_points": 3}, path)
     assert step.is_done(constants(runs))
     assert not Step("compare_models.py", {"first": CAEM, "measures": ("cka",)}, path).is_done(constants(runs))
+    # A kill right after the result was written left working files, or took what is written after it.
+    here, away = tmp_path, tmp_path / "away"
+    assert not replace(step, work=here).is_done(constants(runs)) and replace(step, work=away).is_done(constants(runs))
+    assert not replace(step, also=away).is_done(constants(runs)) and replace(step, also=here).is_done(constants(runs))
     with pytest.raises(UserError, match="line_points was 3, is now 5"):
         compare(runs, CAEM, BASELINE)
 
