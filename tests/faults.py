@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import numpy as np  # noqa: E402
 from bad_inputs import try_damaged  # noqa: E402
 from conftest import ROOT, World, build_world  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+PATIENCE = 600  # seconds after which a script that was left alone counts as hung
 
 # What may differ between two runs with the same result.
 VOLATILE = {"command", "started", "date", "seconds", "epoch_seconds", "joules", "versions", "_name_or_path"}
@@ -171,6 +175,7 @@ def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, event
         os.dup2(output, 2)
         os.chdir(ROOT)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a harness in the background has it ignored
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one killed with it would hold up the others
         counted = count_changes(kill_at)
         if case.few_texts:
             read_few_texts()
@@ -382,14 +387,18 @@ def press_ctrl_c(process: int, seconds: float, log: Path, outcome: Outcome) -> N
 
 
 def wait(process: int, seconds: float | None) -> tuple[bool, int]:
-    """Wait for the process, and kill it after `seconds`. Returns (whether it was killed, else its status)."""
-    end = None if seconds is None else time.monotonic() + seconds
+    """Wait for the process, and kill it after `seconds`. Returns (whether it was killed, else its status).
+
+    Without `seconds`, one that does not end is killed as well, and its status is 124.
+    """
+    end = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            return code == -signal.SIGKILL, code
-        if end is not None and time.monotonic() >= end:
+            hung = seconds is None and time.monotonic() >= end
+            return code == -signal.SIGKILL and not hung, 124 if hung else code
+        if time.monotonic() >= end:
             os.kill(process, signal.SIGKILL)
         time.sleep(0.002)
 
