@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,12 @@ from expert_merging.hub import first_line
 from expert_merging.readings import deviates
 from expert_merging.tasks import get_task
 from expert_merging.tokenizing import WordCache
+from expert_merging.workers import cores, in_processes
 
 SPLITS = ("train", "validation", "test")
 _MANIFEST = "complete.json"
+_BATCH = 1000  # examples tokenised together
+_BATCHES_WORTH_A_PROCESS = 2  # each learns the words anew
 _SHUFFLE_SEED = 42  # of the order in which examples are stored, so that a limit takes a random part
 
 
@@ -208,24 +212,20 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     from datasets import Dataset
     from tqdm.auto import tqdm
 
-    task = get_task(task_name)
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
-    token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-    columns = {"input_ids": pa.list_(token_id), "labels": pa.list_(token_id), "references": pa.list_(pa.string())}
+    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    work = partial(_batch, examples, get_task(task_name), constants, tokenizer, ids_of)
     tables, lengths, odd = [], {"input": [], "target": []}, 0
     bar = tqdm(total=len(order), desc=f"{task_name} {split}", unit="example", dynamic_ncols=True, leave=False)
-    for start in range(0, len(order), 1000):
-        batch = [examples[i] for i in order[start : start + 1000]]
-        prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]
-        input_ids, input_lengths = _cut(ids_of(prompts), tokenizer.eos_token_id, constants.max_input_length)
-        labels, target_lengths = _cut(ids_of(targets), tokenizer.eos_token_id, constants.max_decoder_length)
+    for table, input_lengths, target_lengths, odd_ones in in_processes(
+        work, batches, min(cores(), len(batches) // _BATCHES_WORTH_A_PROCESS)
+    ):
+        tables.append(table)
         lengths["input"] += input_lengths
         lengths["target"] += target_lengths
-        odd += sum(map(_is_odd, prompts, targets))
-        rows = {"input_ids": input_ids, "labels": labels, "references": [task.references(e) for e in batch]}
-        tables.append(pa.table({name: pa.array(rows[name], kind) for name, kind in columns.items()}))
-        bar.update(len(batch))
+        odd += odd_ones
+        bar.update(len(table))
     bar.close()
     report = {"examples": len(order), "odd": odd}
     for side, limit in (("input", constants.max_input_length), ("target", constants.max_decoder_length)):
@@ -234,6 +234,21 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
         report[f"{side}_length"] = {str(q): int(length) for q, length in at.items()}
         report[f"{side}_cut"] = float((values > limit).mean())
     return Dataset(pa.concat_tables(tables)), report
+
+
+def _batch(examples, task, constants: SimpleNamespace, tokenizer, ids_of: WordCache, rows: list[int]):
+    """(arrow table, lengths of inputs, of targets, number of odd ones) of some rows of `examples`."""
+    import pyarrow as pa
+
+    examples = [examples[row] for row in rows]
+    prompts, targets = [task.prompt(e) for e in examples], [task.target(e) for e in examples]
+    input_ids, input_lengths = _cut(ids_of(prompts), tokenizer.eos_token_id, constants.max_input_length)
+    labels, target_lengths = _cut(ids_of(targets), tokenizer.eos_token_id, constants.max_decoder_length)
+    token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    kinds = {"input_ids": pa.list_(token_id), "labels": pa.list_(token_id), "references": pa.list_(pa.string())}
+    made = {"input_ids": input_ids, "labels": labels, "references": [task.references(e) for e in examples]}
+    table = pa.table({name: pa.array(made[name], kind) for name, kind in kinds.items()})
+    return table, input_lengths, target_lengths, sum(map(_is_odd, prompts, targets))
 
 
 def _is_odd(prompt: str, target: str) -> bool:
