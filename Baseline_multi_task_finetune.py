@@ -28,7 +28,7 @@ def main(c):
     from expert_merging import features, finetuning, histories, models
     from expert_merging.devices import make_accelerator
 
-    accelerator = make_accelerator(c)
+    accelerator = make_accelerator(c, can_shard=True)
     name = f"{c.current_case_name}_[{c.experts_num}]"
     work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
     goals = finetuning.single_task_goals(

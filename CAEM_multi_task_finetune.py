@@ -32,7 +32,7 @@ def main(c):
     from expert_merging import caem, features, finetuning, histories, models
     from expert_merging.devices import make_accelerator
 
-    accelerator = make_accelerator(c)
+    accelerator = make_accelerator(c, can_shard=True)
     name = f"{c.current_case_name}_[{c.source_experts_num}|{c.target_experts_num}]"
     work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
     sources = caem.open_sources(c, c.task_types, c.source_experts_num, c.target_experts_num)

@@ -36,6 +36,7 @@ adapt_steps = 1000  # of 16 images a task; as published, 200 come within a point
 adapt_batch_size = 16  # images of a task in a step
 images_per_batch = 128  # when testing
 guard = "warn"  # of collapse while adapting: warn | rollback | off
+guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all
 save_models = False  # write merged WEMoE models too, not only their routers
 WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{experiment}"
@@ -84,8 +85,8 @@ def main(c):
     }
     heads = clip.heads_of(text.to(device), tokenizer, images, c.CLASS_NAMES_PATH)
     settings = Settings(
-        lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard, seed=c.seed,
-        adapt_batch_size=c.adapt_batch_size, eval_batch_size=c.images_per_batch,
+        lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
+        guard_floor=c.guard_floor, seed=c.seed, adapt_batch_size=c.adapt_batch_size, eval_batch_size=c.images_per_batch,
         logit_scale=text.logit_scale.exp().item(),
         layers=range(c.first_layer, base.config.num_hidden_layers) if c.first_layer else None,
     )  # fmt: skip

@@ -27,6 +27,7 @@ adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 200
 adapt_batch_size = 16  # images of a task in a step
 guard = "warn"  # of collapse while adapting: warn | rollback | off
+guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all 597
 WEMOE_DIR = "{RUN_DIR}/wemoe_digits"
 tables_only = False  # make the tables and figures in WEMOE_DIR again from its records, and stop
@@ -51,8 +52,8 @@ def main(c):
     device = make_accelerator(c).device
     for seed in c.seeds:
         settings = Settings(
-            lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard, seed=seed,
-            adapt_batch_size=c.adapt_batch_size, logit_scale=digits.LOGIT_SCALE,
+            lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
+            guard_floor=c.guard_floor, seed=seed, adapt_batch_size=c.adapt_batch_size, logit_scale=digits.LOGIT_SCALE,
         )  # fmt: skip
         identity = report.identity(
             c, ("lam", "adapt", "adamerging", "guard", "pretrain", "finetune", "training", "images")

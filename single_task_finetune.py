@@ -25,7 +25,7 @@ def main(c):
     from expert_merging import features, finetuning, histories, models
     from expert_merging.devices import make_accelerator
 
-    accelerator = make_accelerator(c)
+    accelerator = make_accelerator(c, can_shard=True)
     name = f"single_task_{c.task_type}"
     models_folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.num_expert))
     histories_folder = Path(c.SOURCE_PICKLE_PATH.format(experts=c.num_expert))

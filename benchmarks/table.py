@@ -19,10 +19,18 @@ def main() -> None:
     table = Table("table", "Benchmarks", note)
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         for row in (row for row in read_json(path).get("rows", []) if "ratio" in row):
+            target, lower = row["target"], row.get("better") == "lower"
+            reached = (
+                ""
+                if target is None
+                else "yes"
+                if (row["ratio"] <= target if lower else row["ratio"] >= target)
+                else "no"
+            )
             table.rows.append({
                 "what": row["name"], "ours": f"{row['ours']:.4g}", "theirs": f"{row['theirs']:.4g}", "unit": row["unit"],
-                "ratio": f"{row['ratio']:.3g}", "target": "" if row["target"] is None else f"{row['target']:.3g}",
-                "from": f"benchmarks/results/{path.name}",
+                "ratio": f"{row['ratio']:.3g}", "target": "" if target is None else f"{'<=' if lower else '>='} {target:.3g}",
+                "reached": reached, "from": f"benchmarks/results/{path.name}",
             })  # fmt: skip
     write_atomic(ROOT / "benchmarks" / "results" / "table.md", table.markdown())
     readme = ROOT / "README.md"

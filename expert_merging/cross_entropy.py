@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from expert_merging import sharding
 from expert_merging.features import collate
 
 
@@ -26,12 +27,12 @@ def task_loss(model, dataset, tokenizer, constants: SimpleNamespace, accelerator
 
     Neither jitter nor dropout, no router losses; expert usage is counted as in any forward pass.
     """
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    first, processes = sharding.share(accelerator, model)
     total = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for batch in teacher_forced(dataset, tokenizer, constants, share):
+    with sharding.evaluation(model):
+        for batch in teacher_forced(dataset, tokenizer, constants, slice(first, None, processes)):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             inputs = model.prepare_decoder_input_ids_from_labels(labels)
@@ -42,5 +43,5 @@ def task_loss(model, dataset, tokenizer, constants: SimpleNamespace, accelerator
             )
             total += torch.tensor([losses.item(), (labels != -100).sum().item()])
     model.train(was_training)
-    total = accelerator.reduce(total.float().to(accelerator.device), "sum") if accelerator.num_processes > 1 else total
+    total = accelerator.reduce(total.float().to(accelerator.device), "sum") if processes > 1 else total
     return round((total[0] / total[1]).item(), 6)

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.models.switch_transformers.modeling_switch_transformers import CAEM_PATCH
 
+from expert_merging import sharding
 from expert_merging.beam_search import beam_search
 from expert_merging.errors import UserError
 from expert_merging.features import collate, padded_lengths
@@ -15,7 +16,7 @@ from expert_merging.readings import deviates
 
 def generate(
     model, dataset, tokenizer, constants: SimpleNamespace, device: torch.device | str, batch_size: int,
-    progress_label: str = "", process_index: int = 0, num_processes: int = 1,
+    progress_label: str = "", process_index: int = 0, num_processes: int = 1, show_progress: bool = True,
 ) -> dict[int, str]:  # fmt: skip
     """Decode examples of features (column input_ids) in batches of similar length, the longest first.
 
@@ -54,9 +55,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), tqdm(
+        with sharding.evaluation(model), tqdm(
             total=sum(map(len, batches)), desc=progress_label, unit="example", dynamic_ncols=True, leave=False,
-            disable=process_index != 0, mininterval=1.0,
+            disable=not show_progress, mininterval=1.0,
         ) as bar:  # fmt: skip
             for batch in batches:
                 examples = [{"input_ids": input_ids[row], "labels": []} for row in batch]
@@ -92,7 +93,7 @@ def evaluate_task(
     with accelerator.autocast():  # the encoder too, which the search calls by itself
         part = generate(
             model, dataset, tokenizer, constants, accelerator.device, constants.eval_batch_size, label,
-            accelerator.process_index, accelerator.num_processes,
+            *sharding.share(accelerator, model), accelerator.is_main_process,
         )  # fmt: skip
     predictions = in_order(gather_object([part]))
     return task.score(predictions, dataset["references"]), predictions

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.models.switch_transformers.modeling_switch_transformers import router_losses
 
-from expert_merging import decoding, histories, models, provenance, training, usage
+from expert_merging import decoding, histories, models, provenance, sharding, training, usage
 from expert_merging.batching import MicroBatches, epoch_examples, length_grouped
 from expert_merging.cross_entropy import task_loss
 from expert_merging.features import collate, folder_of, padded_lengths
@@ -63,6 +63,7 @@ def finetune(
         The history (see README, "What a history holds").
     """
     training.claim(work, identity)
+    model = sharding.place(accelerator, model)
     model.set_usage_counting(of_method(c.reading, "counts"))
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,13 +133,13 @@ def finetune(
     del optimizer  # its states are twice the model, and the best epoch's weights come beside the last one's
     accelerator.free_memory()
     best = training.best_epoch(epochs)
-    model = models.load_model(training.best_folder(work, epochs), "best epoch").to(accelerator.device)
+    model = sharding.place(accelerator, models.load_model(training.best_folder(work, epochs), "best epoch"))
     result = epochs[best]["test"] or evaluate("test", "testing")
 
     history = {
         "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
         "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision,
+        "precision": accelerator.mixed_precision, "sharded": sharding.is_sharded(model),
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "identity": identity, "parameters": model.num_parameters(),
         "experts_num": model.config.num_experts, "tasks": list(data),
@@ -163,6 +164,7 @@ def finetune(
         scores = {task: one["scores"] for task, one in result.items()}
         validation = overall(epochs[best]["scores"], goals["validation"])
         history["overall"] = {"validation": validation, "test": overall(scores, goals["test"])}
+    model = sharding.whole(accelerator, model)
     if accelerator.is_main_process:
         models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
         models.save_model(model, tokenizer, models_folder / name)
@@ -289,7 +291,7 @@ def test_once(c: SimpleNamespace, accelerator, model, tokenizer, data, goals, pa
     {"validation": {task: scores}, "test": ..., "overall": {"validation": number, "test": ...}}
     """
     if not path.exists():
-        model = model.to(accelerator.device)
+        model = sharding.place(accelerator, model)
         result: dict[str, Any] = {"overall": {}}
         for split in ("validation", "test"):
             result[split] = {}

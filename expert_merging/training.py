@@ -24,7 +24,7 @@ from accelerate.utils.other import load as load_weights_only
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from expert_merging import histories, provenance
+from expert_merging import histories, provenance, sharding
 from expert_merging.batching import MicroBatches
 from expert_merging.errors import UserError
 from expert_merging.files import hold, new_folder, read_json, sha256, write_json
@@ -69,10 +69,13 @@ def train(
             or is another run's. The last good checkpoint stays.
     """
     progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": []}
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if sharding.is_sharded(model):
+        sharding.pass_over_unused(model, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
     base_lr = [group["lr"] for group in optimizer.param_groups]
     if there := _checkpoints(folder):
-        progress = _load_newest(accelerator, there)
+        progress = _load_newest(accelerator, model, optimizer, there)
 
     while progress["epoch"] < num_epochs:
         epoch, steps = progress["epoch"], steps_of(progress["epoch"])
@@ -107,10 +110,10 @@ def train(
             bar.update()
             # The checkpoint after the last step spares the evaluation that follows from being paid with a whole epoch.
             if number + 1 == len(steps) or now - saved > 60 * checkpoint_minutes:
-                if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
+                if not sharding.all_finite(accelerator, model):
                     said = f"{label}: a weight became infinite or no number at {where} or in the steps before it"
                     raise UserError(f"{said}; {_REMEDY.format(folder=folder)}")
-                _save_checkpoint(accelerator, folder, progress)
+                _save_checkpoint(accelerator, model, optimizer, folder, progress)
                 saved = time.monotonic()
         bar.close()
 
@@ -119,13 +122,15 @@ def train(
         record["train_loss"] = progress["loss_sum"] / len(steps)
         record["seconds"] = progress["seconds"] + time.monotonic() - evaluated
         if all(record["selection"] > earlier["selection"] for earlier in progress["history"]):
+            best = sharding.whole(accelerator, model)
             if accelerator.is_main_process:
                 with new_folder(folder / f"best-{epoch}") as temporary:
-                    accelerator.unwrap_model(model).save_pretrained(temporary)
+                    best.save_pretrained(temporary)
+            del best
         progress = {
             "epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [*progress["history"], record],
         }  # fmt: skip
-        _save_checkpoint(accelerator, folder, progress)
+        _save_checkpoint(accelerator, model, optimizer, folder, progress)
     return progress["history"]
 
 
@@ -221,7 +226,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"))
 
 
-def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str, Any]) -> None:
+def _save_checkpoint(accelerator: Accelerator, model, optimizer, folder: Path, progress: dict[str, Any]) -> None:
     """Write a checkpoint under a name of its own, whole, read it back, and only then remove the older ones.
 
     Every process takes part.
@@ -233,12 +238,14 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str,
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
+        accelerator.save_state(str(temporary))  # of sharded weights only the random states
+        if sharding.is_sharded(model):
+            sharding.save(accelerator, model, optimizer, temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with new_folder(path) as final:
                 (temporary / "progress.json").write_text(json.dumps(progress))
-                (temporary / _MANIFEST).write_text(json.dumps(_manifest(accelerator, folder, temporary), indent=1))
+                (temporary / _MANIFEST).write_text(json.dumps(_manifest(accelerator, model, folder, temporary), indent=1))
                 for file in temporary.iterdir():
                     os.replace(file, final / file.name)
             temporary.rmdir()
@@ -253,7 +260,7 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict[str,
     accelerator.wait_for_everyone()
 
 
-def _manifest(accelerator: Accelerator, folder: Path, files: Path) -> dict[str, Any]:
+def _manifest(accelerator: Accelerator, model, folder: Path, files: Path) -> dict[str, Any]:
     """What a checkpoint must be, to go on from: its files' hashes, and what it was made with."""
     described = folder / _DESCRIBED
     return {
@@ -261,7 +268,13 @@ def _manifest(accelerator: Accelerator, folder: Path, files: Path) -> dict[str, 
         "identity": read_json(described) if described.exists() else {},
         "versions": provenance.versions(),
         "processes": accelerator.num_processes,
+        "shards": _shards(accelerator, model),
     }
+
+
+def _shards(accelerator: Accelerator, model) -> int:
+    """Processes over which the weights are shared out; 0 where each has them whole."""
+    return accelerator.num_processes if sharding.is_sharded(model) else 0
 
 
 def _read_back(path: Path) -> None:
@@ -275,14 +288,16 @@ def _read_back(path: Path) -> None:
             load_weights_only(file, map_location="cpu", mmap=True)
 
 
-def _load_newest(accelerator: Accelerator, paths: list[Path]) -> dict[str, Any]:
+def _load_newest(accelerator: Accelerator, model, optimizer, paths: list[Path]) -> dict[str, Any]:
     """Take up the newest of the checkpoints `paths` that is whole. Raises UserError where none is, or it is not this
     run's."""
     for path in reversed(paths):
         try:
-            manifest = _checked(accelerator, path)
+            manifest = _checked(path, _shards(accelerator, model))
             progress = read_json(path / "progress.json")
             accelerator.load_state(str(path))
+            if sharding.is_sharded(model):
+                sharding.load(accelerator, model, optimizer, path)
         except _Unfit as error:
             raise UserError(str(error)) from error
         except Exception as error:  # a file cut short surfaces as whatever its reader raises
@@ -303,8 +318,8 @@ class _Unfit(Exception):
     """A checkpoint that is whole, but not of this run."""
 
 
-def _checked(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`, whose files have been compared with it."""
+def _checked(path: Path, shards: int) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`, whose files have been compared with it, for a run of so many shards."""
     if not (path / _MANIFEST).exists():
         raise ValueError(f"it has no {_MANIFEST}")
     manifest = read_json(path / _MANIFEST)
@@ -318,6 +333,9 @@ def _checked(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     wanted = read_json(described) if described.exists() else {}
     if difference := histories.changes(manifest["identity"], wanted):
         raise _Unfit(f"{path} is a checkpoint of another run ({difference}); remove it, or restore those constants")
+    if (found := manifest.get("shards", 0)) != shards:
+        launch = f"with fsdp.yaml and --num_processes {found}" if found else "without fsdp.yaml"
+        raise _Unfit(f"{path} was made by a launch {launch}; go on with the same, or remove it")
     return manifest
 
 

@@ -5,12 +5,16 @@ from typing import Any
 import torch
 from transformers.models.switch_transformers.modeling_switch_transformers import normalized_entropy
 
+from expert_merging import sharding
+
 STACKS = ("encoder", "decoder")
 
 
 def read_usage(model, accelerator) -> dict[str, list[list[int]]]:
     """{"encoder": [sparse layer][expert] tokens, "decoder": ...} counted since the last reset, over all processes."""
     usage = model.expert_usage()
+    if sharding.is_sharded(model):  # every process has seen all examples
+        return {stack: usage[stack].tolist() for stack in STACKS}
     return {stack: accelerator.reduce(usage[stack].to(accelerator.device), "sum").tolist() for stack in STACKS}
 
 

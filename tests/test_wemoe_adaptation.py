@@ -170,8 +170,20 @@ def test_the_guard_sees_a_task_collapse(guard):
         assert share > of_b[-1]
 
 
+def test_a_higher_floor_lets_the_guard_see_it_earlier():
+    found = {}
+    for floor in (0.5, 0.9):
+        parameter = torch.nn.Parameter(torch.tensor(3.0))
+        with pytest.warns(UserWarning, match="b: by step"):
+            record = adapt([parameter], ["b"], collapsing(parameter), 60, 0.1, "rollback", floor, window=5)
+        found[floor] = record["rolled_back_to"], parameter.item()
+    assert found[0.9][0] < found[0.5][0] and 3 <= found[0.9][1] < found[0.5][1]
+
+
 def test_bad_adaptations_are_refused():
     parameter = torch.nn.Parameter(torch.tensor(0.0))
+    with pytest.raises(UserError, match="floor is 50"):
+        adapt([parameter], ["a"], lambda task, step: (parameter, None), floor=50)
     with pytest.raises(UserError, match="the guard is"):
         adapt([parameter], ["a"], lambda task, step: (parameter, None), guard="hope")
     with pytest.raises(ValueError, match="no parameter"):

@@ -75,11 +75,13 @@ def adapt(
         A record: losses by task and step, entropy of the mean prediction by task and window (share of log C), what the
         guard saw, seconds.
 
-    Raises UserError for an unknown guard, ValueError where there is nothing to train or a loss is no number.
+    Raises UserError for an unknown guard or floor, ValueError where there is nothing to train or a loss is no number.
     """
     parameters = list(parameters)
     if guard not in GUARDS:
         raise UserError(f"the guard is {guard!r}; it must be one of {', '.join(GUARDS)}")
+    if not 0 <= floor <= 1:
+        raise UserError(f"the guard's floor is {floor}; it is a share, between 0 and 1")
     if not parameters or not all(parameter.requires_grad for parameter in parameters):
         raise ValueError("there is no parameter to adapt, or one without gradients")
     optimizer = torch.optim.Adam(parameters, lr=lr)

@@ -55,6 +55,7 @@ class Settings:
     eval_batch_size: int = 128
     logit_scale: float = 100.0
     guard: str = "warn"
+    guard_floor: float = 0.5
     seed: int = 0
     layers: Sequence[int] | None = None
 
@@ -112,7 +113,7 @@ def adapt_to(model: nn.Module, tasks: Sequence[Task], s: Settings, lr: float, **
         return entropy_loss(s.logit_scale * embed(model, pixels) @ task.head.t())
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return adapt(trained, list(by_name), loss, s.steps, lr, s.guard, **more)
+    return adapt(trained, list(by_name), loss, s.steps, lr, s.guard, s.guard_floor, **more)
 
 
 @torch.no_grad()
