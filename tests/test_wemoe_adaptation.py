@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.errors import UserError
-from expert_merging.wemoe import report
+from expert_merging.wemoe import classification, digits, report
 from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss
 from expert_merging.wemoe.ffn import ensembles, routers, upscale
 
 
 @given(st.integers(2, 50), st.integers(0, 100))
 def test_entropy_of_uniform_certain_and_other_predictions(classes, seed):
+    """Invariant 13, with the next."""
     logits = torch.stack([torch.zeros(classes), 1000 * torch.eye(classes)[0]])
     high, low = entropy(logits).tolist()
     assert abs(high - math.log(classes)) < 1e-4 and abs(low) < 1e-4
@@ -78,6 +79,7 @@ def trained(model):
 
 
 def test_adaptation_lowers_entropy_and_repeats_bit_for_bit(small):
+    """Invariants 12 and 15."""
     base, experts, inputs, heads = small
     found = []
     for _ in range(2):
@@ -96,6 +98,7 @@ def test_adaptation_lowers_entropy_and_repeats_bit_for_bit(small):
 
 
 def test_gradients_task_by_task_are_those_of_the_sum(small):
+    """Invariant 14."""
     base, experts, inputs, heads = small
     joint, apart = (upscale(base, experts) for _ in range(2))
     sum(loss_of(joint, inputs, heads)(task, 0)[0] for task in "ab").backward()
@@ -244,6 +247,27 @@ def test_digits_at_its_smallest(tmp_path):
     again = json.loads((tmp_path / "again" / "records" / "seed0" / "wemoe.json").read_text())
     for key in ("plain", "permuted", "routing_weights", "mixed"):
         assert again[key] == wemoe[key]
+
+
+@pytest.fixture(scope="module")
+def trained_digits(tmp_path_factory):
+    """(pre-trained, {task: tensors of the fine-tuned model}, tasks) of models that can do something."""
+    base, experts = digits.pool(0, 500, 250, 20, 1e-3, tmp_path_factory.mktemp("pools"))
+    return base, experts, digits.test_tasks(0)
+
+
+@pytest.mark.parametrize("method", ["wemoe", "wemoe_batch", "ewemoe_0"])
+def test_before_adapting_accuracy_is_that_of_task_arithmetic(trained_digits, method):
+    """Invariant 4: within 0.2 points, that is 4 of the 2388 test images."""
+    base, experts, tasks = trained_digits
+    accuracy = {}
+    for name in ("task_arithmetic", method):
+        settings = classification.Settings(logit_scale=digits.LOGIT_SCALE, seed=1)
+        model = classification.build(name, base, list(experts.values()), settings).eval()
+        found = classification.evaluate(model, tasks, settings)
+        accuracy[name] = 25 * sum(found[task.name]["accuracy"] for task in tasks)
+    assert accuracy["task_arithmetic"] > 50
+    assert abs(accuracy[method] - accuracy["task_arithmetic"]) <= 0.2
 
 
 def test_an_unknown_method_is_one_line():

@@ -70,6 +70,7 @@ def logits(model, ids, targets, mask=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"prune": 0.5, "share_router": True}])
 def test_later_tokens_change_nothing_before_them(kind, settings):
+    """Invariant 17."""
     *_, model = upscaled(kind, **settings)
     ids, targets = batch()
     whole = logits(model, ids, targets)
@@ -83,6 +84,7 @@ def test_later_tokens_change_nothing_before_them(kind, settings):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
+    """Invariant 17."""
     *_, model = upscaled(kind)
     ids, targets = batch()
     whole = logits(model, ids, targets)
@@ -98,6 +100,7 @@ def test_padding_changes_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("routing", ["sample", "batch"])
 def test_cached_decoding_is_the_full_pass(kind, routing):
+    """Invariant 17."""
     *_, model = upscaled(kind, routing=routing)
     ids, targets = batch()
     whole = logits(model, ids, targets)
