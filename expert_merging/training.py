@@ -245,7 +245,9 @@ def _save_checkpoint(accelerator: Accelerator, model, optimizer, folder: Path, p
         if accelerator.is_main_process:
             with new_folder(path) as final:
                 (temporary / "progress.json").write_text(json.dumps(progress))
-                (temporary / _MANIFEST).write_text(json.dumps(_manifest(accelerator, model, folder, temporary), indent=1))
+                (temporary / _MANIFEST).write_text(
+                    json.dumps(_manifest(accelerator, model, folder, temporary), indent=1)
+                )
                 for file in temporary.iterdir():
                     os.replace(file, final / file.name)
             temporary.rmdir()
