@@ -30,8 +30,8 @@ adapt_losses = by_scale(
     paper=("verbalizer", "self_generated", "self_generated"),
     small=("verbalizer", "self_generated", "self_generated"),
     tiny=("verbalizer", "self_generated", "self_generated"),
-)  # of each task: first_token | verbalizer | self_generated | teacher_forced_gold (an oracle)
-adapt_tokens = by_scale(paper=16, small=16, tiny=8)  # of the model's own answer, in self_generated
+)  # of each task: first_token | verbalizer | self_generated | exact_em | teacher_forced_gold (an oracle)
+adapt_tokens = by_scale(paper=16, small=16, tiny=8)  # of the model's own answer, in self_generated and exact_em
 adapt_steps = by_scale(paper=1000, small=200, tiny=30)  # of test-time adaptation
 adapt_batch_size = by_scale(paper=16, small=16, tiny=8)  # examples of each task in a step
 router_lr = by_scale(paper=1e-4, small=3e-4, tiny=5e-4)  # of WEMoE's routers; at tiny for the few steps

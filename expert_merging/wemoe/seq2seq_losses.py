@@ -3,11 +3,15 @@
     first_token          entropy of the first token of the answer
     verbalizer           the same among the first tokens of the task's possible answers only (classification)
     self_generated       mean entropy of the tokens of the model's own greedy answer, its end included
+    exact_em             entropy of the whole answer, estimated from one sampled answer; experimental
     teacher_forced_gold  cross-entropy of the true answer: an oracle, not test-time adaptation; to be named so wherever shown
 
 Each is a mean over examples, divided by the logarithm of the number of choices, so that a task with six answers does not
-vanish beside one with a vocabulary. The answer of `self_generated` is a constant to the gradient: what is minimised is the
-sum of token entropies along it, not the exact entropy over sequences.
+vanish beside one with a vocabulary (`exact_em`: so many to the power of the answer's longest length). The answer of
+`self_generated` is a constant to the gradient: what is minimised is the entropy of the tokens along it, not of the answer as
+a whole. That is the expected sum of token entropies H_t along sampled answers y, and its gradient the expectation of
+grad sum_t H_t + sum_t (sum_{s>t} H_s) grad log p(y_t): the second term, a policy gradient, is what `exact_em` adds
+(arXiv 2605.08186).
 """
 
 import math
@@ -21,7 +25,7 @@ from expert_merging.errors import UserError
 from expert_merging.features import collate
 from expert_merging.wemoe.adaptation import batch_at, entropy
 
-KINDS = ("first_token", "verbalizer", "self_generated", "teacher_forced_gold")
+KINDS = ("first_token", "verbalizer", "self_generated", "exact_em", "teacher_forced_gold")
 
 
 class AnswerLoss:
@@ -56,7 +60,12 @@ class AnswerLoss:
         gold = batch.pop("labels")
         kind = self.kinds[task]
         if kind == "self_generated":
-            return self._self_generated(batch)
+            return self._entropy_of_tokens(batch, self._written(batch, do_sample=False))
+        if kind == "exact_em":
+            with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+                torch.manual_seed(1_000_003 * self.seed + step)  # a step sees the same, also in a run that goes on
+                written = self._written(batch, do_sample=True, top_k=0)
+            return self._entropy_of_answer(batch, written)
         if kind == "teacher_forced_gold":
             logits = self._logits(batch, self.model.prepare_decoder_input_ids_from_labels(gold))
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), gold.flatten(), ignore_index=-100)
@@ -67,21 +76,38 @@ class AnswerLoss:
             first = first[:, list(self.answers[task])]
         return entropy(first).mean() / math.log(first.shape[-1]), _mean_prediction(first)
 
-    def _self_generated(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _written(self, batch: dict[str, torch.Tensor], **sampling) -> torch.Tensor:
+        """The model's own answers, [batch, 1 + tokens] with the decoder's start."""
         from transformers import GenerationConfig
 
         config = self.model.config
         settings = GenerationConfig(
-            max_new_tokens=self.tokens, do_sample=False, num_beams=1, eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id, decoder_start_token_id=config.decoder_start_token_id,
+            max_new_tokens=self.tokens, num_beams=1, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+            decoder_start_token_id=config.decoder_start_token_id, **sampling,
         )  # fmt: skip
         with torch.no_grad():
-            written = self.writing().generate(**batch, generation_config=settings)
-        ends = written[:, 1:] == config.eos_token_id
-        real = (ends.cumsum(dim=1) - ends.long() == 0).float()  # up to the first end and with it
+            return self.writing().generate(**batch, generation_config=settings)
+
+    def _entropy_of_tokens(self, batch: dict[str, torch.Tensor], written: torch.Tensor):
+        """Mean over the tokens of each answer; a loss as `__call__` gives it."""
+        logits, real = self._logits(batch, written[:, :-1]), self._real(written)
+        of_answers = (entropy(logits) * real).sum(dim=1) / real.sum(dim=1)
+        return of_answers.mean() / math.log(logits.shape[-1]), _mean_prediction(logits[:, 0])
+
+    def _entropy_of_answer(self, batch: dict[str, torch.Tensor], written: torch.Tensor):
+        """For sampled answers; a loss as `__call__` gives it, whose value and gradient are right in expectation."""
         logits = self._logits(batch, written[:, :-1])
-        of_sequences = (entropy(logits) * real).sum(dim=1) / real.sum(dim=1)
-        return of_sequences.mean() / math.log(logits.shape[-1]), _mean_prediction(logits[:, 0])
+        of_tokens = entropy(logits) * self._real(written)
+        behind = (of_tokens.sum(dim=1, keepdim=True) - of_tokens.cumsum(dim=1)).detach()
+        sampled = logits.log_softmax(dim=-1).gather(-1, written[:, 1:, None]).squeeze(-1)
+        policy = (sampled * behind).sum(dim=1)  # behind an end there is nothing, so that it needs no mask
+        of_answers = of_tokens.sum(dim=1) + policy - policy.detach()
+        return of_answers.mean() / (self.tokens * math.log(logits.shape[-1])), _mean_prediction(logits[:, 0])
+
+    def _real(self, written: torch.Tensor) -> torch.Tensor:
+        """1 for the tokens of answers up to their first end and with it: [batch, tokens]."""
+        ends = written[:, 1:] == self.model.config.eos_token_id
+        return (ends.cumsum(dim=1) - ends.long() == 0).float()
 
     def _logits(self, batch: dict[str, torch.Tensor], decoder_input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, vocabulary] in float32."""
