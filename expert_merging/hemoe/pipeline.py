@@ -9,6 +9,7 @@ Each step's JSON holds the constants its result follows from: found with others,
 """
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,8 +112,8 @@ def base(c: SimpleNamespace) -> None:
         random.Random(docstrings.DATA_SEED).shuffle(texts)
         write_json(data / "texts.json", texts[: 2 * c.doc_train_examples])
         write_json(data / "complete.json", {"identity": identity, "texts_sha256": docstrings.corpus_hash(texts)})
-    identity = _identity(c, "base")
-    if _done(folder / "base.json", identity):
+    identity, work = _identity(c, "base"), folder.with_suffix(".run")
+    if _done(folder / "base.json", identity, work):
         return
 
     from expert_merging import training
@@ -132,7 +133,6 @@ def base(c: SimpleNamespace) -> None:
     seen = rng.sample(tasks, min(half, len(tasks)))
     rows += [tuning.encode(tokenizer, one, c.base_tokens)["input_ids"] for one in seen]
     model = small_llama.new_llama(c, tokenizer)
-    work = folder.with_suffix(".run")
     training.claim(work, identity)
     fitted = tuning.fit(
         model, [{"input_ids": row, "labels": row} for row in rows], tokenizer.pad_token_id, work, steps=c.base_steps,
@@ -401,7 +401,8 @@ def tuning(c: SimpleNamespace) -> None:
     """LoRA on attention and the routers in full, experts frozen; the dense model with the same LoRA as a reference."""
     for method in (*c.methods, "dense_tuned"):
         folder, identity = _seed_folder(c) / method, _identity(c, "tuning", method=method)
-        if _done(folder / "tuning.json", identity):
+        work = folder / "tuning.run"
+        if _done(folder / "tuning.json", identity, work):
             continue
         import torch
 
@@ -415,7 +416,6 @@ def tuning(c: SimpleNamespace) -> None:
         torch.manual_seed(c.seed)
         model = lora.add_lora(model, c.lora_rank, c.lora_alpha, c.lora_dropout)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        work = folder / "tuning.run"
         training.claim(work, identity)
         rows = _Data(c, tokenizer).rows(c.tune_steps * c.tune_batch * c.tune_accumulation, c.tune_tasks)
         fitted = lora.fit(
@@ -530,14 +530,17 @@ def _identity(c: SimpleNamespace, step: str, **more: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
 
 
-def _done(path: Path, identity: dict[str, Any]) -> bool:
-    """Whether a step's result is there. Raises UserError where it was made with other constants."""
+def _done(path: Path, identity: dict[str, Any], work: Path | None = None) -> bool:
+    """Whether a step's result is there; then `work`, its checkpoints, goes, which a kill may have left. Raises UserError
+    where it was made with other constants."""
     if not path.exists():
         return False
     if difference := histories.changes(read_json(path)["identity"], identity):
         raise UserError(
             f"{path} was made with other constants ({difference}); restore them, or choose another HEMOE_DIR"
         )
+    if work:
+        shutil.rmtree(work, ignore_errors=True)
     return True
 
 
