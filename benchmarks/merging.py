@@ -3,11 +3,13 @@
     python benchmarks/merging.py FOLDER_WITH_SPACE [--layers 12] [--pairs 5]
 
 Writes random sources of 8 experts (2.5 GB each; six of them) and results into FOLDER, and benchmarks/results/merging.json.
-Each pair times the merge and, right after or before it, plain reading of the source files and writing of the result's bytes.
+Each pair times the merge and, after it, plain reading of the source files and writing of the result's bytes. Both begin with
+nothing waiting to be written and without the sources in the system's cache, and end when all is on the disk.
 """
 
 import argparse
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -46,6 +48,14 @@ def make_source(folder: Path, seed: int, layers: int) -> None:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def start_cold(sources: list[Path]) -> None:
+    """Write what waits, and let the system forget the sources' bytes."""
+    os.sync()
+    for path in [file for source in sources for file in source.glob("*.safetensors")]:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def merge(sources: list[Path], target: int, result: Path, layers: int) -> tuple[float, float]:
     """(seconds, peak GB) of this process."""
     import torch
@@ -57,15 +67,18 @@ def merge(sources: list[Path], target: int, result: Path, layers: int) -> tuple[
     counts = [torch.randint(1, 1000, (layers // 2, 8), generator=random) for _ in range(2 * len(sources))]
     usage = [{"encoder": counts[2 * i], "decoder": counts[2 * i + 1]} for i in range(len(sources))]
     result.mkdir()
+    start_cold(sources)
     started = time.monotonic()
     _, tensors = merge_lazily([SafetensorsFolder(source) for source in sources], usage, target)
     write_tensors(tensors, result)
+    os.sync()
     return time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def read_and_write(sources: list[Path], result: Path, copy: Path) -> float:
     """Seconds to read every byte of the sources, and to write as many bytes as the result has."""
     buffer = bytearray(1 << 24)
+    start_cold(sources)
     started = time.monotonic()
     for path in [file for source in sources for file in sorted(source.glob("*.safetensors"))]:
         with path.open("rb", buffering=0) as file:
@@ -75,6 +88,7 @@ def read_and_write(sources: list[Path], result: Path, copy: Path) -> float:
     with copy.open("wb", buffering=0) as file:
         while left > 0:
             left -= file.write(memoryview(buffer)[: min(len(buffer), left)])
+    os.sync()
     return time.monotonic() - started
 
 
