@@ -107,12 +107,16 @@ def main() -> None:
             rows.append(gain(f"{name} sample-wise against a loop over samples, batch {BATCH}", times))
         with tempfile.TemporaryDirectory() as folder:
             sizes[name] = checkpoints.save(model, Path(folder) / "model")
-    of_base = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    size = {name: parameter.numel() * parameter.element_size() for name, parameter in base.named_parameters()}
+    of_base = sum(size.values())
+    inside = tuple(f"{name}." for name, _ in ensembles(model))
+    of_layers = sum(own for name, own in size.items() if name.startswith(inside))
     (dense, sparse), files = sizes.values(), ("task_vectors.safetensors", "routers.safetensors")
     whole = [sum(size.values()) for size in (sparse, dense)]
     for name, ours, theirs, target in (
         ("task vectors and routers", *(sum(size[f] for f in files) for size in (sparse, dense)), QUARTER),
         ("folder, loaded onto theta_0", *whole, QUARTER),
+        ("folder and theta_0's feed-forward layers", *(size + of_layers for size in whole), None),  # all a model needs
         ("folder and theta_0", *(size + of_base for size in whole), None),
     ):
         rows.append({
