@@ -5,8 +5,8 @@ A process keeps its part of every weight, with the gradient and the optimizer's 
 only while it computes with it. The processes therefore make the same forward passes at the same time: each trains on its
 share of the examples, as without sharding, but evaluates all of them.
 
-torch's own functions are called, on CPUs and GPUs alike, since accelerate's FSDP knows no processes on CPUs and, for the
-whole model at once, keeps either all weights or also the states between the blocks in bfloat16.
+torch's own functions are called, on CPUs and GPUs alike: accelerate (1.15) has no FSDP for processes on CPUs, and in
+bfloat16 it would put what goes from block to block in that precision too.
 """
 
 import contextlib

@@ -23,7 +23,6 @@ from expert_merging.files import sha256
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--cpu"]
-SHARDED = [*ACCELERATE, "--config_file", "fsdp.yaml"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -75,12 +74,6 @@ def two(words_of, tmp_path_factory):
     return finished(launch(ACCELERATE, words_of(runs := tmp_path_factory.mktemp("two"))), runs)
 
 
-@pytest.fixture(scope="module")
-def sharded(words_of, tmp_path_factory):
-    """The run of two processes that share out the weights."""
-    return finished(launch(SHARDED, words_of(runs := tmp_path_factory.mktemp("sharded"))), runs)
-
-
 def finished(process: subprocess.Popen, runs):
     """`runs`, when `process` has ended well."""
     out, err = process.communicate(timeout=1200)
@@ -89,11 +82,10 @@ def finished(process: subprocess.Popen, runs):
     return runs
 
 
-@pytest.mark.parametrize("way", ["two", "sharded"])
-def test_two_processes_train_and_evaluate_as_one(way, alone, request):
-    (one, weights_of_one), (both, weights_of_both) = results(alone), results(request.getfixturevalue(way))
+def same_as_one(alone, runs) -> None:
+    """`runs`, of two processes, are as `alone`, of one."""
+    (one, weights_of_one), (both, weights_of_both) = results(alone), results(runs)
     assert (one["processes"], both["processes"]) == (1, 2)
-    assert both["sharded"] == (way == "sharded")
     assert both["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
     assert both["xsum_data"]["test"] == pytest.approx(one["xsum_data"]["test"], rel=1e-5, abs=1e-5)
     first, second = load_file(weights_of_one), load_file(weights_of_both)
@@ -106,30 +98,45 @@ def test_two_processes_train_and_evaluate_as_one(way, alone, request):
     assert both["parameters"] == one["parameters"]
 
 
-@pytest.mark.parametrize("way", ["two", "sharded"])
-def test_one_that_dies_ends_the_other_and_the_run_goes_on(way, words_of, request, tmp_path):
-    use_fsdp = {"ACCELERATE_USE_FSDP": str(way == "sharded").lower()}
-    process = launch(TORCHRUN, words_of(tmp_path), **use_fsdp)
-    work = tmp_path / "seed0" / "models" / "single_task_[4]" / "single_task_xsum.run"
+def killed(process: subprocess.Popen, runs):
+    """The working folder of `runs`, when one of its two processes was killed after a checkpoint and the other ended."""
+    work = runs / "seed0" / "models" / "single_task_[4]" / "single_task_xsum.run"
     deadline = time.monotonic() + 600
     while not list(work.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = psutil.Process(process.pid).children()
-    next(worker for worker in workers if worker.environ().get("RANK") == "1").send_signal(signal.SIGKILL)
+    workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "RANK" in one.environ()]
+    assert len(workers) == 2
+    next(worker for worker in workers if worker.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
     _, said = process.communicate(timeout=300)
     assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
     assert "single_task_finetune.py: another process of this run has ended; the same command goes on" in said or (
         "single_task_finetune.py: interrupted; the same command goes on from the last checkpoint" in said
     )
-    if way == "sharded":
-        each_holds_half(sorted(work.glob("checkpoint-*"))[-1])
-        shutil.copytree(tmp_path, tmp_path / "copy")
-        with pytest.raises(UserError, match="a launch with fsdp.yaml and --num_processes 2; go on with the same"):
-            call_main("single_task_finetune.py", words_of(tmp_path / "copy"))
-    finished(launch(TORCHRUN, words_of(tmp_path), **use_fsdp), tmp_path)
-    (mine, my_weights), (theirs, their_weights) = results(tmp_path), results(request.getfixturevalue(way))
+    return work
+
+
+def test_two_processes_train_and_evaluate_as_one(alone, two):
+    same_as_one(alone, two)
+    assert not results(two)[0]["sharded"]
+
+
+def test_one_that_dies_ends_the_other_and_the_run_goes_on(words_of, two, tmp_path):
+    work = killed(launch(TORCHRUN, words_of(tmp_path)), tmp_path)
+    finished(launch(TORCHRUN, words_of(tmp_path)), tmp_path)
+    (mine, my_weights), (theirs, their_weights) = results(tmp_path), results(two)
     assert sha256(my_weights) == sha256(their_weights) and mine["train_loss"] == theirs["train_loss"]
     assert not work.exists()
+
+
+def test_processes_that_share_out_the_weights_do_as_one_also_after_a_kill(words_of, alone, tmp_path):
+    work = killed(launch([*ACCELERATE, "--config_file", "fsdp.yaml"], words_of(tmp_path)), tmp_path)
+    each_holds_half(sorted(work.glob("checkpoint-*"))[-1])
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with pytest.raises(UserError, match="a launch with fsdp.yaml and --num_processes 2; go on with the same"):
+        call_main("single_task_finetune.py", words_of(tmp_path / "copy"))
+    finished(launch(TORCHRUN, words_of(tmp_path), ACCELERATE_USE_FSDP="true"), tmp_path)
+    same_as_one(alone, tmp_path)
+    assert results(tmp_path)[0]["sharded"] and not work.exists()
 
 
 def each_holds_half(checkpoint):
