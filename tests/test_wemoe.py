@@ -662,15 +662,48 @@ def test_a_pruned_layer_equals_fusion_bench(mlps):
         torch.testing.assert_close(ours(states), theirs(states), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("routing", ["sample", "batch"])
+def test_layers_with_a_shared_router_equal_fusion_bench(mlps, routing):
+    """Two layers in a row: what they give, and the gradient of the router they share."""
+    reference = pytest.importorskip("fusion_bench.models.sparse_we_moe", reason="fusion-bench is not installed")
+    base, experts, states = mlps
+    second = perturbed(base), [perturbed(base) for _ in range(3)]
+    gate, router = reference.construct_weight_ensembling_gate(16, 3, 0.3, 2), Router(16, 3)
+    _same_router(gate, router)
+    theirs, ours = nn.Sequential(), nn.Sequential()
+    for own_base, own_experts in ((base, experts), second):
+        theirs.append(
+            reference.SparseWeightEnsemblingMoE_ShardGate(
+                16, copy.deepcopy(own_base), copy.deepcopy(own_experts), init_lambda=0.3, batch_first=True,
+                batch_reduce=routing == "batch", tv_prune_ratio=0.9, sharedgate=gate,
+            )
+        )  # fmt: skip
+        vectors = [
+            {n: e.get_parameter(n).detach() - p.detach() for n, p in own_base.named_parameters()} for e in own_experts
+        ]
+        pruned = [{n: prune_magnitude(t, 0.9, "reference") for n, t in vector.items()} for vector in vectors]
+        ours.append(WeightEnsemblingFFN(own_base, pruned, router, routing, sparse=True))
+    made, wanted = ours(states), theirs(states)
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
+    made.square().mean().backward()
+    wanted.square().mean().backward()
+    for a, b in zip(_in_their_order(router), gate.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+def _in_their_order(router: Router) -> list[nn.Parameter]:
+    """The parameters in fusion-bench's order, of layers."""
+    names = {0: ["bias"], 1: ["weight", "bias"], 2: ["hidden_weight", "hidden_bias", "weight", "bias"]}[router.depth]
+    assert sorted(names) == sorted(name for name, _ in router.named_parameters())
+    return [router.get_parameter(name) for name in names]
+
+
 def _same_router(theirs: nn.Module, ours: Router) -> None:
-    """Give both the same random parameters; theirs are named otherwise, in the same order of layers."""
-    found = list(theirs.parameters())
-    own = {0: ["bias"], 1: ["weight", "bias"], 2: ["hidden_weight", "hidden_bias", "weight", "bias"]}[ours.depth]
-    assert len(found) == len(own)
+    """Give both the same random parameters; theirs are named otherwise."""
     with torch.no_grad():
-        for parameter, name in zip(found, own, strict=True):
+        for parameter, own in zip(theirs.parameters(), _in_their_order(ours), strict=True):
             parameter.copy_(0.3 * torch.randn_like(parameter))
-            ours.get_parameter(name).copy_(parameter)
+            own.copy_(parameter)
 
 
 def test_projection_models_are_found_by_pattern():

@@ -173,6 +173,14 @@ def test_the_guard_sees_a_task_collapse(guard):
         assert share > of_b[-1]
 
 
+def test_a_guard_that_warns_changes_nothing():
+    parameters = [torch.nn.Parameter(torch.tensor(3.0)) for _ in range(2)]
+    adapt([parameters[0]], ["a", "b"], collapsing(parameters[0]), 60, 0.1, "off", window=5)
+    with pytest.warns(UserWarning, match="b: by step"):
+        adapt([parameters[1]], ["a", "b"], collapsing(parameters[1]), 60, 0.1, "warn", window=5)
+    assert torch.equal(*parameters)
+
+
 def test_a_higher_floor_lets_the_guard_see_it_earlier():
     found = {}
     for floor in (0.5, 0.9):
@@ -277,7 +285,7 @@ def test_an_unknown_method_is_one_line():
 
 
 def test_committed_tables_follow_from_their_records():
-    folders = [path for path in (ROOT / "results").glob("wemoe-*") if (path / "records").is_dir()]
+    folders = [path.parent for path in (ROOT / "results").glob("wemoe-*/**/records")]
     if not folders:
         pytest.skip("no results of WEMoE are committed")
     for folder in folders:
@@ -312,6 +320,38 @@ def test_what_the_page_says_of_digits_holds_in_the_committed_records():
         for seed in seeds:
             losses = [sum(step) for step in zip(*records[method][seed]["adaptation"]["loss"].values(), strict=True)]
             assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_what_the_page_says_of_weak_pretraining_holds_in_the_committed_records():
+    place = ROOT / "results" / "wemoe-digits-weak"
+    if not place.is_dir():
+        pytest.skip("the results after weak pre-training are not committed")
+    warn, *others = (report.read(place / name) for name in ("warn", "rollback", "rollback_0.9"))
+    seeds, tasks = sorted(warn["wemoe"]), report.tasks_of(warn)
+    assert len(seeds) == 6
+
+    def changes(records, method) -> list[list[float]]:
+        """Of each seed, each task's points over task arithmetic."""
+        arithmetic = warn["task_arithmetic"]
+        return [
+            [100 * (records[method][s][task]["accuracy"] - arithmetic[s][task]["accuracy"]) for task in tasks]
+            for s in seeds
+        ]
+
+    worst, lost, stopped = [], [], []
+    for records in (warn, *others):
+        both = [changes(records, method) for method in ("wemoe", "ewemoe_90")]
+        worst.append([round(sum(map(min, one)) / 6, 1) for one in both])
+        lost.append(sum(change < -2 for one in both for seed in one for change in seed))
+        runs = [records[method][s]["adaptation"] for method in ("wemoe", "ewemoe_90") for s in seeds]
+        stopped.append(sum("rolled_back_to" in run for run in runs))
+    assert worst[0] == [-13.3, -10.9] and worst[2] == [-6.9, -6.7]
+    assert lost[0] == 15 and lost[2] == 16 and stopped == [0, 1, 7]
+    means = [
+        [100 * sum(r[m][s]["average_accuracy"] for s in seeds) / 6 for m in ("wemoe", "ewemoe_90")]
+        for r in (warn, others[1])
+    ]
+    assert [[round(mean, 1) for mean in one] for one in means] == [[68.5, 66.8], [68.2, 66.9]]
 
 
 def test_routing_of_a_fresh_model_counts_what_it_holds(small):
