@@ -32,7 +32,7 @@ faults: setup
 bench: setup
 	$(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/training.py
-	$(RUN) benchmarks/evaluation.py
+	$(RUN) benchmarks/evaluation.py --examples 8
 	$(RUN) benchmarks/preprocessing.py
 	$(RUN) benchmarks/startup.py
 	$(RUN) benchmarks/table.py

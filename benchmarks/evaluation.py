@@ -42,8 +42,10 @@ def main() -> None:
 
     from expert_merging import decoding
     from expert_merging.files import write_json
+    from expert_merging.host_memory import keep_freed_memory
     from expert_merging.provenance import versions
 
+    keep_freed_memory()  # as the scripts do
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")
     sparse = {"num_sparse_encoder_layers": chosen.layers // 2, "num_sparse_decoder_layers": chosen.layers // 2}
     sizes = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_experts": 8}

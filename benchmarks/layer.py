@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from expert_merging.files import write_json  # noqa: E402
+from expert_merging.host_memory import keep_freed_memory  # noqa: E402
 
 # google/switch-base-8, but for the number of layers: 12 and 12 there, with every second one sparse as here.
 SHAPE = {
@@ -36,7 +37,9 @@ LAYERS = 4
 
 
 def models(layers: int = LAYERS) -> tuple:
-    """(ours, stock) with the same weights and `layers` blocks in each stack, in training mode."""
+    """(ours, stock) with the same weights and `layers` blocks in each stack, in training mode; for both, freed memory is
+    kept as the scripts keep it."""
+    keep_freed_memory()
     try:
         stock = importlib.import_module("transformers.models.switch_transformers_stock.modeling_switch_transformers")
     except ImportError:

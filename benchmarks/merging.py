@@ -61,8 +61,10 @@ def merge(sources: list[Path], target: int, result: Path, layers: int) -> tuple[
     import torch
     from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily
 
+    from expert_merging.host_memory import keep_freed_memory
     from expert_merging.tensors import SafetensorsFolder, write_tensors
 
+    keep_freed_memory()  # as the script does
     random = torch.Generator().manual_seed(0)
     counts = [torch.randint(1, 1000, (layers // 2, 8), generator=random) for _ in range(2 * len(sources))]
     usage = [{"encoder": counts[2 * i], "decoder": counts[2 * i + 1]} for i in range(len(sources))]

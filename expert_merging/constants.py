@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from expert_merging.devices import become_several
 from expert_merging.errors import UserError
+from expert_merging.host_memory import keep_freed_memory
 from expert_merging.readings import deviates
 
 SCALES = ("paper", "small", "tiny")
@@ -101,6 +102,7 @@ def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoRe
         signal.signal(signal.SIGTERM, _interrupt)
         constants = read_constants(script)
         become_several()
+        keep_freed_memory()
         main(constants)
     except UserError as error:
         _close_bars()

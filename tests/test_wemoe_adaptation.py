@@ -260,7 +260,7 @@ def test_digits_at_its_smallest(tmp_path):
 @pytest.fixture(scope="module")
 def trained_digits(tmp_path_factory):
     """(pre-trained, {task: tensors of the fine-tuned model}, tasks) of models that can do something."""
-    base, experts = digits.pool(0, 500, 250, 20, 1e-3, tmp_path_factory.mktemp("pools"))
+    base, experts = digits.pool(0, 500, 200, 10, 1e-3, tmp_path_factory.mktemp("pools"))
     return base, experts, digits.test_tasks(0)
 
 
@@ -274,7 +274,7 @@ def test_before_adapting_accuracy_is_that_of_task_arithmetic(trained_digits, met
         model = classification.build(name, base, list(experts.values()), settings).eval()
         found = classification.evaluate(model, tasks, settings)
         accuracy[name] = 25 * sum(found[task.name]["accuracy"] for task in tasks)
-    assert accuracy["task_arithmetic"] > 50
+    assert accuracy["task_arithmetic"] > 40
     assert abs(accuracy[method] - accuracy["task_arithmetic"]) <= 0.2
 
 

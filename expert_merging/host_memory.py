@@ -1,0 +1,26 @@
+"""How this process asks the system for memory."""
+
+import contextlib
+import ctypes
+import os
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+_LARGEST = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Keep what is freed for the next tensor, in place of giving it back, and take it in pages of 2 MB.
+
+    A training step frees its gradients and activations and the next one asks for as much again; glibc returns large blocks
+    at once, and the system then clears every page anew, which takes up to a third of a step on a CPU
+    (benchmarks/NOTES.md). Only with glibc; without it nothing happens. The pages are torch's to ask for, who reads
+    the variable when the first tensor is made: call this before.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            # Older versions take 32 MB at most.
+            libc.mallopt(_MMAP_THRESHOLD, _LARGEST) or libc.mallopt(_MMAP_THRESHOLD, 2**25)
+            libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST - 1)
