@@ -15,6 +15,7 @@ measured (max_memory_allocated). Writes benchmarks/results/memory.json and memor
 """
 
 import argparse
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def kept_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
     return sum(size for size, _ in storages.values())
 
 
+def in_a_fork(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
+    """`kept_bytes` in a process of its own, whose memory is free again afterwards."""
+    mine, its = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: its.send(kept_bytes(model, batch, bf16)), daemon=True
+    )
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        sys.exit(f"a process ended with status {process.exitcode}; this needs 8 GB of memory")
+    return mine.recv()
+
+
 def peak_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
     """Peak of allocated memory in an optimizer step on a GPU, less what weights, gradients and moments take."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
@@ -107,13 +121,15 @@ def main() -> None:
     )
     chosen = parser.parse_args()
     torch.manual_seed(0)
+    if chosen.device == "cpu":
+        torch.set_num_threads(1)  # forks have no other threads
     sparse = {"num_sparse_encoder_layers": chosen.layers // 2, "num_sparse_decoder_layers": chosen.layers // 2}
     layers = {"num_layers": chosen.layers, "num_decoder_layers": chosen.layers}
     config = SwitchTransformersConfig(
         **{**SHAPE, "dropout_rate": 0.1, "num_experts": chosen.experts}, **sparse, **layers
     )
     model = SwitchTransformersForConditionalGeneration(config).train().to(chosen.device)
-    measure = kept_bytes if chosen.device == "cpu" else peak_bytes
+    measure = in_a_fork if chosen.device == "cpu" else peak_bytes
     fixed = 16 * model.num_parameters() / 1e9  # four float32 numbers a parameter
     copies = 2 * model.num_parameters() / 1e9  # autocast's, in bf16
     rows, plain = [], {}
