@@ -8,7 +8,6 @@ import hashlib
 import json
 import shlex
 import tempfile
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +18,11 @@ from expert_merging.files import new_folder, read_json
 from expert_merging.hub import first_line
 from expert_merging.readings import deviates
 from expert_merging.tasks import get_task
-from expert_merging.tokenizing import WordCache
-from expert_merging.workers import cores, in_processes
+from expert_merging.tokenizing import WordCache, ranges
 
 SPLITS = ("train", "validation", "test")
 _MANIFEST = "complete.json"
-_BATCH = 1000  # examples tokenised together
-_BATCHES_WORTH_A_PROCESS = 2  # each learns the words anew
+_BATCH = 4000  # examples tokenised together
 _SHUFFLE_SEED = 42  # of the order in which examples are stored, so that a limit takes a random part
 
 
@@ -212,43 +209,35 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     from datasets import Dataset
     from tqdm.auto import tqdm
 
+    task = get_task(task_name)
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
-    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
-    work = partial(_batch, examples, get_task(task_name), constants, tokenizer, ids_of)
+    token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
     tables, lengths, odd = [], {"input": [], "target": []}, 0
     bar = tqdm(total=len(order), desc=f"{task_name} {split}", unit="example", dynamic_ncols=True, leave=False)
-    for table, input_lengths, target_lengths, odd_ones in in_processes(
-        work, batches, min(cores(), len(batches) // _BATCHES_WORTH_A_PROCESS)
-    ):
-        tables.append(table)
-        lengths["input"] += input_lengths
-        lengths["target"] += target_lengths
-        odd += odd_ones
-        bar.update(len(table))
+    for start in range(0, len(order), _BATCH):
+        batch = [examples[i] for i in order[start : start + _BATCH]]
+        prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]
+        columns = {}
+        for name, side, texts, most in (
+            ("input_ids", "input", prompts, constants.max_input_length),
+            ("labels", "target", targets, constants.max_decoder_length),
+        ):
+            ids, counts = ids_of(texts)
+            columns[name] = _cut(ids, counts, tokenizer.eos_token_id, most, token_id)
+            lengths[side].append(counts + 1)
+        columns["references"] = pa.array([task.references(e) for e in batch], pa.list_(pa.string()))
+        tables.append(pa.table(columns))
+        odd += sum(map(_is_odd, prompts, targets))
+        bar.update(len(batch))
     bar.close()
     report = {"examples": len(order), "odd": odd}
     for side, limit in (("input", constants.max_input_length), ("target", constants.max_decoder_length)):
-        values = np.array(lengths[side])
+        values = np.concatenate(lengths[side])
         at = {q: np.quantile(values, q / 100, method="higher") for q in (50, 90, 99, 100)}
         report[f"{side}_length"] = {str(q): int(length) for q, length in at.items()}
         report[f"{side}_cut"] = float((values > limit).mean())
     return Dataset(pa.concat_tables(tables)), report
-
-
-def _batch(examples, task, constants: SimpleNamespace, tokenizer, ids_of: WordCache, rows: list[int]):
-    """(arrow table, lengths of inputs, of targets, number of odd ones) of some rows of `examples`."""
-    import pyarrow as pa
-
-    examples = [examples[row] for row in rows]
-    prompts, targets = [task.prompt(e) for e in examples], [task.target(e) for e in examples]
-    input_ids, input_lengths = _cut(ids_of(prompts), tokenizer.eos_token_id, constants.max_input_length)
-    labels, target_lengths = _cut(ids_of(targets), tokenizer.eos_token_id, constants.max_decoder_length)
-    token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-    kinds = {"input_ids": pa.list_(token_id), "labels": pa.list_(token_id), "references": pa.list_(pa.string())}
-    made = {"input_ids": input_ids, "labels": labels, "references": [task.references(e) for e in examples]}
-    table = pa.table({name: pa.array(made[name], kind) for name, kind in kinds.items()})
-    return table, input_lengths, target_lengths, sum(map(_is_odd, prompts, targets))
 
 
 def _is_odd(prompt: str, target: str) -> bool:
@@ -256,9 +245,17 @@ def _is_odd(prompt: str, target: str) -> bool:
     return not target.strip() or all(word.endswith(":") for word in prompt.split())
 
 
-def _cut(rows: list[list[int]], end: int, limit: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids, at most `limit` with `end` behind them, and how many there were before cutting."""
-    return [[*ids[: limit - 1], end] for ids in rows], [len(ids) + 1 for ids in rows]
+def _cut(ids, lengths, end: int, limit: int, kind):
+    """An arrow column of lists of `kind`: of the ids of each text at most `limit` with `end` behind them."""
+    import numpy as np
+    import pyarrow as pa
+
+    kept = np.minimum(lengths, limit - 1)
+    ends = np.cumsum(kept + 1)
+    made = np.full(ends[-1], end, dtype=np.int32)
+    made[ranges(ends - kept - 1, kept)] = ids[ranges(np.cumsum(lengths) - lengths, kept)]
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(made).cast(kind))
 
 
 def source_constant(task_name: str) -> str:

@@ -1,5 +1,7 @@
 """Running the scripts one after another, each only when its result is missing, with one bar over all."""
 
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -18,7 +20,6 @@ from expert_merging.constants import shared_arguments
 from expert_merging.errors import UserError
 from expert_merging.files import read_json, write_json
 from expert_merging.provenance import ROOT
-from expert_merging.workers import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path) -> None
             output.write(f"\n$ python {' '.join(words)}\n")
             output.flush()
             process = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
+                [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
             )
             try:
                 while process.poll() is None:
@@ -208,6 +209,12 @@ def minutes(seconds: float) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def _end_with_parent() -> None:
+    """On Linux a script ends when this process is killed, so that two never write the same run."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _last_line(log: Path) -> str:

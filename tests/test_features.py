@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import datasets
@@ -18,7 +16,6 @@ from expert_merging import features
 from expert_merging.errors import UserError
 from expert_merging.hub import load_tokenizer
 from expert_merging.tasks import get_task
-from expert_merging.workers import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +89,11 @@ def test_limits_take_the_first_of_one_order(data, tmp_path, tokenizer):
     assert len(features.load("ag_news", ample, tokenizer)["train"]) == 36
 
 
-def test_same_again_also_in_several_processes(data, tmp_path, tokenizer, monkeypatch):
+def test_same_again_however_it_is_batched(data, tmp_path, tokenizer, monkeypatch):
     manifests = [features.prepare("xsum", raw_data.constants(data, tmp_path / x), tokenizer) for x in "ab"]
     assert manifests[0] == manifests[1]
     monkeypatch.setattr(features, "_BATCH", 3)
-    monkeypatch.setattr(features, "cores", lambda: 3)
-    used = []
-    monkeypatch.setattr(features, "in_processes", lambda *given: used.append(given[-1]) or in_processes(*given))
     assert features.prepare("xsum", raw_data.constants(data, tmp_path / "c"), tokenizer) == manifests[0]
-    assert max(used) == 3
-
-
-def test_a_process_that_is_killed_is_one_line():
-    with pytest.raises(UserError, match="a process was killed, perhaps for want of memory"):
-        list(in_processes(lambda number: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
-    here = os.getpid()
-    assert list(in_processes(lambda number: (number, os.getpid() == here), range(9), 2)) == [
-        (n, False) for n in range(9)
-    ]
 
 
 def test_missing_folder_names_the_command(data, tmp_path, tokenizer):
