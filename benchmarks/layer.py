@@ -78,10 +78,10 @@ def row(name: str, mine: Callable, theirs: Callable, pairs: int, target: float |
 
 def report(rows: Sequence[dict], name: str, **more) -> None:
     """Print the rows and write them with what they ran on to benchmarks/results/{name}.json."""
-    print(f"{'':56}{'ratio':>7}{'target':>8}{'ours':>10}{'theirs':>10}")
+    print(f"{'':68}{'ratio':>7}{'target':>8}{'ours':>12}{'theirs':>12}")
     for one in rows:
         target = f"{one['target']:8.2f}" if one["target"] else " " * 8
-        print(f"{one['name']:56}{one['ratio']:7.2f}{target}{one['ours']:10.3f}{one['theirs']:10.3f} {one['unit']}")
+        print(f"{one['name']:68}{one['ratio']:7.2f}{target}{one['ours']:12.4g}{one['theirs']:12.4g} {one['unit']}")
     machine = {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
     machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(ROOT / "benchmarks" / "results" / f"{name}.json", {"machine": machine, **more, "rows": list(rows)})
