@@ -29,11 +29,14 @@ test: setup
 faults: setup
 	$(RUN) tests/faults.py
 
+# Half an hour on 2 cores, with 13 GB of memory and 10 GB of disk.
 bench: setup
 	$(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/training.py
 	$(RUN) benchmarks/evaluation.py --examples 8
 	$(RUN) benchmarks/preprocessing.py
+	$(RUN) benchmarks/merging.py runs/bench --layers 4
+	rm -r runs/bench
 	$(RUN) benchmarks/startup.py
 	$(RUN) benchmarks/table.py
 

@@ -2,7 +2,8 @@
 
     python benchmarks/merging.py FOLDER_WITH_SPACE [--layers 12] [--pairs 5]
 
-Writes random sources of 8 experts (2.5 GB each; six of them) and results into FOLDER, and benchmarks/results/merging.json.
+Writes random sources of 8 experts (2.5 GB each; six of them) and results into FOLDER (25 GB), and
+benchmarks/results/merging.json, or with other than 12 layers merging_N_layers.json.
 Each pair times the merge and, after it, plain reading of the source files and writing of the result's bytes. Both begin with
 nothing waiting to be written and without the sources in the system's cache, and end when all is on the disk.
 """
@@ -42,10 +43,11 @@ def make_source(folder: Path, seed: int, layers: int) -> None:
     from safetensors.torch import save_file
 
     if not (folder / "model.safetensors").exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(seed)
         state = {name: torch.empty(shape).uniform_(generator=generator) for name, shape in shapes(layers)}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, folder / "unfinished", metadata={"format": "pt"})
+        (folder / "unfinished").rename(folder / "model.safetensors")
 
 
 def start_cold(sources: list[Path]) -> None:
@@ -120,7 +122,8 @@ def main() -> None:
             ours.append(seconds)
             peaks.append(peak)
             theirs.append(read_and_write(sources[:number], result, copy))
-        name = f"merging {number} sources of 8 experts into {target}"
+        depth = "" if chosen.layers == 12 else f", {chosen.layers} + {chosen.layers} layers"
+        name = f"merging {number} sources of 8 experts into {target}{depth}"
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
         row = {"name": f"{name}: time", "ratio": round(ratio, 3), "target": TIMES, "better": "lower", "unit": "s"}
         row |= {"ours": round(statistics.median(ours), 2), "theirs": round(statistics.median(theirs), 2)}
@@ -137,10 +140,9 @@ def main() -> None:
             print("{name}: {ours} {unit} against {theirs}: ratio {ratio}, target {target}".format(**row))
     shutil.rmtree(result, ignore_errors=True)
     copy.unlink(missing_ok=True)
-    write_json(
-        ROOT / "benchmarks" / "results" / "merging.json",
-        {"layers": chosen.layers, "versions": versions(), "rows": rows},
-    )
+    name = "merging.json" if chosen.layers == 12 else f"merging_{chosen.layers}_layers.json"
+    record = {"layers": chosen.layers, "versions": versions(), "rows": rows}
+    write_json(ROOT / "benchmarks" / "results" / name, record)
 
 
 if __name__ == "__main__":
