@@ -240,7 +240,7 @@ def figure(points: list[dict], times: list[dict], path: Path) -> None:
     axes.set_yticks((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32))
     axes.minorticks_off()
     axes.legend(fontsize=6)
-    plots._save(drawn, path)
+    plots.save_figure(drawn, path)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.files import replacing
-
 _QUANTILES = {"50": "50%", "90": "90%", "99": "99%", "100": "max"}
 
 
@@ -30,7 +28,7 @@ def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path:
     """Save a PNG: for each task ({name: DatasetDict}) how long the training inputs and targets are, as stored."""
     import numpy as np
 
-    from expert_merging.plots import plt
+    from expert_merging.plots import plt, save_figure
 
     figure, grid = plt.subplots(len(features), 2, figsize=(8, 2.1 * len(features)), squeeze=False)
     sides = (
@@ -46,6 +44,4 @@ def length_histogram(features: dict[str, Any], constants: SimpleNamespace, path:
             axes.axvline(limit, color="0.4", linestyle="--", linewidth=1)
             axes.set_title(f"{task_name}, {side}: cut at {limit}")
             axes.set(xlabel="tokens with </s>", ylabel="training examples", xlim=(0, 1.05 * limit))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)

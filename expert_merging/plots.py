@@ -28,7 +28,7 @@ def pretraining_curve(history: list[dict[str, Any]], path: Path, steps_per_round
     axes.plot(steps, [r["heldout_loss"] for r in history], label="held out", color="C0")
     axes.set(xlabel="step", ylabel="cross-entropy, nats a target token", title="Span corruption of docstrings")
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def expert_use(history: dict[str, Any], path: Path) -> None:
@@ -59,7 +59,7 @@ def expert_use(history: dict[str, Any], path: Path) -> None:
         axes.grid(False)
     figure.colorbar(image, ax=panels, label="share of tokens", shrink=0.8)
     figure.suptitle(history["name"])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def allocation(history: dict[str, Any], path: Path) -> None:
@@ -75,7 +75,7 @@ def allocation(history: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("experts")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tasks))
     figure.suptitle(f"{history['name']}: experts from each task")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def over_epochs(
@@ -109,7 +109,7 @@ def over_epochs(
             axes.set(title=f"{group}: {quantity}", xlabel="epoch", ylabel=ylabels[quantity])
             axes.xaxis.get_major_locator().set_params(integer=True)
         line[0].legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def cka(pairs: dict[str, list[dict[str, Any]]], tasks: Sequence[str], path: Path) -> None:
@@ -136,7 +136,7 @@ def cka(pairs: dict[str, list[dict[str, Any]]], tasks: Sequence[str], path: Path
         handles += panels[0][0].plot([], [], style, color="0.4")
         labels.append(label)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def lines_between(pairs: dict[str, list[tuple[list[float], list[float]]]], path: Path) -> None:
@@ -162,7 +162,7 @@ def lines_between(pairs: dict[str, list[tuple[list[float], list[float]]]], path:
             label.set_horizontalalignment(side)
     for line in panels:
         line[0].set_ylabel("nats a token")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def entropy_by_task(groups: dict[str, dict[str, dict[str, list[list[float]]]]], path: Path) -> None:
@@ -185,7 +185,7 @@ def entropy_by_task(groups: dict[str, dict[str, dict[str, list[list[float]]]]], 
         axes.grid(axis="x", visible=False)
     panels[0].set_ylabel("normalised entropy (mean over layers)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def entropy_by_length(tasks: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
@@ -210,7 +210,7 @@ def entropy_by_length(tasks: dict[str, list[list[dict[str, Any]]]], path: Path) 
     for axes in panels[1]:
         axes.set_xlabel("mean tokens of the inputs, cut")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tasks))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def overall_by_method(values: dict[str, Sequence[float]], path: Path) -> None:
@@ -227,7 +227,7 @@ def overall_by_method(values: dict[str, Sequence[float]], path: Path) -> None:
         xlim=(0, None),
     )
     axes.invert_yaxis()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def routing(history: dict[str, Any], path: Path) -> None:
@@ -251,11 +251,13 @@ def routing(history: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel("feed-forward layer")
     figure.colorbar(image, ax=panels, label="weight of the task vector", shrink=0.8)
     figure.suptitle(history["name"])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path, **how: Any) -> None:
+    """Write a figure, whole or not at all, in the format of the path's ending, and close it; `how` goes to savefig."""
     kind = path.suffix[1:]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None, **how)
     plt.close(figure)

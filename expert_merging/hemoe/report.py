@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, replacing, write_atomic, write_json
+from expert_merging.files import new_folder, read_json, write_atomic, write_json
 from expert_merging.hemoe.pipeline import DENSE, METHODS
 from expert_merging.provenance import ROOT
 from expert_merging.tables import Table, stat
@@ -257,7 +257,7 @@ def _texts(table: Table) -> dict[str, str]:
 
 def figure(records: Records, path: Path) -> None:
     """Accuracy and loss against the activated share, a line a method: the mean over seeds of points of the same k."""
-    from expert_merging.plots import plt
+    from expert_merging.plots import plt, save_figure
 
     drawn, panels = plt.subplots(1, 2, figsize=(9.5, 4))
     for axes, what, label in zip(panels, ("accuracy", "loss"), ("accuracy, %", "loss, nats a token"), strict=True):
@@ -278,6 +278,4 @@ def figure(records: Records, path: Path) -> None:
                 axes.axhline(np.mean(values), color="0.3", lw=0.9, ls=style, label=_name(method))
         axes.set(xlabel="activated share of the experts' neurons", ylabel=label)
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, format="png", dpi=100)
-    plt.close(drawn)
+    save_figure(drawn, path, dpi=100)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from expert_merging.errors import UserError
-from expert_merging.files import read_json, replacing, write_atomic
-from expert_merging.plots import plt
+from expert_merging.files import read_json, write_atomic
+from expert_merging.plots import plt, save_figure
 from expert_merging.tables import Stat, Table, stat
 
 Records = list[dict[str, Any]]
@@ -182,7 +182,7 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
         axes.set(title=label, xlabel="k, active experts", xticks=ticks)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle(f"{first['family']} on {first['task']}, {_seeds(records)}")
-    _save(figure, folder / f"{name}.png")
+    save_figure(figure, folder / f"{name}.png")
 
     moes = [v for v in _variants(records) if v["how"] == "moe" and v["level"] != "token" and _pairs(records, v)]
     if not moes:
@@ -201,7 +201,7 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
     panels[1].set(title="|MoE - MEO|, largest over seeds", xlabel="step")
     panels[0].legend(fontsize=7)
     panels[1].legend(fontsize=7)
-    _save(figure, folder / f"{name}_equal.png")
+    save_figure(figure, folder / f"{name}_equal.png")
 
 
 def _smooth(curve: np.ndarray, width: int = 9) -> np.ndarray:
@@ -320,14 +320,7 @@ def densify_figure(records: Records, path: Path) -> None:
         axes.set(title=label, xlabel="k, experts merged", xscale="log", xticks=ks, xticklabels=ks)
         axes.minorticks_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

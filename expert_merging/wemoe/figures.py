@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from expert_merging.files import replacing
-from expert_merging.plots import plt  # with the style of all figures
+from expert_merging.plots import plt, save_figure  # with the style of all figures
 
 
 def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
@@ -29,7 +28,7 @@ def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axes.set_xticklabels(methods, rotation=35, ha="right")
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside upper center", ncols=3, fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def routing(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
@@ -58,7 +57,7 @@ def routing(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
     figure.supxlabel("task vector", fontsize=9)
     figure.colorbar(image, ax=panels, label="mean weight", shrink=0.9)
     figure.suptitle(f"{method}: routing weights by the task of the input")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def adaptation(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
@@ -80,10 +79,4 @@ def adaptation(method: str, groups: dict[str, dict[str, Any]], path: Path) -> No
     right.set(xlabel="step", ylabel="share of log C", ylim=(0, 1.03), title="of the mean prediction")
     figure.suptitle(f"{method}: adaptation")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
