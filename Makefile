@@ -25,7 +25,7 @@ evidence: setup
 test: setup
 	$(RUN) -m pytest
 
-# Kills every script thirty times and feeds the readers broken files; under an hour on 2 cores.
+# Kills every script thirty times and feeds the readers broken files; ten minutes on 2 free cores.
 faults: setup
 	$(RUN) tests/faults.py
 
