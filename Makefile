@@ -33,7 +33,7 @@ faults: setup
 bench: setup
 	$(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/training.py
-	$(RUN) benchmarks/evaluation.py --examples 8
+	$(RUN) benchmarks/evaluation.py
 	$(RUN) benchmarks/preprocessing.py
 	$(RUN) benchmarks/merging.py runs/bench --layers 4
 	rm -r runs/bench
