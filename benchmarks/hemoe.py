@@ -195,7 +195,9 @@ def released_scores(model, batches: list[dict]):
 
 def importance(chosen) -> tuple[list[dict], dict]:
     from expert_merging.hemoe.importance import score
+    from expert_merging.host_memory import keep_freed_memory
 
+    keep_freed_memory()  # as the script does, for both
     model, random = tiny_model(), np.random.default_rng(0)
     batches = [random_batch(random, 256, 10, 24, 64) for _ in range(chosen.batches)]
     pairs, worst = [], 0.0
@@ -239,7 +241,9 @@ def _score(folder: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
     from expert_merging.hemoe.importance import score
+    from expert_merging.host_memory import keep_freed_memory
 
+    keep_freed_memory()  # as the script does, for both
     model, random = AutoModelForCausalLM.from_pretrained(folder / "dense"), np.random.default_rng(0)
     started = time.monotonic()
     batches = {f"domain{d}": [random_batch(random, 1, 48, 64, 128000)] for d in range(8)}

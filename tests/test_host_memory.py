@@ -1,5 +1,6 @@
 """Freed memory stays with the process."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -14,7 +15,7 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 import torch
 for number in range(41):
-    if number == 1:
+    if number == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     first, second = torch.ones(3_000_000), torch.ones(12_000_000)
     del first, second
@@ -26,6 +27,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_pages_are_not_asked_for_again():
     faults = {}
     for way in ("kept", "given back"):
-        done = subprocess.run([sys.executable, "-c", COUNT, way], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT, way], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "THP_MEM_ALLOC_ENABLE": "0"},  # the system makes pages of 2 MB only when it can
+        )  # fmt: skip
         faults[way] = int(done.stdout)
-    assert faults["kept"] < 100 < 1000 < faults["given back"]
+    assert 10 * faults["kept"] < faults["given back"], faults

@@ -1,4 +1,5 @@
-"""How much each FFN neuron matters to each domain: the first-order Taylor score, from one backward pass a batch.
+"""How much each FFN neuron matters to each domain: the first-order Taylor score, from one backward pass for many
+sequences.
 
 For a sequence s with loss L_s (mean over its target tokens), neuron i of a layer scores |t_i(s)|, where t_i sums w dL_s/dw
 over the neuron's three rows and columns: W_up, W_gate and W_down (MoEBERT, section 3.2, for gated FFNs). With
@@ -18,6 +19,8 @@ import numpy as np
 from expert_merging.errors import UserError
 from expert_merging.files import replacing
 from expert_merging.hemoe.gated_ffn import gated_ffns
+
+_TOGETHER = 64  # sequences in a pass: more do not fit a processor's cache
 
 
 @dataclass
@@ -81,22 +84,35 @@ def score(model, batches: Mapping[str, Iterable[dict]], accumulate: str = "float
 
 
 def sequence_scores(model, batch: dict):
-    """t [batch, L, N], float32 and signed, of each sequence of a batch, by one forward and one backward pass.
+    """t [batch, L, N], float32 and signed, of each sequence of a batch, by one forward and one backward pass for every 64
+    of them, of similar length together.
 
     Tokens with an attention mask of 0 add nothing. A sequence whose loss is exactly 0 scores 0.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
     device = next(model.parameters()).device
     ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-    targets = labels[:, 1:].contiguous()
-    lengths = (targets != -100).sum(1)
-    if (lengths == 0).any():
+    targets = (labels[:, 1:] != -100).sum(1)
+    if (targets == 0).any():
         raise UserError(
-            f"sequence {int((lengths == 0).nonzero()[0])} of a batch has no target token; "
+            f"sequence {int((targets == 0).nonzero()[0])} of a batch has no target token; "
             "longer sequences are cut: raise the length, or leave it out"
         )
+    scores = []
+    order = mask.sum(1).argsort(stable=True)
+    for part in order.split(_TOGETHER):
+        columns = mask[part].any(0)  # without the padding that all have
+        scores.append(_scores_together(model, *(values[part][:, columns] for values in (ids, mask, labels))))
+    return torch.cat(scores)[order.argsort()]
+
+
+def _scores_together(model, ids, mask, labels):
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    targets = labels[:, 1:].contiguous()
+    lengths = (targets != -100).sum(1)
     with _activations(model) as kept, torch.enable_grad():
         states = model.get_input_embeddings()(ids).detach().requires_grad_()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # also where the padding is on the left
@@ -108,12 +124,12 @@ def sequence_scores(model, batch: dict):
         logits = model.lm_head(last[rows, columns]).float()
         loss = cross_entropy(logits, targets[rows, columns], reduction="none") / lengths[rows]
         gradients = torch.autograd.grad(loss.sum(), [tensor for pair in kept for tensor in pair])
-    keep = mask[..., None].to(torch.float32)
+    keep = mask[:, None].to(torch.float32)
     scores = []
     for number, (gate, activation) in enumerate(kept):
         for_gate, for_activation = (gradients[2 * number + i].float() for i in (0, 1))
-        per_token = 2 * activation.detach().float() * for_activation + gate.detach().float() * for_gate
-        scores.append((per_token * keep).sum(1))
+        per_token = (activation.detach().float() * for_activation).mul_(2).addcmul_(gate.detach().float(), for_gate)
+        scores.append((keep @ per_token).squeeze(1))
     return torch.stack(scores, 1)
 
 
