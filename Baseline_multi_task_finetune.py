@@ -7,7 +7,7 @@ Writes  MODEL_SAVE_PATH/Baseline_[{experts_num}]_ep{n}.pt (n: the best epoch by 
 Takes   at tiny about two minutes on 2 CPU cores; at paper some days on one GPU. Interrupted, it goes on.
 """
 
-from expert_merging.constants import run
+from expert_merging.run.constants import run
 
 experts_num = 8  # experts in each sparse layer
 same_compute = False  # train longer, by as many examples as the single-task models took together
@@ -17,21 +17,24 @@ current_case_name = "Baseline"
 def main(c):
     from pathlib import Path
 
-    from expert_merging.models import find_base, require_patch
-    from expert_merging.tasks import get_task
+    from expert_merging.data.tasks import get_task
+    from expert_merging.switch.models import find_base, require_patch
 
     for task in c.task_types:
         get_task(task)
     require_patch()
     find_base(c, c.experts_num)
 
-    from expert_merging import features, finetuning, histories, models
-    from expert_merging.devices import make_accelerator
+    from expert_merging.data import features
+    from expert_merging.run import results
+    from expert_merging.run.devices import make_accelerator
+    from expert_merging.switch import models
+    from expert_merging.training import finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
     name = f"{c.current_case_name}_[{c.experts_num}]"
     work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
-    goals = finetuning.single_task_goals(
+    goals = overall.single_task_goals(
         c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c
     )
 
@@ -39,8 +42,8 @@ def main(c):
     tokenizer = models.base_tokenizer(c, c.experts_num)
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
     model, ancestor = models.load_base(c, c.experts_num)
-    identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
-    if histories.finished(c.PICKLE_PATH, name, identity, work):
+    identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
+    if results.finished(c.PICKLE_PATH, name, identity, work):
         accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
         return
 
@@ -55,7 +58,7 @@ def main(c):
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
 
-    accelerator.print(finetuning.summary(history))
+    accelerator.print(overall.summary(history))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ setup: $(VENV)/ready
 	@$(RUN) caem_files/install.py
 
 # Everything by its hash, then torch by its version, so that its CPU and its CUDA build both do (docs/trust.md).
-$(VENV)/ready: requirements.txt requirements.lock
+$(VENV)/ready: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep ^torch== requirements.txt)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 reproduce: setup

@@ -8,7 +8,7 @@ Takes   at tiny a minute or two; at paper about 20 minutes on one core after the
         made again.
 """
 
-from expert_merging.constants import run
+from expert_merging.run.constants import run
 
 num_expert = 8  # of the base model whose tokenizer is used; the one with 16 experts has the same
 
@@ -16,8 +16,9 @@ num_expert = 8  # of the base model whose tokenizer is used; the one with 16 exp
 def main(c):
     from pathlib import Path
 
-    from expert_merging import features, files, hub
-    from expert_merging.tasks import get_task
+    from expert_merging.core import files, hub
+    from expert_merging.data import features
+    from expert_merging.data.tasks import get_task
 
     # What can be found wrong without reading any data.
     tasks = {name: get_task(name) for name in c.task_types}
@@ -44,7 +45,7 @@ def main(c):
         manifests[name] = features.prepare(name, c, tokenizer, raw.pop(name))
         print(f"wrote {features.folder_of(name, c)}")
 
-    from expert_merging.lengths import length_histogram, length_table
+    from expert_merging.report.lengths import length_histogram, length_table
 
     figure = Path(c.DATA_DIR) / "lengths.png"
     if missing or not figure.exists():

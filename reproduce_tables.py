@@ -7,7 +7,7 @@ Takes   at tiny some 40 minutes a seed on 2 CPU cores (`--parts comparison`: 10)
         Interrupted, it goes on. `--check` says whether the tables under results/ still follow from their records.
 """
 
-from expert_merging.constants import run
+from expert_merging.run.constants import run
 
 seeds = (0,)
 parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
@@ -23,14 +23,14 @@ def main(c):
     import sys
     from pathlib import Path
 
-    from expert_merging import report
-    from expert_merging.constants import read_constants
-    from expert_merging.errors import UserError
-    from expert_merging.provenance import ROOT
+    from expert_merging.core.errors import UserError
+    from expert_merging.report import page, publish
+    from expert_merging.run.constants import read_constants
+    from expert_merging.run.provenance import ROOT
 
     if c.check:
         found = sorted(path.parent.parent for path in ROOT.glob("results/*/records/experiment.json"))
-        wrong = [line for folder in found for line in report.check(folder)]
+        wrong = [line for folder in found for line in publish.check(folder)]
         pages = [path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if path.exists()]
         wrong += [f"{page} shows other tables than results/" for page in pages if not _is_filled(page)]
         if wrong:
@@ -38,9 +38,10 @@ def main(c):
         print(f"the tables of {', '.join(str(folder.relative_to(ROOT)) for folder in found)} follow from their records")
         return
 
-    from expert_merging import files, grid, steps
-    from expert_merging.models import require_patch
-    from expert_merging.tasks import get_task
+    from expert_merging.core import files
+    from expert_merging.data.tasks import get_task
+    from expert_merging.experiment import grid, steps
+    from expert_merging.switch.models import require_patch
 
     for task in c.task_types:
         get_task(task)
@@ -76,24 +77,24 @@ def main(c):
         }
         for seed, of_seed in grids.items()
     }
-    report.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results)
+    publish.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results)
     if times.exists():
         files.write_atomic(folder / "times.json", times.read_bytes())
-    tables = report.write(folder)
+    tables = page.write(folder)
     for table in tables:
         if table.name in ("scores", "claims"):
             print(table.markdown())
     print(f"report, tables and figures: {folder / 'report.html'}")
     if c.publish:
-        report.publish(folder, ROOT / "results" / c.scale)
+        publish.publish(folder, ROOT / "results" / c.scale)
 
 
 def _is_filled(page) -> bool:
-    from expert_merging import report
-    from expert_merging.provenance import ROOT
+    from expert_merging.report import page, publish
+    from expert_merging.run.provenance import ROOT
 
     text = page.read_text(encoding="utf-8")
-    return report.filled(text, ROOT) == text
+    return publish.filled(text, ROOT) == text
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Writes  SOURCE_MODEL_WEIGHT_PATH/single_task_{task_type}.pt, the same weights as
 Takes   at tiny about a minute on 2 CPU cores; at paper a day or so on one GPU. Interrupted, it goes on.
 """
 
-from expert_merging.constants import run
+from expert_merging.run.constants import run
 
 task_type = "squad"  # ag_news | squad | xsum | doc_topic | doc_qa | doc_summary
 num_expert = 8  # experts in each sparse layer of the base model
@@ -15,15 +15,18 @@ num_expert = 8  # experts in each sparse layer of the base model
 def main(c):
     from pathlib import Path
 
-    from expert_merging.models import find_base, require_patch
-    from expert_merging.tasks import get_task
+    from expert_merging.data.tasks import get_task
+    from expert_merging.switch.models import find_base, require_patch
 
     get_task(c.task_type)
     require_patch()
     find_base(c, c.num_expert)
 
-    from expert_merging import features, finetuning, histories, models
-    from expert_merging.devices import make_accelerator
+    from expert_merging.data import features
+    from expert_merging.run import results
+    from expert_merging.run.devices import make_accelerator
+    from expert_merging.switch import models
+    from expert_merging.training import finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
     name = f"single_task_{c.task_type}"
@@ -35,8 +38,8 @@ def main(c):
     tokenizer = models.base_tokenizer(c, c.num_expert)
     data = {c.task_type: features.load(c.task_type, c, tokenizer)}
     model, ancestor = models.load_base(c, c.num_expert)
-    identity = histories.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
-    if histories.finished(histories_folder, name, identity, work):
+    identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
+    if results.finished(histories_folder, name, identity, work):
         accelerator.print(f"{histories_folder / name}.json is there already; remove it to train again")
         return
 
@@ -46,7 +49,7 @@ def main(c):
         identity=identity, models_folder=models_folder, histories_folder=histories_folder,
     )  # fmt: skip
 
-    accelerator.print(finetuning.summary(history))
+    accelerator.print(overall.summary(history))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ programs disturb less. Needs the stock files that caem_files/install.py keeps. W
 import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 LENGTHS = {"ag_news": (55, 4), "squad": (150, 8), "xsum": (480, 32)}  # tokens of inputs (mean) and of answers
 TARGET = 6.0
 OF_STOCK = 8  # examples of each task
@@ -43,10 +41,10 @@ def main() -> None:
     )
 
     import global_config
-    from expert_merging import decoding
-    from expert_merging.files import write_json
-    from expert_merging.host_memory import keep_freed_memory
-    from expert_merging.provenance import versions
+    from expert_merging.core.files import write_json
+    from expert_merging.core.host_memory import keep_freed_memory
+    from expert_merging.run.provenance import versions
+    from expert_merging.switch import decoding
 
     keep_freed_memory()  # as the scripts do
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")

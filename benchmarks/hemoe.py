@@ -16,14 +16,12 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def row(name: str, ours: float, theirs: float, unit: str, target: float | None, pairs=None, ratio=None) -> dict:
@@ -41,7 +39,7 @@ def record_of(part: str) -> Path:
 
 def begun(part: str, shape: str):
     """What an interrupted run of the same shape has, or {}."""
-    from expert_merging.files import read_json
+    from expert_merging.core.files import read_json
 
     found = read_json(record_of(part)) if record_of(part).exists() else {}
     return found if found.get("unfinished") and found["shape"] == shape else {}
@@ -70,8 +68,8 @@ def like_modules(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def partition(chosen) -> tuple[list[dict], dict]:
-    from expert_merging.errors import UserError
-    from expert_merging.files import write_json
+    from expert_merging.core.errors import UserError
+    from expert_merging.core.files import write_json
     from expert_merging.hemoe import solver
     from expert_merging.hemoe.importance import processed
     from expert_merging.hemoe.partition import Settings
@@ -194,8 +192,8 @@ def released_scores(model, batches: list[dict]):
 
 
 def importance(chosen) -> tuple[list[dict], dict]:
+    from expert_merging.core.host_memory import keep_freed_memory
     from expert_merging.hemoe.importance import score
-    from expert_merging.host_memory import keep_freed_memory
 
     keep_freed_memory()  # as the script does, for both
     model, random = tiny_model(), np.random.default_rng(0)
@@ -240,8 +238,8 @@ def _make(folder: Path) -> dict:
 def _score(folder: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
+    from expert_merging.core.host_memory import keep_freed_memory
     from expert_merging.hemoe.importance import score
-    from expert_merging.host_memory import keep_freed_memory
 
     keep_freed_memory()  # as the script does, for both
     model, random = AutoModelForCausalLM.from_pretrained(folder / "dense"), np.random.default_rng(0)
@@ -296,7 +294,7 @@ def _step(work, folder: Path) -> dict:
 
 
 def full_size(chosen) -> tuple[list[dict], dict]:
-    from expert_merging.files import write_json
+    from expert_merging.core.files import write_json
 
     shape = "LLaMA-3.2-1B, random weights, float32"
     steps = begun("full_size", shape).get("steps", {})
@@ -314,8 +312,8 @@ def full_size(chosen) -> tuple[list[dict], dict]:
 
 def tables() -> None:
     """hemoe_partition.md, a row a layer, and hemoe_full_size.md, a row a step, from the records that are there."""
-    from expert_merging.files import read_json, write_atomic
-    from expert_merging.tables import Table
+    from expert_merging.core.files import read_json, write_atomic
+    from expert_merging.report.tables import Table
 
     results = ROOT / "benchmarks" / "results"
     layers = Table("hemoe_partition", "Partition, layer by layer", "HiGHS was given as long as the alternating solver.")
@@ -361,8 +359,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.part == "tables":
         return tables()
-    from expert_merging.files import write_json
-    from expert_merging.provenance import versions
+    from expert_merging.core.files import write_json
+    from expert_merging.run.provenance import versions
 
     rows, more = {"partition": partition, "importance": importance, "full_size": full_size}[chosen.part](chosen)
     for found in rows:

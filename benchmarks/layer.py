@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 from transformers.models.switch_transformers import modeling_switch_transformers as ours
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from expert_merging.core.files import write_json
+from expert_merging.core.host_memory import keep_freed_memory
 
-from expert_merging.files import write_json  # noqa: E402
-from expert_merging.host_memory import keep_freed_memory  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # google/switch-base-8, but for the number of layers: 12 and 12 there, with every second one sparse as here.
 SHAPE = {

@@ -25,11 +25,10 @@ from layer import SHAPE
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers import modeling_switch_transformers as patched
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from expert_merging.core.files import write_atomic, write_json
+from expert_merging.run.provenance import versions
 
-from expert_merging.files import write_atomic, write_json  # noqa: E402
-from expert_merging.provenance import versions  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 LENGTHS = {"AG News": (55, 3), "SQuAD": (150, 5), "XSum": (480, 25), "padded to the limits": (1000, 200)}  # tokens
 SIZES = (1, 2)  # examples measured

@@ -13,19 +13,17 @@ import copy
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from expert_merging import meo
+from expert_merging.core.files import read_json, write_atomic, write_json
+from expert_merging.report.tables import Table
+from expert_merging.run.provenance import versions
 
-from expert_merging import meo  # noqa: E402
-from expert_merging.files import read_json, write_atomic, write_json  # noqa: E402
-from expert_merging.provenance import versions  # noqa: E402
-from expert_merging.tables import Table  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS, SIZE, WIDTH, VOCABULARY = 12, 768, 3072, 30522
 N, K, BATCH, TOKENS = 8, 4, 16, 128

@@ -12,12 +12,10 @@ Writes benchmarks/results/meo_flops.json, results/meo/flops.{md,csv,tex} and flo
 import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 TOKENS, VOCABULARY = 128, 30522
 # layers, hidden size, FFN width: prajjwal1/bert-small, bert-base and bert-large.
 SHAPES = {"Small": (4, 512, 2048), "Base": (12, 768, 3072), "Large": (24, 1024, 4096)}
@@ -109,7 +107,7 @@ def measure(threads: int, repeats: int, memory: float) -> dict:
     """The record: every point counted, and for Small and Base timed where the experts fit in `memory` GB."""
     import torch
 
-    from expert_merging.provenance import command, versions
+    from expert_merging.run.provenance import command, versions
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -152,7 +150,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=4.0, help="GB that the experts measured may take [4]")
     parser.add_argument("--from_record", action="store_true", help="only the tables and the figure, from the JSON file")
     chosen = parser.parse_args()
-    from expert_merging.files import read_json, write_atomic, write_json
+    from expert_merging.core.files import read_json, write_atomic, write_json
 
     path = ROOT / "benchmarks" / "results" / "meo_flops.json"
     if not chosen.from_record:
@@ -167,7 +165,7 @@ def main() -> None:
 
 def flops_table(points: list[dict], times: list[dict]):
     """Counted, read off the paper's figure, and measured, a row a model and k."""
-    from expert_merging.tables import Table
+    from expert_merging.report.tables import Table
 
     note = "1e9 operations (2 a multiply-add; in one column 1 in the merge), a sequence of 128 tokens; time against dense's."
     table = Table("flops", "Operations of vanilla MoE and MEO", note)
@@ -195,7 +193,7 @@ def figure(points: list[dict], times: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    from expert_merging import plots
+    from expert_merging.report import figures
 
     styles = {"moe": ("C1", "vanilla MoE"), "meo": ("C0", "MEO")}
     drawn, panels = plt.subplots(1, 4, figsize=(11, 3.3))
@@ -240,7 +238,7 @@ def figure(points: list[dict], times: list[dict], path: Path) -> None:
     axes.set_yticks((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32))
     axes.minorticks_off()
     axes.legend(fontsize=6)
-    plots.save_figure(drawn, path)
+    figures.save_figure(drawn, path)
 
 
 if __name__ == "__main__":

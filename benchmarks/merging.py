@@ -14,12 +14,10 @@ import os
 import resource
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 CASES = ((3, 8), (3, 16), (6, 16))  # sources, target experts
 PEAK_GB, TIMES = 1.5, 2.0  # what to stay below
 
@@ -63,8 +61,8 @@ def merge(sources: list[Path], target: int, result: Path, layers: int) -> tuple[
     import torch
     from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily
 
-    from expert_merging.host_memory import keep_freed_memory
-    from expert_merging.tensors import SafetensorsFolder, write_tensors
+    from expert_merging.core.host_memory import keep_freed_memory
+    from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 
     keep_freed_memory()  # as the script does
     random = torch.Generator().manual_seed(0)
@@ -102,8 +100,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder each; 12 is Switch-Base [12]")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each case [5]")
     chosen = parser.parse_args()
-    from expert_merging.files import write_json
-    from expert_merging.provenance import versions
+    from expert_merging.core.files import write_json
+    from expert_merging.run.provenance import versions
 
     sources = [chosen.folder / f"source-{number}-{chosen.layers}" for number in range(max(n for n, _ in CASES))]
     # Each in a process of its own: peak memory is that of a whole life.

@@ -16,14 +16,12 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 WORDS = {
     "ag_news": (29, 2),
@@ -38,10 +36,10 @@ def make_examples(number: int) -> dict[str, list[dict]]:
     """Raw examples of each task, in the fields that the tasks read."""
     import numpy as np
 
-    from expert_merging import docstrings
+    from expert_merging.data import docstring_reader
 
     random = np.random.default_rng(0)
-    texts = docstrings.pretraining_texts(docstrings.read_docstrings())
+    texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
     random.shuffle(texts)
     words = itertools.cycle([word for text in texts for word in text.split()])
 
@@ -60,7 +58,7 @@ def released(examples: dict[str, list[dict]], tokenizer, folder: Path) -> None:
     """One example at a time, all padded to the limits."""
     from datasets import Dataset
 
-    from expert_merging.tasks import get_task
+    from expert_merging.data.tasks import get_task
 
     for name, rows in examples.items():
         task = get_task(name)
@@ -79,7 +77,7 @@ def released(examples: dict[str, list[dict]], tokenizer, folder: Path) -> None:
 
 def ours(examples: dict[str, list[dict]], tokenizer, folder: Path) -> None:
     """What datasets_preprocessing.py does with raw examples."""
-    from expert_merging import features
+    from expert_merging.data import features
 
     constants = SimpleNamespace(
         scale="paper", reading="paper", DATA_DIR=str(folder), BASE_MODEL_PATH="base_models/tiny-{experts}",
@@ -104,8 +102,8 @@ def main() -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    from expert_merging.files import write_json
-    from expert_merging.provenance import versions
+    from expert_merging.core.files import write_json
+    from expert_merging.run.provenance import versions
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")

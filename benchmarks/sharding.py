@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from expert_merging.core.files import write_atomic, write_json
 
-from expert_merging.files import write_atomic, write_json  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TOKENS = (150, 5)
 STEPS = 3  # AdamW's moments are there from the second on
@@ -50,8 +49,8 @@ def measure(layers: int, report: Path) -> None:
     from memory import batch_of
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-    from expert_merging import sharding
-    from expert_merging.devices import make_accelerator
+    from expert_merging.run import sharding
+    from expert_merging.run.devices import make_accelerator
 
     accelerator = make_accelerator(SimpleNamespace(device="cpu", precision="fp32", seed=0), can_shard=True)
     sparse = {"num_sparse_encoder_layers": layers // 2, "num_sparse_decoder_layers": layers // 2}
@@ -102,7 +101,7 @@ def main() -> None:
             }  # fmt: skip
             subprocess.run([str(word) for word in command], check=True, env=environment)
             rows += [{"way": way, **json.loads(path.read_text())} for path in sorted(Path(folder).glob("*.json"))]
-    from expert_merging.provenance import versions
+    from expert_merging.run.provenance import versions
 
     about = {"layers": chosen.layers, "processes": chosen.processes, "tokens": TOKENS, "versions": versions()}
     write_json(ROOT / "benchmarks" / "results" / "sharding.json", {**about, "rows": rows})

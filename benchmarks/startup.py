@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 TARGET = 1.5  # seconds
 
 
@@ -21,8 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each script [5]")
     chosen = parser.parse_args()
-    from expert_merging.files import write_json
-    from expert_merging.provenance import versions
+    from expert_merging.core.files import write_json
+    from expert_merging.run.provenance import versions
 
     scripts = [path.name for path in sorted(ROOT.glob("*.py")) if path.name != "global_config.py"]
     rows = []

@@ -3,17 +3,15 @@
 python benchmarks/table.py
 """
 
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
-    from expert_merging.files import read_json, write_atomic
-    from expert_merging.report import filled
-    from expert_merging.tables import Table
+    from expert_merging.core.files import read_json, write_atomic
+    from expert_merging.report.publish import filled
+    from expert_merging.report.tables import Table
 
     note = "Medians of interleaved pairs. The ratio is the gain over theirs or, where less is better, ours as a share."
     table = Table("table", "Benchmarks", note)

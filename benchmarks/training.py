@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from layer import LAYERS, SHAPE, arguments, models, report, row
 
-from expert_merging.features import collate
-from expert_merging.finetuning import Size, token_loss
+from expert_merging.data.features import collate
+from expert_merging.training.finetuning import Size, token_loss
 
 LENGTHS = {"AG News": (55, 3), "SQuAD": (150, 5), "XSum": (480, 25)}  # mean tokens of inputs and targets
 PADDED = (1000, 200)

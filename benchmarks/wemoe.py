@@ -12,7 +12,6 @@ temporary files.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,11 +21,10 @@ import torch
 from layer import report, seconds
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from expert_merging.wemoe import checkpoints
+from expert_merging.wemoe.ffn import ensembles, upscale
 
-from expert_merging.wemoe import checkpoints  # noqa: E402
-from expert_merging.wemoe.ffn import ensembles, upscale  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 BATCH, TASKS, PRUNE = 16, 8, 0.9
 TWICE, QUARTER = 2.0, 0.25  # what to stay below: the plain model's time, WEMoE's bytes

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import raw_data
 
-from expert_merging.errors import UserError
-from expert_merging.tasks import get_task
+from expert_merging.core.errors import UserError
+from expert_merging.data.tasks import get_task
 
 _WRITERS = {"ag_news": raw_data.write_ag_news, "squad": raw_data.write_squad, "xsum": raw_data.write_xsum}
 
@@ -40,7 +40,7 @@ def try_damaged(name: str, folder: Path, number: int, seed: int) -> tuple[int, i
     _WRITERS[name](raw)
     parquet.mkdir(parents=True)
     constants = SimpleNamespace(**{f"{name.upper()}_PATH": str(raw)})
-    from expert_merging.sources import load_splits
+    from expert_merging.data.raw_files import load_splits
 
     for split, rows in load_splits(str(raw), task._published).items():
         rows.to_parquet(parquet / f"{split}-00000-of-00001.parquet")

@@ -14,7 +14,6 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
 # Before torch is imported: the models are small, and two processes of one thread each do more than one of two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -89,7 +88,7 @@ def call_main(script: str, words: list[str]) -> None:
     """Run a script's main() inside this process: quicker than `run_script`, for what fails early."""
     import importlib
 
-    from expert_merging.constants import read_constants
+    from expert_merging.run.constants import read_constants
 
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     module.main(read_constants(vars(module), words))

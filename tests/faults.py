@@ -31,12 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import numpy as np  # noqa: E402
-from bad_inputs import try_damaged  # noqa: E402
-from conftest import ROOT, World, build_world  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from bad_inputs import try_damaged
+from conftest import ROOT, World, build_world
+from tqdm import tqdm
 
 PATIENCE = 600  # seconds after which a script that was left alone counts as hung
 
@@ -68,30 +66,30 @@ CASES = {
     "baseline": Case("Baseline_multi_task_finetune.py", ["--experts_num", "4"], needs=SINGLE),
     "caem": Case("CAEM_multi_task_finetune.py", ["--source_experts_num", "4", "--target_experts_num", "4"], needs=SINGLE),
     "usage": Case(
-        "count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"],
+        "tools/count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"],
         needs=("features", "single task"),
     ),
-    "references": Case("reference_scores.py", ["--num_expert", "4"], needs=SINGLE),
+    "references": Case("tools/reference_scores.py", ["--num_expert", "4"], needs=SINGLE),
     "pair": Case(
-        "compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"],
+        "tools/compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"],
         needs=(*SINGLE, "baseline", "caem"),
     ),
     "merging": Case(
-        "WEMoE_multi_task_merging.py",
+        "neighbours/WEMoE_multi_task_merging.py",
         ["--experts_num", "4", "--methods", "average", "dare", "fisher", "regmean", "adamerging_layer", "wemoe",
          "--adapt_steps", "3", "--adapt_batch_size", "2", "--adapt_tokens", "3", "--statistics_examples", "3",
          "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
         needs=SINGLE,
     ),
     "digits": Case(
-        "WEMoE_digits.py",
+        "neighbours/WEMoE_digits.py",
         ["--seeds", "0", "--methods", "pretrained", "average", "adamerging_layer", "wemoe", "ewemoe_90",
          "--pretrain_examples", "40", "--pretrain_steps", "6", "--finetune_steps", "5", "--adapt_steps", "4",
          "--images_per_task", "20"],
         ignored=("tables/cost.",),
     ),
     "clip": Case(
-        "WEMoE_clip.py",
+        "neighbours/WEMoE_clip.py",
         ["--CLIP_PATH", "{world}/clip/base", "--EXPERT_PATH", "{world}/clip/tower_*",
          "--DATASET_PATH", "{world}/clip/data/*", "--clip_tasks", "mnist", "eurosat", "dtd", "--adapt_steps", "4",
          "--adapt_batch_size", "4", "--images_per_batch", "8", "--save_models", "true",
@@ -99,20 +97,20 @@ CASES = {
         ignored=("tables/cost.",),
     ),
     "densify": Case(
-        "MEO_densify.py",
+        "neighbours/MEO_densify.py",
         ["--source", "CAEM_[4|4]", "--densify", "squad", "--k", "2", "--ks", "1", "2", "--calibration_examples", "8",
          "--compare_examples", "4", "--latency_runs", "1", "--latency_batches", "1"],
         needs=(*SINGLE, "caem"),
     ),
     "meo": Case(
-        "MEO_finetune.py",
+        "neighbours/MEO_finetune.py",
         ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--task", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
          "--n", "3", "--ks", "2", "--levels", "sequence", "--epochs", "2", "--train_batch", "4", "--input_length", "24",
          "--learning_rate", "0.01"],
         ignored=("meo/bert_rte/report",),  # it shows times
     ),
     "hemoe": Case(
-        "HEMoE_moe_construction.py",
+        "neighbours/HEMoE_moe_construction.py",
         ["--scale", "paper", "--base_model", "{world}/llama", "--INSTRUCTIONS_PATH", "{world}/instructions",
          "--EVAL_TASKS_PATH", "{world}/eval", "--domains_from", "tasks", "--num_domains", "2", "--num_experts", "2",
          "--moe_layers", "0", "2", "--max_tokens", "32", "--held_out", "4", "--score_sequences", "8", "--num_modules", "6",
@@ -121,7 +119,7 @@ CASES = {
         ignored=("hemoe/report",),
     ),
     "pre-training": Case(
-        "pretrain_base_model.py",
+        "tools/pretrain_base_model.py",
         ["--BASE_MODEL_PATH", "{runs}/base-{experts}", "--num_expert", "4", "--vocab_size", "300", "--d_model", "16",
          "--d_ff", "16", "--num_layers", "2", "--num_heads", "2", "--d_kv", "8", "--chunk_tokens", "24",
          "--batch_chunks", "4", "--num_rounds", "3", "--steps_per_round", "5", "--heldout_texts", "20"],
@@ -187,7 +185,7 @@ def fork_script(case: Case, words: list[str], log: Path, kill_at: int = 0, event
             status = ended.code if isinstance(ended.code, int) else 1
         if events:
             events.write_text(str(counted()))
-        from expert_merging import files
+        from expert_merging.core import files
 
         files._let_go()  # what is registered to run at exit would do the parent's clearing up as well
     except BaseException:
@@ -232,14 +230,14 @@ def count_changes(kill_at: int):
 
 def read_few_texts() -> None:
     """Three hundred short docstrings in the place of all."""
-    from expert_merging import docstrings
+    from expert_merging.data import docstring_reader
 
     few = tuple(
-        docstrings.Docstring("p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}.")
+        docstring_reader.Docstring("p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}.")
         for i, w in ((i, ("sum", "mean", "name", "size", "place")[i % 5]) for i in range(300))
     )
-    docstrings.read_docstrings = lambda *_: list(few)
-    docstrings.pretraining_texts = lambda docs: [doc.text for doc in docs]
+    docstring_reader.read_docstrings = lambda *_: list(few)
+    docstring_reader.pretraining_texts = lambda docs: [doc.text for doc in docs]
 
 
 # ---------------------------------------------------------------- comparing
@@ -458,7 +456,11 @@ def import_all() -> None:
     import transformers  # noqa: F401
 
     import global_config  # noqa: F401
-    from expert_merging import caem, decoding, features, finetuning, pairs, report  # noqa: F401
+    from expert_merging.analysis import soups_and_lines  # noqa: F401
+    from expert_merging.data import features  # noqa: F401
+    from expert_merging.report import page  # noqa: F401
+    from expert_merging.switch import decoding  # noqa: F401
+    from expert_merging.training import caem_sources, finetuning  # noqa: F401
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

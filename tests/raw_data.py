@@ -67,7 +67,7 @@ def write_xsum(folder: Path, train: int = 20, validation: int = 8, test: int = 8
 
 def tiny_tokenizer():
     """A T5TokenizerFast of a few hundred pieces."""
-    from expert_merging.base_model import new_tokenizer
+    from expert_merging.switch.base_model import new_tokenizer
 
     return new_tokenizer([*sentences(200), "Classify: Question: Context: Summarize: What? Sports Business World"], 300)
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, call_main, run_script, start
 from faults import CASES
 
-from expert_merging import files
-from expert_merging.errors import UserError
+from expert_merging.core import files
+from expert_merging.core.errors import UserError
 
 # test_scripts.py kills reproduce_tables.py, which takes long.
 KILLED_HERE = sorted({case.script for case in CASES.values()} - {"reproduce_tables.py"})
@@ -106,7 +106,7 @@ def test_a_pickled_history_is_never_opened(world, features, tmp_path):
     for task in ("ag_news", "squad", "xsum"):
         (folder / f"single_task_{task}.pkl").write_bytes(pickle.dumps(Malicious()))
     shutil.copytree(features / "data", tmp_path / "data")
-    for script in ("Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py", "reference_scores.py"):
+    for script in ("Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py", "tools/reference_scores.py"):
         words = {"B": ["--experts_num", "4"], "r": ["--num_expert", "4"]}.get(
             script[0], ["--source_experts_num", "4", "--target_experts_num", "4"]
         )

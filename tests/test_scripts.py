@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import call_main, run_script, start
 
-from expert_merging import report
-from expert_merging.errors import UserError
-from expert_merging.files import sha256
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import sha256
+from expert_merging.report import publish
 
 TASKS = ("ag_news", "squad", "xsum")
 SIZES = ("--experts_num", "4", "--larger_experts_num", "6")
@@ -59,7 +59,7 @@ def test_table_and_figures(done):
     page = (folder / "report.html").read_text()
     assert page.count("<img ") == len(figures) and 'src="http' not in page and "reproduce_tables" not in page
     assert all(table in page for table in ("table 2", "tables 4 and 5", "figures 2 and 4"))
-    assert report.check(folder) == []
+    assert publish.check(folder) == []
 
 
 def test_a_changed_record_is_noticed(done, tmp_path):
@@ -68,7 +68,7 @@ def test_a_changed_record_is_noticed(done, tmp_path):
     content = json.loads(path.read_text())
     content["overall"]["test"] += 0.1
     path.write_text(json.dumps(content))
-    wrong = report.check(tmp_path / "report")
+    wrong = publish.check(tmp_path / "report")
     assert any("scores.md differs" in line for line in wrong) and any("claims.csv differs" in line for line in wrong)
 
 
@@ -294,11 +294,11 @@ def test_stock_transformers_is_refused(world, monkeypatch):
 
 
 def test_usage_counted_afterwards(world, done, copied):
-    """count_expert_usage.py agrees with the training run's own counts, and feeds the reading that counts as released."""
+    """tools/count_expert_usage.py agrees with the training run's own counts, and feeds the reading that counts as released."""
     folder, words = copied
     for task in TASKS:
         words_of_task = ["--task_type", task, "--num_expert", "4", "--input_lengths", "8"]
-        call_main("count_expert_usage.py", [*world.words(folder), *words_of_task])
+        call_main("tools/count_expert_usage.py", [*world.words(folder), *words_of_task])
         counted = json.loads((folder / "seed0/histories/single_task_[4]" / f"expert_usage_{task}.json").read_text())
         rows = {(row["counting"], row["input_length"]): row for row in counted["rows"]}
         assert len(rows) == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 
 EMBEDDED_DIMENSIONS = 128  # of TF-IDF after the SVD
 

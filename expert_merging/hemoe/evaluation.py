@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
+from expert_merging.core.hub import first_line
 from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
-from expert_merging.hub import first_line
 
 
 def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, Any]]:

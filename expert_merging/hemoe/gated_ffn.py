@@ -1,6 +1,6 @@
 """Where a LLaMA-style model keeps its FFNs: W_down (silu(W_gate x) * (W_up x)), without biases."""
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 
 CHECKED = ("llama", "mistral", "qwen2")  # config.model_type
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expert_merging.errors import UserError
-from expert_merging.files import replacing
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import replacing
 from expert_merging.hemoe.gated_ffn import gated_ffns
 
 _TOGETHER = 64  # sequences in a pass: more do not fit a processor's cache

@@ -6,7 +6,7 @@ what expert e brings to domain c, with U_c the `high` best scores of the domain.
 
 import numpy as np
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 
 
 def compact(problem):

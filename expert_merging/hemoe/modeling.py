@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.hemoe.gated_ffn import gated_ffns
 
 # What others (generation, lm_eval) look for at the top of a configuration.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.hemoe import solver
 from expert_merging.hemoe.clusters import balanced_clusters
 from expert_merging.hemoe.importance import processed

@@ -1,4 +1,4 @@
-"""The steps of HEMoE_moe_construction.py: each reads files, writes files, and is left out where its result is there.
+"""The steps of neighbours/HEMoE_moe_construction.py: each reads files, writes files, and is left out where its result is there.
 
 HEMOE_DIR/data           instruction data and evaluation tasks made of docstrings (scales tiny and small)
 HEMOE_DIR/seed{s}/base   the dense model trained on them (the same scales)
@@ -15,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from expert_merging import histories, provenance
-from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, write_json
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, write_json
+from expert_merging.run import provenance, results
 
 STEPS = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
@@ -99,25 +99,25 @@ def base(c: SimpleNamespace) -> None:
     """Instruction data and tasks from docstrings, then a small Llama trained on both and on the docstrings' text."""
     if c.scale == "paper":
         return  # the dense model and the data are the user's
-    from expert_merging import docstrings
+    from expert_merging.data import docstring_reader
     from expert_merging.hemoe import doc_choice, small_llama, tuning
 
     data, folder = Path(c.HEMOE_DIR) / "data", _seed_folder(c) / "base"
     identity = _identity(c, "data")
     if not _done(data / "complete.json", identity):
-        docs = docstrings.read_docstrings()
+        docs = docstring_reader.read_docstrings()
         found = doc_choice.examples(docs, c.doc_train_examples, c.doc_test_examples)
         doc_choice.write(found, data / "train", data / "eval")
-        texts = docstrings.pretraining_texts(docs)
-        random.Random(docstrings.DATA_SEED).shuffle(texts)
+        texts = docstring_reader.pretraining_texts(docs)
+        random.Random(docstring_reader.DATA_SEED).shuffle(texts)
         write_json(data / "texts.json", texts[: 2 * c.doc_train_examples])
-        write_json(data / "complete.json", {"identity": identity, "texts_sha256": docstrings.corpus_hash(texts)})
+        write_json(data / "complete.json", {"identity": identity, "texts_sha256": docstring_reader.corpus_hash(texts)})
     identity, work = _identity(c, "base"), folder.with_suffix(".run")
     if _done(folder / "base.json", identity, work):
         return
 
-    from expert_merging import training
-    from expert_merging.devices import make_accelerator
+    from expert_merging.run.devices import make_accelerator
+    from expert_merging.training import checkpoints
 
     device = make_accelerator(c).device
     texts, tasks = read_json(data / "texts.json"), read_examples(data / "train")
@@ -133,7 +133,7 @@ def base(c: SimpleNamespace) -> None:
     seen = rng.sample(tasks, min(half, len(tasks)))
     rows += [tuning.encode(tokenizer, one, c.base_tokens)["input_ids"] for one in seen]
     model = small_llama.new_llama(c, tokenizer)
-    training.claim(work, identity)
+    checkpoints.claim(work, identity)
     fitted = tuning.fit(
         model, [{"input_ids": row, "labels": row} for row in rows], tokenizer.pad_token_id, work, steps=c.base_steps,
         batch_size=c.base_batch, lr=c.base_lr, seed=c.seed, on_cpu=device.type == "cpu", label="base model",
@@ -142,7 +142,7 @@ def base(c: SimpleNamespace) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "base.json", _record(c, identity, training=fitted, parameters=model.num_parameters()))
-    training.release(work)
+    checkpoints.release(work)
     print(f"base model: {model.num_parameters():,} parameters, loss {fitted['loss']:.3f} nats a token")
 
 
@@ -172,7 +172,7 @@ def read_examples(folder: Path) -> list[dict[str, str]]:
 
 def _load_dense(c: SimpleNamespace):
     """(dense model in float32, tokenizer)."""
-    from expert_merging.hub import first_line, local_folder, offline_if_unreachable
+    from expert_merging.core.hub import first_line, local_folder, offline_if_unreachable
 
     folder = local_folder(c.base_model, "base_model")
     if folder is None:
@@ -212,7 +212,7 @@ def _tokenizer(c: SimpleNamespace):
 
 def domains(c: SimpleNamespace) -> None:
     """Put aside `held_out` examples of each task, and choose `score_sequences` of each domain from the others."""
-    from expert_merging.docstrings import corpus_hash
+    from expert_merging.data.docstring_reader import corpus_hash
     from expert_merging.hemoe.domains import by_cluster, by_task
 
     path, identity = _seed_folder(c) / "domains.json", _identity(c, "domains")
@@ -249,7 +249,7 @@ class _Data:
     """The encoded examples that domains.json chose, in batches."""
 
     def __init__(self, c: SimpleNamespace, tokenizer):
-        from expert_merging.docstrings import corpus_hash
+        from expert_merging.data.docstring_reader import corpus_hash
 
         self._record = _read(_seed_folder(c) / "domains.json", "domains")
         self._examples = read_examples(Path(c.INSTRUCTIONS_PATH))
@@ -284,7 +284,7 @@ def scores(c: SimpleNamespace) -> None:
     folder, identity = _seed_folder(c), _identity(c, "scores")
     if _done(folder / "scores.json", identity):
         return
-    from expert_merging.devices import make_accelerator
+    from expert_merging.run.devices import make_accelerator
 
     model, tokenizer = _load_dense(c)
     found = score(model.to(make_accelerator(c).device), _Data(c, tokenizer).batches("scored"), accumulate=c.score_sums)
@@ -406,9 +406,9 @@ def tuning(c: SimpleNamespace) -> None:
             continue
         import torch
 
-        from expert_merging import training
-        from expert_merging.devices import make_accelerator
         from expert_merging.hemoe import tuning as lora
+        from expert_merging.run.devices import make_accelerator
+        from expert_merging.training import checkpoints
 
         device = make_accelerator(c).device
         dense = method == "dense_tuned"
@@ -416,7 +416,7 @@ def tuning(c: SimpleNamespace) -> None:
         torch.manual_seed(c.seed)
         model = lora.add_lora(model, c.lora_rank, c.lora_alpha, c.lora_dropout)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        training.claim(work, identity)
+        checkpoints.claim(work, identity)
         rows = _Data(c, tokenizer).rows(c.tune_steps * c.tune_batch * c.tune_accumulation, c.tune_tasks)
         fitted = lora.fit(
             model, rows, tokenizer.pad_token_id, work, steps=c.tune_steps, batch_size=c.tune_batch,
@@ -429,13 +429,13 @@ def tuning(c: SimpleNamespace) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         write_json(folder / "tuning.json", _record(c, identity, training=fitted, trained_parameters=trained))
-        training.release(work)
+        checkpoints.release(work)
         print(f"{method}: loss {fitted['loss']:.3f} after {fitted['steps']} steps, {fitted['seconds']:.0f} s")
 
 
 def _load_mixture(folder: Path):
+    from expert_merging.core.hub import first_line
     from expert_merging.hemoe.modeling import HEMoEForCausalLM
-    from expert_merging.hub import first_line
 
     if not folder.exists():
         raise UserError(
@@ -488,7 +488,7 @@ def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[
         left = [k for k in ks if str(k) not in record["k"]]
         if not left:
             continue
-        from expert_merging.devices import make_accelerator
+        from expert_merging.run.devices import make_accelerator
 
         function = function or prepare()
         if method in DENSE:
@@ -535,7 +535,7 @@ def _done(path: Path, identity: dict[str, Any], work: Path | None = None) -> boo
     where it was made with other constants."""
     if not path.exists():
         return False
-    if difference := histories.changes(read_json(path)["identity"], identity):
+    if difference := results.changes(read_json(path)["identity"], identity):
         raise UserError(
             f"{path} was made with other constants ({difference}); restore them, or choose another HEMOE_DIR"
         )

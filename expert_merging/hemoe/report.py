@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, write_atomic, write_json
 from expert_merging.hemoe.pipeline import DENSE, METHODS
-from expert_merging.provenance import ROOT
-from expert_merging.tables import Table, stat
+from expert_merging.report.tables import Table, stat
+from expert_merging.run.provenance import ROOT
 
 RESULTS = ROOT / "results" / "hemoe"
 SHARES = (0.25, 0.5, 0.75)  # at which curves are compared
@@ -55,7 +55,7 @@ def make(c: SimpleNamespace) -> None:
         print(table.markdown())
     print(f"records, tables and figure: {folder}")
     if c.publish:
-        from expert_merging.report import filled
+        from expert_merging.report.publish import filled
 
         with new_folder(RESULTS) as place:
             shutil.copytree(folder, place, dirs_exist_ok=True)
@@ -257,7 +257,7 @@ def _texts(table: Table) -> dict[str, str]:
 
 def figure(records: Records, path: Path) -> None:
     """Accuracy and loss against the activated share, a line a method: the mean over seeds of points of the same k."""
-    from expert_merging.plots import plt, save_figure
+    from expert_merging.report.figures import plt, save_figure
 
     drawn, panels = plt.subplots(1, 2, figsize=(9.5, 4))
     for axes, what, label in zip(panels, ("accuracy", "loss"), ("accuracy, %", "loss, nats a token"), strict=True):

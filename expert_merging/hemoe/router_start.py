@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
 
 

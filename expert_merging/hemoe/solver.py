@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.hemoe.bound import tighten
 from expert_merging.hemoe.integer_program import by_gurobi, by_highs
 from expert_merging.hemoe.transport import assign

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expert_merging.errors import UserError
-from expert_merging.files import replacing, write_atomic
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import replacing, write_atomic
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
+from expert_merging.core.hub import first_line
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
-from expert_merging.hub import first_line
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from expert_merging.span_corruption import corrupt_spans
+from expert_merging.switch.span_corruption import corrupt_spans
 
 
 def new_tokenizer(switch_tokenizer):
@@ -95,8 +95,9 @@ def corrupted(family: str, blocks: np.ndarray, tokenizer, rng: np.random.Generat
 
 def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: list[np.ndarray], folder: Path) -> None:
     """Pre-train a new model for `pretraining_steps` steps and write it with its tokenizer and record into `folder`."""
-    from expert_merging import provenance, training
-    from expert_merging.files import new_folder, write_json
+    from expert_merging.core.files import new_folder, write_json
+    from expert_merging.run import provenance
+    from expert_merging.training import checkpoints, loop
 
     stack = np.stack(blocks)
     order = np.random.default_rng(0).permutation(len(stack))
@@ -105,7 +106,7 @@ def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: li
     identity |= {"steps": c.pretraining_steps, "batch": c.pretraining_batch, "lr": c.pretraining_lr, "family": family}
     identity |= {"blocks": len(kept), "tokens": int(kept.size)}
     work = Path(f"{folder}.run")
-    training.claim(work, identity)
+    checkpoints.claim(work, identity)
     model = new_model(family, tokenizer, c)
 
     def steps_of(_):
@@ -133,7 +134,7 @@ def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: li
         return min(1.0, done / 0.06) * 0.5 * (1 + math.cos(math.pi * done))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.pretraining_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    history = training.train(
+    history = loop.train(
         accelerator, model, optimizer, num_epochs=1, steps_of=steps_of, loss_of=loss_of, after_epoch=after, folder=work,
         checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0, schedule=schedule, label=f"pre-training {family}",
     )  # fmt: skip
@@ -145,7 +146,7 @@ def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: li
             write_json(
                 temporary / "pretraining.json", about | {"history": history, "parameters": model.num_parameters()}
             )
-        training.release(work)
+        checkpoints.release(work)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.meo.linear import LEVELS, MODES, StackedLinear
 from expert_merging.meo.mixing import merge
 from expert_merging.meo.stacks import Stack

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from expert_merging.cross_entropy import teacher_forced as batches_of
-from expert_merging.decoding import evaluate_task, generate
 from expert_merging.meo.switch import real_tokens, sparse_layers, teacher_forced
+from expert_merging.switch.cross_entropy import teacher_forced as batches_of
+from expert_merging.switch.decoding import evaluate_task, generate
 
 
 class Reference:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from expert_merging import meo, training
-from expert_merging.batching import epoch_examples, length_grouped
-from expert_merging.errors import UserError
-from expert_merging.files import sha256
-from expert_merging.hub import first_line
+from expert_merging import meo
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import sha256
+from expert_merging.core.hub import first_line
+from expert_merging.data.batches import epoch_examples, length_grouped
 from expert_merging.meo.bases import mask_tokens
 from expert_merging.meo.recipes import Recipe, classification_scores
+from expert_merging.training import checkpoints, loop
 
 _IGNORED = -100
 
@@ -189,7 +190,7 @@ def evaluate(
 
 
 def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) -> dict[str, float]:
-    from expert_merging.scoring import rouge, squad
+    from expert_merging.data.scores import rouge, squad
 
     return (squad if recipe.main_score == "exact_match" else rouge)(texts, references)
 
@@ -248,22 +249,22 @@ def train_variant(
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    history = training.train(
+    history = loop.train(
         accelerator, model, torch.optim.AdamW(groups, lr=recipe.lr), num_epochs=recipe.epochs, steps_of=steps_of,
         loss_of=loss_of, after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0,
         schedule=lambda epoch, step: 1 - (epoch * per_epoch + step) / total, label=f"{variant.name}, seed {seed}:",
     )  # fmt: skip
 
-    best = training.best_folder(work, history)
+    best = checkpoints.best_folder(work, history)
     _load_weights(model, best)
-    scores = {"validation": history[training.best_epoch(history)]["scores"], "test": test("test")}
+    scores = {"validation": history[checkpoints.best_epoch(history)]["scores"], "test": test("test")}
     losses, seconds = log.read()
     cost = measure(accelerator.unwrap_model(model), train, tokenizer, family, recipe, accelerator.device)
     accelerator.free_memory()
     return {
         "variant": {**asdict(variant), "name": variant.name}, "family": family, "task": task, "seed": seed,
         "kind": recipe.kind, "main_score": recipe.main_score, "scores": scores,
-        "best_epoch": training.best_epoch(history) + 1,
+        "best_epoch": checkpoints.best_epoch(history) + 1,
         "history": [{"scores": e["scores"], "train_loss": e["train_loss"]} for e in history],
         "step_losses": losses, "step_seconds": statistics.median(seconds) if seconds else None,
         "device": accelerator.device.type, "threads": torch.get_num_threads(), **cost,
@@ -282,7 +283,7 @@ def _load_weights(model, folder: Path) -> None:
 
 
 class _Log:
-    """The loss of each step and the time between steps, a line each: what training.train's checkpoints do not hold.
+    """The loss of each step and the time between steps, a line each: what loop.train's checkpoints do not hold.
 
     A step that is done again after an interruption comes twice; the later line counts.
     """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.meo.gate import Routing, balance_loss, noisy_top_k
 from expert_merging.meo.mixing import merge, mix_outputs, mix_weights
 from expert_merging.meo.stacks import KEPT_BYTES, Stack, masked_mean

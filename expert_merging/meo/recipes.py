@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 KINDS = {  # what a family does here
@@ -129,7 +129,7 @@ def load_raw(task: str, c: SimpleNamespace) -> dict[str, Sequence[dict]]:
     if task.startswith("doc_"):
         return _embedded(task, c)
     if task in ("squad", "xsum"):
-        from expert_merging.tasks import get_task
+        from expert_merging.data.tasks import get_task
 
         raw = get_task(task).load(c)
     elif task == "wikitext":
@@ -151,7 +151,7 @@ def _first(examples, limit: int):
 
 def _published(path: str, constant: str, name: str, columns: tuple[str, ...], validation: str = "validation") -> dict:
     """A data set of the hub, or the folder `path`/`name` with train, validation and test as JSON lines, CSV or parquet."""
-    from expert_merging.hub import first_line, local_folder, offline_if_unreachable
+    from expert_merging.core.hub import first_line, local_folder, offline_if_unreachable
 
     folder = local_folder(path, constant)
     if folder is None:
@@ -175,11 +175,11 @@ def _published(path: str, constant: str, name: str, columns: tuple[str, ...], va
 
 def _embedded(task: str, c: SimpleNamespace) -> dict[str, list[dict]]:
     """The docstring tasks, read once and kept in `MEO_DIR`/data."""
-    from expert_merging import docstrings
-    from expert_merging.files import read_json, write_json
-    from expert_merging.tasks import get_task
+    from expert_merging.core.files import read_json, write_json
+    from expert_merging.data import docstring_reader
+    from expert_merging.data.tasks import get_task
 
-    sizes = docstrings.sizes_of(c)
+    sizes = docstring_reader.sizes_of(c)
     kept = Path(c.MEO_DIR) / "data" / f"{task}_{'_'.join(map(str, sizes.values()))}.json"
     if not kept.exists():
         if task == "doc_lm":
@@ -192,16 +192,17 @@ def _embedded(task: str, c: SimpleNamespace) -> dict[str, list[dict]]:
 
 def _documentation(sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Texts of each split; of the small splits only paragraphs that training does not have."""
-    from expert_merging import docstrings
+    from expert_merging.data import docstring_reader
 
-    docs = docstrings.read_docstrings()
-    seen = {docstrings.normalized(b) for doc in docs if docstrings.split_of(doc.file) == "train" for b in doc.blocks}
-    texts = {"train": docstrings.pretraining_texts(docs)}
+    docs = docstring_reader.read_docstrings()
+    train = [doc for doc in docs if docstring_reader.split_of(doc.file) == "train"]
+    seen = {docstring_reader.normalized(block) for doc in train for block in doc.blocks}
+    texts = {"train": docstring_reader.pretraining_texts(docs)}
     for split in ("validation", "test"):
         of_split = [
-            " ".join(b for b in doc.blocks if docstrings.normalized(b) not in seen)
+            " ".join(b for b in doc.blocks if docstring_reader.normalized(b) not in seen)
             for doc in docs
-            if docstrings.split_of(doc.file) == split
+            if docstring_reader.split_of(doc.file) == split
         ]
         texts[split] = [text for text in dict.fromkeys(of_split) if len(text) > 100]
     return {split: [{"text": text} for text in _first(texts[split], sizes[split])] for split in SPLITS}
@@ -246,7 +247,7 @@ def blocks_of(texts: list[str], tokenizer, length: int) -> np.ndarray:
 
 
 def _pairs(task: str, examples: Sequence[dict], tokenizer, recipe: Recipe) -> list[dict]:
-    from expert_merging.tasks import get_task
+    from expert_merging.data.tasks import get_task
 
     module = get_task(task)
     inputs = tokenizer([module.prompt(e) for e in examples], truncation=True, max_length=recipe.length)["input_ids"]

@@ -1,4 +1,4 @@
-"""Tables and figures of MEO_finetune.py and MEO_densify.py, from their records.
+"""Tables and figures of neighbours/MEO_finetune.py and neighbours/MEO_densify.py, from their records.
 
 python -m expert_merging.meo.report results/meo                  # again, from the records there
 python -m expert_merging.meo.report results/meo runs/tiny        # after copying the records of a run there
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from expert_merging.errors import UserError
-from expert_merging.files import read_json, write_atomic
-from expert_merging.plots import plt, save_figure
-from expert_merging.tables import Stat, Table, stat
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json, write_atomic
+from expert_merging.report.figures import plt, save_figure
+from expert_merging.report.tables import Stat, Table, stat
 
 Records = list[dict[str, Any]]
 
@@ -27,7 +27,7 @@ def collect(run: Path, folder: Path) -> None:
     found |= {file: f"densify/{file.parts[-4]}" for file in run.glob("seed*/histories/densify/*.json")}
     found = {file: place for file, place in found.items() if not file.name.endswith(".run.json")}
     if not found:
-        raise UserError(f"{run} has no records of MEO_finetune.py or MEO_densify.py")
+        raise UserError(f"{run} has no records of neighbours/MEO_finetune.py or neighbours/MEO_densify.py")
     for file, place in found.items():
         to = folder / "records" / place / file.name
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def _smooth(curve: np.ndarray, width: int = 9) -> np.ndarray:
 
 
 def write_densify(records: Path, folder: Path) -> list[Table]:
-    """Tables of MEO_densify.py's records, and the figure."""
+    """Tables of neighbours/MEO_densify.py's records, and the figure."""
     found = read(records)
     densify_figure(found, folder / "figures" / "densify.png")
     return densify_tables(found)

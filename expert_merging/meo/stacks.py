@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.meo.gate import without_autocast
 
 KEPT_BYTES = 4 << 30  # of merged weights kept while decoding, in all linears of a stack

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, write_json
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, write_json
 from expert_merging.meo.conversion import convert, linears
 
 

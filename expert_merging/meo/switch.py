@@ -23,7 +23,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.meo import mixing
 
 GATES = ("probability", "usage", "uniform")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from expert_merging.errors import UserError
-from expert_merging.files import replacing
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import replacing
 
 GUARDS = ("warn", "rollback", "off")
 SAVE_EVERY = 50  # steps

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from expert_merging.errors import UserError
-from expert_merging.files import new_folder, read_json, replacing, write_json
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, replacing, write_json
 from expert_merging.wemoe.ffn import ensembles, put_layers, routers, state_sha256
 from expert_merging.wemoe.vectors import SparseVectors
 

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from expert_merging import merging
-from expert_merging.errors import UserError
+from expert_merging.core.errors import UserError
 from expert_merging.merging.adamerging import AdaMerged
 from expert_merging.wemoe.adaptation import adapt, batch_at, entropy_loss
 from expert_merging.wemoe.ffn import ensembles, upscale

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from expert_merging.errors import UserError
-from expert_merging.hub import first_line, local_folder
-from expert_merging.tensors import SafetensorsFolder
+from expert_merging.core.errors import UserError
+from expert_merging.core.hub import first_line, local_folder
+from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.wemoe.classification import Task
 
 # CLIP's own prompts (Radford et al. 2021, its repository's prompts notebook), {} standing for the class.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from expert_merging.files import replacing
+from expert_merging.core.files import replacing
 from expert_merging.wemoe.classification import Task, embed
 
 TRAIN, EMBEDDING, LOGIT_SCALE = 1200, 24, 20.0

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from expert_merging.plots import plt, save_figure  # with the style of all figures
+from expert_merging.report.figures import plt, save_figure  # with the style of all figures
 
 
 def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:

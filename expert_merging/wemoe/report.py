@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.files import new_folder, read_json, write_atomic, write_json
-from expert_merging.provenance import command, versions
-from expert_merging.tables import Table, stat
+from expert_merging.core.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.report.tables import Table, stat
+from expert_merging.run.provenance import command, versions
 
 MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "seconds", "files")
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expert_merging.errors import UserError
-from expert_merging.features import collate
+from expert_merging.core.errors import UserError
+from expert_merging.data.features import collate
 from expert_merging.wemoe.adaptation import batch_at, entropy
 
 KINDS = ("first_token", "verbalizer", "self_generated", "exact_em", "teacher_forced_gold")

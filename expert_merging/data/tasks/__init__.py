@@ -1,0 +1,28 @@
+"""What a task is: one module a task, named as in `task_types`; a new task is a new file in this folder.
+
+A task module has
+    main_score: str                               the key of `score`'s result that selects models and enters Overall
+    load(constants) -> {"train", "validation", "test"}      raw examples of each split
+    prompt(example) -> str                        the model's input
+    target(example) -> str                        what it learns to write
+    references(example) -> list[str]              what its output is compared with
+    score(predictions, references) -> dict[str, float]      0..100
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from expert_merging.core.errors import UserError
+
+
+def task_names() -> list[str]:
+    """The names of all tasks, sorted."""
+    return sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+
+
+def get_task(name: str) -> ModuleType:
+    """The module of a task. Raises UserError for a name that no task has."""
+    if name not in task_names():
+        raise UserError(f"there is no task {name!r}; there are: {', '.join(task_names())}")
+    return importlib.import_module(f"{__name__}.{name}")

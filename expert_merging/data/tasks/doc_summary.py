@@ -1,0 +1,122 @@
+"""Write the first line of a docstring from its name and the rest of it: the stand-in for XSum.
+
+Only examples whose summary can be had from the input are kept: most of its words must stand there.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from expert_merging.data import docstring_reader
+from expert_merging.data.docstring_reader import Candidate, Docstring
+from expert_merging.data.scores import rouge as score
+
+main_score = "rougeL"
+
+SHORTEST, LONGEST = 5, 25  # words of a summary
+LONGEST_BODY = 70  # words
+COVERED = 0.65  # share of the summary's content words that the input has
+
+_STOP = set(
+    "a an the of to in on for from by with at as is are be been was were it its this that these those and or not if "
+    "into than then when which whose will would can may must should do does has have had s via".split()
+)
+_UNWANTED = re.compile(
+    r"deprecated|alias (?:of|for)|\bsee\b|internal use|do not use|subclass|\boverrides?\b|"
+    r"this (?:function|method|class) is|\bTODO\b|"
+    r"copied from|\bin-place version\b|same as|\{\w*\}|\bwrapper (?:around|for|of|over)\b",
+    re.I,
+)
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words, snake_case and CamelCase taken apart."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_", " ", text)
+    return re.findall(r"[a-z]+|\d+", spaced.lower())
+
+
+_ENDINGS = ("ization", "ations", "ation", "ating", "ates", "ated", "ings", "ing", "ies", "ied", "es", "ed", "s", "e")
+
+
+def _stem(word: str) -> str:
+    for ending in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[: -len(ending)]
+    return word
+
+
+def _stems(text: str) -> list[str]:
+    return [_stem(word) for word in words_of(text) if word not in _STOP]
+
+
+def coverage(summary: str, text: str) -> float:
+    """The share of the summary's content words, lightly stemmed, that `text` has."""
+    wanted, there = _stems(summary), set(_stems(text))
+    return sum(word in there for word in wanted) / len(wanted) if wanted else 0.0
+
+
+_DEFAULT = re.compile(r"=(?:\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|'[^']*'|[^,(\[{'])+")
+
+
+def title(doc: Docstring) -> str:
+    """The name and what it takes, in plain words: `fit_predict(X, y=None)` -> "fit predict (X, y)"."""
+    *_, owner, name = "", *doc.name.split(".")
+    name = owner if name == "__init__" else name
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).replace("_", " ").strip()
+    names = re.findall(r"(?:^|, )\*{0,2}(\w+)", _DEFAULT.sub("", doc.signature.partition("(")[2]))
+    taken = ", ".join(n.replace("_", " ").strip() for n in names[:6])
+    return f"{plain} ({taken})" if taken else plain
+
+
+def summary_and_body(doc: Docstring) -> tuple[str, str] | None:
+    """The summary line and the text after it, cut at LONGEST_BODY words; None where either does not serve."""
+    summary, *rest = docstring_reader.sentences(doc.blocks) or [""]
+    if not SHORTEST <= len(summary.split()) <= LONGEST or not re.match(r"[A-Z][a-z]", summary) or summary[-1] != ".":
+        return None
+    if _UNWANTED.search(summary) or len(re.findall(r"[A-Za-z ]", summary)) < 0.85 * len(summary):
+        return None
+    body: list[str] = []
+    for sentence in rest:
+        if sum(len(s.split()) for s in body) + len(sentence.split()) > LONGEST_BODY:
+            break
+        body.append(sentence)
+    while body and (len(body[-1].split()) == 1 or body[-1].endswith(":")):  # a heading, or what led to a code block
+        body.pop()
+    return (summary, " ".join(body)) if body else None
+
+
+def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
+    """Each split's examples: {"document", "summary"}."""
+
+    def candidates() -> Iterator[Candidate]:
+        for doc in docs:
+            pair = summary_and_body(doc)
+            if pair is None:
+                continue
+            summary, body = pair
+            document = f"{title(doc)}. {body}"
+            copied = docstring_reader.normalized(summary) in docstring_reader.normalized(document)
+            if len(body.split()) >= len(summary.split()) and not copied and coverage(summary, document) >= COVERED:
+                example = {"document": document, "summary": summary}
+                yield Candidate(doc.file, summary, document, summary, example)
+
+    return docstring_reader.split_examples(docs, candidates(), sizes, most_common=1.0)
+
+
+def load(constants) -> dict[str, list[dict]]:
+    """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
+    return examples(docstring_reader.read_docstrings(), docstring_reader.sizes_of(constants))
+
+
+def prompt(example: dict) -> str:
+    return "Summarize: " + example["document"]
+
+
+def target(example: dict) -> str:
+    return example["summary"]
+
+
+def references(example: dict) -> list[str]:
+    return [example["summary"]]
+
+
+__all__ = ["load", "main_score", "prompt", "references", "score", "target"]

@@ -1,0 +1,171 @@
+"""The experiment as data: which runs there are, what each needs, and what the tables call them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from expert_merging.core.errors import UserError
+from expert_merging.experiment.steps import Step
+
+# Of which runs a part consists; what those need comes by itself. {n} and {m}: few and many experts (8 and 16).
+PARTS = {
+    "comparison": ("Baseline-{n}", "CAEM-{n}"),
+    "table2": (
+        "Baseline-{n}", "Baseline-{m}", "CAEM-{n}", "CAEM-{n}-to-{m}", "CAEM-{m}", "CAEM-{n}-Avg", "CAEM-{m}-Avg",
+    ),
+    "controls": ("Average-{n}", "Baseline-{n}-same-compute"),
+    "pairs": (
+        "CAEM-{n} + Baseline-{n}", "CAEM-{n} + CAEM-{n}-Avg", "CAEM-{n}-Avg + Baseline-{n}",
+        "CAEM-{m} + Baseline-{m}", "CAEM-{m} + CAEM-{m}-Avg", "CAEM-{m}-Avg + Baseline-{m}",
+        "CAEM-{n}-to-{m} + Baseline-{m}", "CAEM-{n}-to-{m} + CAEM-{m}", "CAEM-{n}-to-{m} + CAEM-{m}-Avg",
+        "CAEM-{n}-to-{m} + CAEM-{n}",
+    ),
+    "audit": ("usage", "CAEM-{n}-counts", "CAEM-{n}-projection"),
+    "merging": ("Baseline-{n}", "CAEM-{n}", "merging-{n}"),
+}  # fmt: skip
+# What neighbours/WEMoE_multi_task_merging.py makes, all by one command.
+MERGING = (
+    "average", "task_arithmetic", "ties", "ties_sum", "dare", "dare_ties", "fisher", "regmean", "adamerging_task",
+    "adamerging_layer", "adamerging_plus", "wemoe", "ewemoe", "wemoe_batch", "wemoe_oracle",
+)  # fmt: skip
+# Pairs whose hidden states are compared (figures 2 and 4); of other sizes or not.
+_CKA = (
+    "CAEM-{n} + Baseline-{n}",
+    "CAEM-{m} + Baseline-{m}",
+    "CAEM-{n}-to-{m} + CAEM-{n}",
+    "CAEM-{n}-to-{m} + CAEM-{m}",
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs for one seed, by name, in an order in which each comes after what it needs."""
+
+    steps: dict[str, Step]
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def chosen(self, names: list[str]) -> dict[str, Step]:
+        """Those of `names` with all that they need."""
+        wanted, more = set(), list(names)
+        while more:
+            name = more.pop()
+            if name not in wanted:
+                wanted.add(name)
+                more += self.needs[name]
+        return {name: step for name, step in self.steps.items() if name in wanted}
+
+
+def grid(c: SimpleNamespace) -> Grid:
+    """The runs with the constants `c` (those of global_config.py for one seed, experts_num and larger_experts_num)."""
+    n, m, tasks = c.experts_num, c.larger_experts_num, c.task_types
+    pickles, one = Path(c.PICKLE_PATH), "Baseline_multi_task_finetune.py"
+    steps: dict[str, Step] = {}
+    needs: dict[str, tuple[str, ...]] = {}
+
+    def add(name: str, script: str, constants: dict[str, Any], result: Path, *needed: str, **more: Path) -> None:
+        steps[name], needs[name] = Step(script, constants, result, **more), needed
+
+    for task in tasks:
+        add(
+            f"features {task}",
+            "datasets_preprocessing.py",
+            {"num_expert": n},
+            Path(c.DATA_DIR) / task / "complete.json",
+            also=Path(c.DATA_DIR) / "lengths.png",
+        )
+    data = tuple(f"features {task}" for task in tasks)
+    singles = {}
+    for experts in (n, m):
+        folder = Path(c.SOURCE_PICKLE_PATH.format(experts=experts))
+        singles[experts] = tuple(f"single-task-{experts} {task}" for task in tasks)
+        for task in tasks:
+            own = {"task_type": task, "num_expert": experts}
+            result = folder / f"single_task_{task}.json"
+            work = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=experts)) / f"single_task_{task}.run"
+            add(f"single-task-{experts} {task}", "single_task_finetune.py", own, result, *data, work=work)
+        result = folder / "reference_scores.json"
+        own, work = {"num_expert": experts}, folder / "reference_scores.run.json"
+        add(f"reference-{experts}", "tools/reference_scores.py", own, result, *singles[experts], work=work)
+
+    def multi_task(name: str, script: str, run: str, *needed: str, **own: Any) -> None:
+        suffix = f"{own['source_experts_num']}|{own['target_experts_num']}" if "alpha" in own else own["experts_num"]
+        constants = own | {"current_case_name": run}
+        result, work = pickles / f"{run}_[{suffix}].json", Path(c.MODEL_SAVE_PATH) / f"{run}_[{suffix}].run"
+        add(name, script, constants, result, *needed, work=work)
+
+    # For the audit: what the test scores would have chosen. At paper scale a look at them costs hours.
+    every_epoch = {"test_each_epoch": c.test_each_epoch or c.scale != "paper"}
+    for experts in (n, m):
+        own = {"experts_num": experts} | (every_epoch if experts == n else {})
+        multi_task(f"Baseline-{experts}", one, "Baseline", *singles[experts], f"reference-{experts}", **own)
+    for name, run, source, target, own in (
+        (f"CAEM-{n}", "CAEM", n, n, every_epoch),
+        (f"CAEM-{n}-to-{m}", "CAEM", n, m, {}),
+        (f"CAEM-{m}", "CAEM", m, m, {}),
+        (f"CAEM-{n}-Avg", "CAEM-Avg", n, n, {"alpha": 0.0}),
+        (f"CAEM-{m}-Avg", "CAEM-Avg", m, m, {"alpha": 0.0}),
+        (f"Average-{n}", "Average", n, n, {"merging": "average"}),
+        (f"CAEM-{n}-projection", "CAEM-projection", n, n, {"reading": "paper+projection"}),
+        (f"CAEM-{n}-counts", "CAEM-counts", n, n, {"reading": "paper+counts"}),
+    ):
+        own = {"source_experts_num": source, "target_experts_num": target, "alpha": 1.0, "merging": "caem"} | own
+        needed = (*singles[source], *singles[target], *(["usage"] if "reading" in own else []))
+        multi_task(name, "CAEM_multi_task_finetune.py", run, *needed, **own)
+    multi_task(
+        f"Baseline-{n}-same-compute", one, "Baseline-same-compute", *singles[n], f"reference-{n}",
+        experts_num=n, same_compute=True,
+    )  # fmt: skip
+
+    own = {"experts_num": n, "methods": MERGING, "current_case_name": "Merging"}
+    for method in MERGING:
+        result = pickles / f"Merging-{method}_[{n}].json"
+        add(f"merging-{n} {method}", "neighbours/WEMoE_multi_task_merging.py", own, result, *singles[n])
+
+    folder = Path(c.SOURCE_PICKLE_PATH.format(experts=n))
+    for task in tasks:
+        own = {"task_type": task, "num_expert": n}
+        add(
+            f"usage {task}",
+            "tools/count_expert_usage.py",
+            own,
+            folder / f"expert_usage_{task}.json",
+            f"single-task-{n} {task}",
+        )
+    needs = {name: tuple(x for one in needed for x in _expanded(one, tasks)) for name, needed in needs.items()}
+
+    for pattern in PARTS["pairs"]:
+        name = pattern.format(n=n, m=m)
+        first, second = name.split(" + ")
+        runs = [steps[one].result.stem for one in (first, second)]
+        measures = [measure for measure in ("soup", "line", "cka") if _measured(measure, pattern)]
+        result = pickles / "pairs" / f"{runs[0]}__{runs[1]}.json"
+        own = {"first": runs[0], "second": runs[1], "measures": tuple(measures)}
+        add(name, "tools/compare_models.py", own, result, first, second, work=result.with_suffix(".run.json"))
+    # Usage is counted before the runs that merge by it.
+    order = sorted(
+        steps, key=lambda name: (name.startswith("CAEM") and "reading" in steps[name].constants, " + " in name)
+    )
+    return Grid({name: steps[name] for name in order}, needs)
+
+
+def names_of(part: str, c: SimpleNamespace, grid: Grid) -> list[str]:
+    """The runs that `part` names: a part of the evidence, or a single run. Raises UserError for neither."""
+    n, m = c.experts_num, c.larger_experts_num
+    patterns = PARTS.get(part, (part,))
+    names = [name for pattern in patterns for name in _expanded(pattern.format(n=n, m=m), c.task_types)]
+    if unknown := [name for name in names if name not in grid.steps]:
+        runs = ", ".join(f"'{name}'" if " " in name else name for name in grid.steps)
+        raise UserError(f"parts names {unknown[0]!r}; there are the parts {', '.join(PARTS)} and the runs {runs}")
+    return names
+
+
+def _expanded(name: str, tasks: tuple[str, ...]) -> list[str]:
+    if name.startswith("merging-") and " " not in name:
+        return [f"{name} {method}" for method in MERGING]
+    return [f"usage {task}" for task in tasks] if name == "usage" else [name]
+
+
+def _measured(measure: str, pattern: str) -> bool:
+    """Hidden states can be compared between any two models, weights only where they are of one shape."""
+    return pattern in _CKA if measure == "cka" else pattern != "CAEM-{n}-to-{m} + CAEM-{n}"

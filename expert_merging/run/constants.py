@@ -1,0 +1,209 @@
+"""Constants: lines you see at the top of a script, each also an option of its command line under its own name.
+
+A script calls `run(main, globals())` last. Constants are the script's own and those of global_config.py: every public
+name bound to a bool, int, float, str, tuple or `by_scale(...)`. The comment behind a constant is its help text.
+Imports neither torch nor transformers, so that `--help` and a mistyped name answer at once.
+"""
+
+import argparse
+import ast
+import io
+import os
+import signal
+import sys
+import tokenize
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.host_memory import keep_freed_memory
+from expert_merging.run.deviations import deviates
+from expert_merging.run.devices import become_several
+
+SCALES = ("paper", "small", "tiny")
+
+
+@dataclass(frozen=True)
+class ByScale:
+    """One value for each scale; made by `by_scale`."""
+
+    paper: Any
+    small: Any
+    tiny: Any
+
+
+def by_scale(paper: Any, small: Any, tiny: Any) -> Any:
+    """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales."""
+    return ByScale(paper, small, tiny)
+
+
+def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -> SimpleNamespace:
+    """The script's constants, after the command line, the scale and `{name}` references have had their say.
+
+    Args:
+        script: the script's `globals()`.
+        arguments: the command line without the program's name; None reads `sys.argv`.
+
+    Raises:
+        SystemExit(2): an unknown name or a value of the wrong type, said in one line; SystemExit(0) after `--help`.
+        UserError: a `{name}` inside a string constant that no constant has.
+    """
+    import global_config
+
+    lines = {**_constants(vars(global_config)), **_constants(script)}
+    comments = {**_comments(global_config), **_comments(script)}
+    parser = _Parser(
+        prog=Path(script["__file__"]).name, usage="%(prog)s [--constant value ...]", description=script.get("__doc__"),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for name, value in lines.items():
+        kind = _kind(value)
+        parser.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__, type=_boolean if kind is bool else kind,
+            nargs="+" if isinstance(_sample(value), tuple) else "?" if kind is bool else None,
+            const=True if kind is bool else None,  # `--merge_only` alone means true
+            choices=SCALES if name == "scale" else None,
+            help=f"{comments.get(name, '')} [{_shown(value)}]".replace("%", "%%").strip(),
+        )  # fmt: skip
+    given = vars(parser.parse_args(arguments))
+    scale = given.get("scale", lines["scale"])
+    if scale not in SCALES:
+        raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(SCALES)}")
+    deviates(given.get("reading", lines["reading"]), "counts")  # raises when there is no such reading
+    values = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in lines.items()}
+    for name, value in given.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return SimpleNamespace(**_filled(values))
+
+
+def shared_arguments(constants: SimpleNamespace) -> list[str]:
+    """Command-line words that give another script the same values of global_config.py's constants; as few as do."""
+    import global_config
+
+    script = {"__file__": global_config.__file__}
+    words = ["--scale", constants.scale]
+    defaults = vars(read_constants(script, words))
+    for name in list(defaults):
+        if (value := getattr(constants, name)) != defaults[name]:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            defaults = vars(read_constants(script, words))  # paths may follow from it
+    return words
+
+
+def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoReturn:
+    """Read the constants, call `main` with them, and leave with 0, with 2 and one line for a user's mistake, or with
+    130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has died."""
+    name = Path(script["__file__"]).name
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        constants = read_constants(script)
+        become_several()
+        keep_freed_memory()
+        main(constants)
+    except UserError as error:
+        _close_bars()
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _close_bars()
+        print(f"\n{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(words in str(error) for words in _OF_A_LOST_PEER):
+            raise
+        print(
+            f"{name}: another process of this run has ended; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    sys.exit(0)
+
+
+_OF_A_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def _close_bars() -> None:
+    """Bars that stand open would be drawn once more when the process ends, after our line."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
+
+
+def _interrupt(*_) -> NoReturn:
+    """Clusters send SIGTERM before they kill: it ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, and an unknown name is answered with those that exist."""
+
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments" in message:
+            names = sorted((a.dest for a in self._actions if a.dest != "help"), key=str.lower)
+            message = f"{message.replace('unrecognized arguments', 'no such constant')}; there are: {', '.join(names)}"
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _constants(names: dict[str, Any]) -> dict[str, Any]:
+    kinds = (bool, int, float, str, tuple, ByScale)
+    return {name: value for name, value in names.items() if not name.startswith("_") and isinstance(value, kinds)}
+
+
+def _sample(value: Any) -> Any:
+    return value.paper if isinstance(value, ByScale) else value
+
+
+def _kind(value: Any) -> type:
+    sample = _sample(value)
+    return type(sample[0]) if isinstance(sample, tuple) else type(sample)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, ByScale):
+        return ", ".join(f"{scale} {_shown(getattr(value, scale))}" for scale in SCALES)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+_boolean.__name__ = "bool"  # argparse names the type in its message
+
+
+def _comments(source: ModuleType | dict[str, Any]) -> dict[str, str]:
+    """The comment on the line of each top-level assignment: {name: comment}."""
+    text = Path(source["__file__"] if isinstance(source, dict) else source.__file__).read_text(encoding="utf-8")
+    at_line = {
+        token.start[0]: token.string.lstrip("# ").strip()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        node.targets[0].id: at_line[node.end_lineno]
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.end_lineno in at_line
+    }
+
+
+def _filled(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace `{name}` in string constants by the constant of that name; `{experts}` is left for the script."""
+    for _ in range(6):  # how deep references may go; a circle would grow without end
+        known = {**values, "experts": "{experts}"}
+        filled = {}
+        for name, value in values.items():
+            try:
+                filled[name] = value.format_map(known) if isinstance(value, str) else value
+            except (KeyError, ValueError, IndexError) as error:
+                raise UserError(f"constant {name} = {value!r} refers to {error}, which is no constant") from error
+        if filled == values:
+            return filled
+        values = filled
+    raise UserError("the constants refer to each other in a circle")

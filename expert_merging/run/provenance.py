@@ -1,0 +1,40 @@
+"""Where a number comes from: the command, the versions, the commit."""
+
+import functools
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command() -> str:
+    """The command line of this process, as one would type it in the repository's root."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+@functools.cache  # of the start of the run, though the repository may move on
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on, and the repository's commit."""
+    names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge-score", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in names},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,97 @@
+"""Switch Transformers from and to disk."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, replacing
+from expert_merging.core.hub import first_line, load_tokenizer, local_folder, offline_if_unreachable
+
+
+def require_patch() -> None:
+    """Raises UserError, naming the command that applies the patch, when transformers is not the patched one."""
+    from caem_files import install
+
+    try:
+        patched = install.patched()
+    except install.InstallError as error:
+        raise UserError(str(error)) from error
+    if not patched:
+        raise UserError("transformers is not patched with caem_files/; run: python caem_files/install.py")
+
+
+def find_base(constants: SimpleNamespace, experts: int) -> None:
+    """Look for the pre-trained model before anything slow. To be called before transformers is imported, which decides
+    then whether to try the hub. Raises UserError where BASE_MODEL_PATH is a folder that does not exist."""
+    if local_folder(constants.BASE_MODEL_PATH.format(experts=experts), "BASE_MODEL_PATH") is None:
+        offline_if_unreachable()
+
+
+def base_tokenizer(constants: SimpleNamespace, experts: int):
+    """The tokenizer of the pre-trained model. Raises UserError where there is none."""
+    return load_tokenizer(constants.BASE_MODEL_PATH.format(experts=experts))
+
+
+def load_base(constants: SimpleNamespace, experts: int):
+    """(model, ancestor): the pre-trained Switch Transformer with `experts` experts a sparse layer.
+
+    `ancestor` is the SHA-256 of its weights, by which models that may be merged know each other.
+    Raises UserError where there is no such model, or it has another number of experts.
+    """
+    path = constants.BASE_MODEL_PATH.format(experts=experts)
+    model = load_model(path, "BASE_MODEL_PATH")
+    if model.config.num_experts != experts:
+        raise UserError(f"BASE_MODEL_PATH: {path} has {model.config.num_experts} experts a sparse layer, not {experts}")
+    return model, weights_sha256(model)
+
+
+def load_model(path: str | Path, constant: str):
+    """The SwitchTransformersForConditionalGeneration in a local folder or on the hub, in float32.
+
+    Raises UserError where there is none, it is cut short, or it is another kind of model. `constant` named the path.
+    """
+    folder = local_folder(str(path), constant)
+    import torch
+    from safetensors import SafetensorError
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"] if folder else "switch_transformers"
+        if kind != "switch_transformers":
+            raise UserError(f"{constant}: {path} holds a {kind} model, not a Switch Transformer")
+        config = SwitchTransformersConfig.from_pretrained(folder or path)
+        return SwitchTransformersForConditionalGeneration.from_pretrained(
+            folder or path, config=config, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        where = f"a whole model in the folder {path}" if folder else f"the folder {path}, nor that model on the hub"
+        raise UserError(f"{constant}: did not find {where} ({first_line(error)}); bring the model's folder") from error
+
+
+def weights_sha256(model) -> str:
+    """SHA-256 over names, shapes and bytes of all weights, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder: weights, configuration and tokenizer; whole or not at all."""
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_state_dict(model, path: Path) -> None:
+    """Write the weights as the released code does: a pickled state dict with the prefix `STmodel.` before each name."""
+    import torch
+
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # given a name, torch would write that into the file
+        torch.save({f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}, file)

@@ -1,0 +1,235 @@
+"""Fine-tuning a Switch Transformer on one task or on several at once, by the same code (paper, 4.1 and A.3).
+
+An optimizer step takes `batch_size * gradient_accumulation_steps` examples of each task. Its loss is the mean over tasks
+of the cross-entropy a target token, plus the router losses. Tasks larger than the smallest one rotate over the epochs.
+After each epoch every validation example is decoded; the best epoch is kept, and tested at the end.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.models.switch_transformers.modeling_switch_transformers import router_losses
+
+from expert_merging.core.files import read_json
+from expert_merging.data.batches import MicroBatches, epoch_examples, length_grouped
+from expert_merging.data.features import collate, folder_of, padded_lengths
+from expert_merging.data.tasks import get_task
+from expert_merging.run import provenance, results, sharding
+from expert_merging.run.deviations import deviates, of_method
+from expert_merging.switch import decoding, models, usage
+from expert_merging.switch.cross_entropy import task_loss
+from expert_merging.training import checkpoints, loop
+from expert_merging.training.evaluate import shown
+from expert_merging.training.overall import overall, selection_split
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The examples of one forward pass, all of one task."""
+
+    task: str
+    rows: np.ndarray  # which examples, over all processes
+    step: "Size"  # of all the task's passes in the step
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a task brings to a step: what its losses are averaged over."""
+
+    rows: int
+    input_tokens: int
+    target_tokens: int
+
+
+def finetune(
+    c: SimpleNamespace, accelerator, model, tokenizer, data: dict[str, Any], *,
+    name: str, save_as: str, work: Path, identity: dict[str, Any], goals: dict[str, dict[str, float]] | None = None,
+    more: dict[str, Any] | None = None, models_folder: Path, histories_folder: Path, num_epochs: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune `model` on the tasks of `data`, keep the best epoch, test it, and write weights and history.
+
+    Args:
+        data: task -> features (train, validation, test).
+        name: of the history and of the Hugging Face folder; `save_as` (with {epoch}) names the .pt file.
+        work: folder for checkpoints while it runs; removed at the end.
+        identity: what the run depends on; it is refused to go on from another's checkpoints.
+        goals: {"validation": {task: score of the single-task model}, "test": ...}, by which Overall is measured.
+        more: further entries of the history.
+        num_epochs: other than the constant of that name.
+
+    Returns:
+        The history (see README, "What a history holds").
+    """
+    checkpoints.claim(work, identity)
+    model = sharding.place(accelerator, model)
+    model.set_usage_counting(of_method(c.reading, "counts"))
+    if c.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
+    )
+    lengths = {task: _lengths(features["train"]) for task, features in data.items()}
+    per_epoch = min(len(features["train"]) for features in data.values())
+
+    def steps_of(epoch: int) -> list[list[Pass]]:
+        step_rows = c.batch_size * c.gradient_accumulation_steps
+        rows = []
+        for number, task in enumerate(data):
+            inputs, targets = lengths[task]
+            chosen = epoch_examples(len(inputs), per_epoch, epoch, seed=c.seed * 1000 + number)
+            groups = length_grouped(chosen, inputs, step_rows, seed=(c.seed * 1000 + number) * 1000 + epoch)
+            rows.append([_passes(task, group, inputs, targets, c.batch_size) for group in groups])
+        return [[one for passes in step for one in passes] for step in zip(*rows, strict=True)]
+
+    def loss_of(wrapped, one: Pass) -> tuple[torch.Tensor, int]:
+        # Of several processes each takes every n-th row; one that finds none repeats a row without weight.
+        mine = one.rows[accelerator.process_index :: accelerator.num_processes]
+        weight = accelerator.num_processes * (len(mine) > 0) / len(data)
+        features = data[one.task]["train"].with_format("numpy", columns=["input_ids", "labels"])
+        part = features[(mine if len(mine) else one.rows[:1]).tolist()]
+        rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
+        batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c, "padding"))
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        return token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
+
+    def evaluate(split: str, label: str) -> dict[str, dict[str, Any]]:
+        result = {}
+        for task, features in data.items():
+            model.reset_expert_usage()
+            scores, predictions = decoding.evaluate_task(
+                model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
+            )
+            counted = usage.read_usage(model, accelerator)
+            scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
+            result[task] = {
+                "scores": scores, "usage": counted, "examples": shown(features[split], predictions, tokenizer),
+            }  # fmt: skip
+        return result
+
+    def after_epoch(epoch: int) -> dict[str, Any]:
+        split = selection_split(c.reading)
+        result = evaluate("validation", f"epoch {epoch + 1}: validating")
+        scores = {task: one["scores"] for task, one in result.items()}
+        tested = {}
+        if c.test_each_epoch or split == "test":
+            tested = evaluate("test", f"epoch {epoch + 1}: testing")
+        chosen_by = {task: one["scores"] for task, one in (tested if split == "test" else result).items()}
+        value = overall(chosen_by, goals and goals[split])
+        line = ", ".join(f"{task} {one[get_task(task).main_score]:.2f}" for task, one in scores.items())
+        accelerator.print(f"{name} epoch {epoch + 1}: {line}" + (f", Overall {value:.4f}" if goals else ""))
+        return {
+            "selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()},
+            "test": {task: {key: one[key] for key in ("scores", "examples")} for task, one in tested.items()},
+        }  # fmt: skip
+
+    started = time.strftime("%Y-%m-%d %H:%M")
+    epochs = loop.train(
+        accelerator, model, optimizer, num_epochs=num_epochs or c.num_epochs, steps_of=steps_of, loss_of=loss_of,
+        after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=c.max_grad_norm,
+        micro_batches=MicroBatches(), label=name,
+    )  # fmt: skip
+    del optimizer  # its states are twice the model, and the best epoch's weights come beside the last one's
+    accelerator.free_memory()
+    best = checkpoints.best_epoch(epochs)
+    model = sharding.place(accelerator, models.load_model(checkpoints.best_folder(work, epochs), "best epoch"))
+    result = epochs[best]["test"] or evaluate("test", "testing")
+
+    history = {
+        "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
+        "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision, "sharded": sharding.is_sharded(model),
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "identity": identity, "parameters": model.num_parameters(),
+        "experts_num": model.config.num_experts, "tasks": list(data),
+        "train_loss": [epoch["train_loss"] for epoch in epochs],
+        "epoch_seconds": [epoch["seconds"] for epoch in epochs],
+        "best_epoch": best + 1,
+        "selection": [epoch["selection"] for epoch in epochs],
+        **{
+            f"{task}_data": {
+                "main_score": get_task(task).main_score,
+                "validation": [epoch["scores"][task] for epoch in epochs],
+                "test": result[task]["scores"],
+                "test_epochs": [epoch["test"][task]["scores"] for epoch in epochs if epoch["test"]],
+                "examples": result[task]["examples"],
+            }
+            for task in data
+        },
+        **usage.as_released(epochs[best]["usage"]),
+        **(more or {}),
+    }  # fmt: skip
+    if goals:
+        scores = {task: one["scores"] for task, one in result.items()}
+        validation = overall(epochs[best]["scores"], goals["validation"])
+        history["overall"] = {"validation": validation, "test": overall(scores, goals["test"])}
+    model = sharding.whole(accelerator, model)
+    if accelerator.is_main_process:
+        models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
+        models.save_model(model, tokenizer, models_folder / name)
+        results.save(histories_folder, name, history)
+        checkpoints.release(work)
+    accelerator.wait_for_everyone()
+    return history
+
+
+def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, reading: str) -> torch.Tensor:
+    """What `batch` adds to its task's loss in a step: a scalar; over the step's batches these add up.
+
+    The loss of a step is the cross-entropy a target token plus the weighted router losses: the z-loss a token, the balance
+    loss a sequence. So neither the cut of a step into batches nor the number of processes changes it. The router losses
+    see real tokens only; with the deviation `padding` all positions, as in transformers.
+
+    Args:
+        wrapped: the model as the accelerator prepared it; `model` is the same without wrapping.
+    """
+    labels = batch["labels"]
+    outputs = wrapped(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), output_router_logits=True, use_cache=False,
+    )  # fmt: skip
+    cross_entropy = torch.nn.functional.cross_entropy(
+        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    loss = cross_entropy / step.target_tokens
+    for router_outputs, mask, tokens in (
+        (outputs.encoder_router_logits, batch["attention_mask"], step.input_tokens),
+        (outputs.decoder_router_logits, labels != -100, step.target_tokens),
+    ):
+        of_rows = len(labels) / step.rows
+        if not deviates(reading, "padding"):
+            z_loss, balance_loss = router_losses(router_outputs, mask)
+            of_tokens = mask.sum() / tokens
+        else:  # every example is padded to the same length: its share of positions is its share of rows
+            z_loss, balance_loss = router_losses(router_outputs)
+            of_tokens = of_rows
+        loss = loss + model.config.router_z_loss_coef * z_loss * of_tokens
+        loss = loss + model.config.router_aux_loss_coef * balance_loss * of_rows
+    return loss
+
+
+def epochs_worth(data: dict[str, Any], num_epochs: int) -> int:
+    """How many joint epochs hold as many examples as `num_epochs` epochs of every task by itself, to the nearest."""
+    sizes = [len(features["train"]) for features in data.values()]
+    return round(num_epochs * sum(sizes) / (len(sizes) * min(sizes)))
+
+
+def data_hashes(c: SimpleNamespace, tasks: list[str]) -> dict[str, str]:
+    """SHA-256 of each task's features, as datasets_preprocessing.py noted it."""
+    return {task: read_json(folder_of(task, c) / "complete.json")["sha256"] for task in tasks}
+
+
+def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of every input and of every target."""
+    columns = [features.with_format("arrow")[name] for name in ("input_ids", "labels")]
+    return tuple(np.array([len(ids) for ids in column.to_pylist()]) for column in columns)
+
+
+def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
+    step = Size(len(group), int(inputs[group].sum()), int(targets[group].sum()))
+    return [Pass(task, group[i : i + batch_size], step) for i in range(0, len(group), batch_size)]
+

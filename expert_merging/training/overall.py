@@ -1,0 +1,72 @@
+"""Overall, the paper's score over tasks (4.1), what it divides by, and scores in words."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from expert_merging.data.tasks import get_task
+from expert_merging.run import results
+from expert_merging.run.deviations import deviates
+
+
+def selection_split(reading: str) -> str:
+    """The split by which the best epoch is chosen. The released code looks at the test scores; the paper does not."""
+    return "test" if deviates(reading, "selection") else "validation"
+
+
+def overall(scores: dict[str, dict[str, float]], goals: dict[str, float] | None) -> float:
+    """Mean over tasks of score / the single-task model's score (paper, 4.1); without goals the mean score itself.
+
+    A task whose single-task model scores 0 cannot be compared and is left out; with none left the result is 0.
+    """
+    main = {task: one[get_task(task).main_score] for task, one in scores.items()}
+    if goals is None:
+        return float(np.mean(list(main.values())))
+    ratios = [main[task] / goals[task] for task in main if goals[task] > 0]
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleNamespace) -> dict[str, dict[str, float]]:
+    """What Overall divides by: validation and test scores of the single-task models with `experts` experts.
+
+    Raises UserError, naming the command to run, where one has not been trained.
+    """
+    goals: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
+    for task in tasks:
+        history = single_task_history(folder, task, experts, c)
+        score, best = get_task(task).main_score, history["best_epoch"] - 1
+        goals["validation"][task] = history[f"{task}_data"]["validation"][best][score]
+        goals["test"][task] = history[f"{task}_data"]["test"][score]
+    for split, of_split in goals.items():
+        if zero := [task for task, value in of_split.items() if value == 0]:
+            warnings.warn(f"Overall on {split} leaves out {', '.join(zero)}: the single-task score is 0", stacklevel=2)
+    return goals
+
+
+def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
+    """The history that `single_task_finetune.py` left for `task`."""
+    remedy = (
+        f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    )
+    return results.load(folder, f"single_task_{task}", remedy)
+
+
+def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:
+    """Test scores in one line."""
+    scores = "  ".join(f"{task}: " + " ".join(f"{k} {v:.2f}" for k, v in one.items()) for task, one in test.items())
+    return scores + (f"  Overall {value:.4f}" if value is not None else "")
+
+
+def summary(history: dict[str, Any]) -> str:
+    """What a finished run found, in a few lines."""
+    test = {task: history[f"{task}_data"]["test"] for task in history["tasks"]}
+    lines = [
+        f"{history['name']}: best epoch {history['best_epoch']} of {len(history['selection'])}, {history['seconds']:.0f} s",
+        "test  " + scores_line(test, history.get("overall", {}).get("test")),
+    ]
+    for stack, key in (("encoder", "entropy"), ("decoder", "entropy_de")):
+        for task, entropies in history[key].items():
+            lines.append(f"expert-usage entropy, {stack}, {task}: " + " ".join(f"{value:.3f}" for value in entropies))
+    return "\n".join(lines)

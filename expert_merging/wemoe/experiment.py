@@ -1,0 +1,377 @@
+"""Merging single-task models without training them jointly: the models, what methods want to know of them, and the test.
+
+The methods are in `merging/` and `wemoe/`; neighbours/WEMoE_multi_task_merging.py says which there are.
+"""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, write_json
+from expert_merging.core.hub import first_line, load_tokenizer, local_folder
+from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
+from expert_merging.data.features import collate
+from expert_merging.data.tasks import get_task
+from expert_merging.merging.adamerging import AdaMerged
+from expert_merging.merging.fisher import diagonal_fisher
+from expert_merging.merging.regmean import gram_matrices
+from expert_merging.run import provenance, results
+from expert_merging.switch import decoding, models
+from expert_merging.switch.cross_entropy import task_loss
+from expert_merging.training import evaluate, finetuning, overall
+from expert_merging.wemoe import checkpoints, seq2seq
+from expert_merging.wemoe.adaptation import adapt
+from expert_merging.wemoe.ffn import ensembles, routers
+from expert_merging.wemoe.seq2seq_losses import AnswerLoss, first_tokens
+
+
+@dataclass
+class Made:
+    """What a method made: the tensors of an ordinary model, or a model with weight-ensembling layers; and how."""
+
+    result: Iterable[tuple[str, torch.Tensor]] | nn.Module
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sources:
+    """The pre-trained model and the single-task models, in the order of `tasks`.
+
+    `base` and `tuned` map names to tensors; `goals` is what Overall divides by, None where there are no histories.
+    """
+
+    c: SimpleNamespace
+    tasks: tuple[str, ...]
+    model: nn.Module
+    ancestor: str
+    folders: list[Path]
+    tuned: list[SafetensorsFolder]
+    tokenizer: Any
+    goals: dict[str, dict[str, float]] | None
+    data: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None  # of the adaptation under way
+
+    @property
+    def base(self) -> dict[str, torch.Tensor]:
+        """Only the names that files have too, so that names agree."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name in self.tuned[0]}
+
+    # -- what Fisher merging and RegMean look at
+
+    def fisher_information(self) -> list[dict[str, torch.Tensor]]:
+        """Of each single-task model, on `c.statistics_examples` training examples of its own task."""
+
+        def logits_of(model, batch):
+            labels = batch["labels"]
+            return self._teacher_forced(model, batch)[labels != -100], len(labels)
+
+        return [diagonal_fisher(model, self._batches(task, 8), logits_of) for task, model in self._tuned_models()]
+
+    def gram_matrices(self) -> list[dict[str, torch.Tensor]]:
+        """Likewise; one example at a time, since padding would count."""
+        return [gram_matrices(m, self._batches(task, 1), self._teacher_forced) for task, m in self._tuned_models()]
+
+    def _tuned_models(self):
+        for task, folder in zip(self.tasks, self.folders, strict=True):
+            yield task, load_seq2seq(folder, "SOURCE_MODEL_WEIGHT_PATH").to(self.model.device).eval()
+
+    def _batches(self, task: str, size: int):
+        train = self.data[task]["train"]
+        for start in range(0, min(self.c.statistics_examples, len(train)), size):
+            rows = train[start : min(start + size, self.c.statistics_examples, len(train))]
+            examples = [
+                {"input_ids": i, "labels": t} for i, t in zip(rows["input_ids"], rows["labels"], strict=True)
+            ]  # fmt: skip
+            batch = collate(examples, self.tokenizer.pad_token_id)
+            yield {key: tensor.to(self.model.device) for key, tensor in batch.items()}
+
+    def _teacher_forced(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits
+
+    # -- what is learnt from inputs alone
+
+    def adamerging(self, layer_wise: bool, keep: float | None = None) -> Made:
+        """AdaMerging, task- or layer-wise; with `keep` AdaMerging++."""
+        started = time.perf_counter()
+        tuned = [{name: one[name].to(self.model.device) for name in one} for one in self.tuned]
+        learning = AdaMerged(copy.deepcopy(self.model), tuned, layer_wise, keep, self.c.lam).eval()
+        merging = time.perf_counter() - started
+        writing = copy.deepcopy(self.model).eval()
+        loss = self._loss(learning, lambda: learning.merged(writing), self.c.adapt_losses)
+        adaptation = self._adapt([learning.coefficients], loss, self.c.coefficient_lr)
+        merged = learning.merged(writing).state_dict()
+        coefficients = learning.coefficients.detach().cpu()
+        record = {
+            "adaptation": adaptation, "trainable": coefficients.numel(), "seconds_to_merge": merging,
+            "coefficients": {
+                "tensors": learning.names if layer_wise else ["all"],
+                **{task: own.reshape(-1).tolist() for task, own in zip(self.tasks, coefficients, strict=True)},
+            },
+        }  # fmt: skip
+        return Made(((name, merged[name]) for name in self.base), record)
+
+    def wemoe(self, losses: tuple[str, ...] | None = None, **settings) -> Made:
+        """WEMoE with `settings` of `ffn.upscale`, its routers adapted by `losses` (the script's, if None)."""
+        started = time.perf_counter()
+        made = seq2seq.upscale(
+            self.model, self.tuned, lam=self.c.lam, depth=self.c.router_depth, seed=self.c.seed, **settings
+        ).eval()
+        merging = time.perf_counter() - started
+        parameters = [parameter for router in routers(made) for parameter in router.parameters()]
+        loss = self._loss(made, lambda: made, losses or self.c.adapt_losses)
+        adaptation = self._adapt(parameters, loss, self.c.router_lr)
+        trainable = sum(parameter.numel() for parameter in parameters)
+        return Made(made, {"adaptation": adaptation, "trainable": trainable, "seconds_to_merge": merging})
+
+    def _loss(self, call, writing: Callable[[], nn.Module], losses: tuple[str, ...]) -> AnswerLoss:
+        kinds = dict(zip(self.tasks, losses, strict=True))
+        words = {t: first_tokens(self.data[t]["train"]["labels"], t) for t, k in kinds.items() if k == "verbalizer"}
+        inputs = {task: self.data[task]["test"] for task in self.tasks}
+        return AnswerLoss(
+            call, self.model, writing, kinds, inputs, words, self.c.adapt_batch_size, self.c.seed, self.c.adapt_tokens
+        )
+
+    def _adapt(self, parameters: list[nn.Parameter], loss: AnswerLoss, lr: float) -> dict[str, Any]:
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        record = adapt(
+            parameters, self.tasks, loss, self.c.adapt_steps, lr, self.c.adapt_guard, window=self.c.adapt_window,
+            checkpoint=self.checkpoint, title="adapting",
+        )  # fmt: skip
+        return {"losses": loss.kinds, "batch_size": self.c.adapt_batch_size, **record}
+
+
+def open_sources(c: SimpleNamespace) -> Sources:
+    """The models to merge, checked to fit together.
+
+    Raises UserError where one is missing or damaged, of another shape or, as far as histories tell, another ancestor.
+    """
+    if len(c.task_types) < 2:
+        raise UserError(f"task_types names {len(c.task_types)} task; merging needs two or more")
+    if len(c.adapt_losses) != len(c.task_types):
+        raise UserError(f"adapt_losses names {len(c.adapt_losses)} losses for {len(c.task_types)} tasks; one each")
+    folders = [
+        Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.experts_num)) / f"single_task_{task}" for task in c.task_types
+    ]
+    tuned = [SafetensorsFolder(folder) for folder in folders]
+    model = load_seq2seq(c.BASE_MODEL_PATH.format(experts=c.experts_num), "BASE_MODEL_PATH")
+    state = model.state_dict()
+    for folder, tensors in zip(folders, tuned, strict=True):
+        for name in tensors:
+            shape = tuple(tensors[name].shape)
+            if name not in state or tuple(state[name].shape) != shape:
+                own = tuple(state[name].shape) if name in state else "not there"
+                raise UserError(f"{folder} is not of BASE_MODEL_PATH's shape: {name} is {shape}, there {own}")
+        if missing := sorted(set(tuned[0]) ^ set(tensors)):
+            raise UserError(f"{folder} and {folders[0]} are not of one shape: only one of them has {missing[0]}")
+    ancestor = models.weights_sha256(model)
+    pickles = c.SOURCE_PICKLE_PATH.format(experts=c.experts_num)
+    goals = None
+    if any((Path(pickles) / f"single_task_{task}.json").exists() for task in c.task_types):
+        goals = overall.single_task_goals(pickles, c.task_types, c.experts_num, c)
+        for task, folder in zip(c.task_types, folders, strict=True):
+            history = overall.single_task_history(pickles, task, c.experts_num, c)
+            if history["identity"].get("ancestor") != ancestor:
+                raise UserError(
+                    f"{folder} was not fine-tuned from BASE_MODEL_PATH ({c.BASE_MODEL_PATH}); give that model"
+                )
+    tokenizer = load_tokenizer(str(folders[0]), "SOURCE_MODEL_WEIGHT_PATH")
+    return Sources(c, tuple(c.task_types), model.eval(), ancestor, folders, tuned, tokenizer, goals)
+
+
+def load_seq2seq(path: str | Path, constant: str) -> nn.Module:
+    """The encoder-decoder model, T5 or Switch, in a folder or on the hub, in float32. Raises UserError where there is none."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = local_folder(str(path), constant)
+    try:
+        return AutoModelForSeq2SeqLM.from_pretrained(folder or path, torch_dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{constant}: {path} is no whole encoder-decoder model ({first_line(error)})") from error
+
+
+def make_once(sources: Sources, folder: Path, identity: dict[str, Any], make: Callable[[], Made]) -> dict[str, Any]:
+    """Make what `make` makes into `folder`, unless it is there with this identity. Returns its record, with the numbers
+    of parameters and the bytes that its weights take on disk (of a WEMoE the pre-trained model's, which it builds on, too).
+    """
+    path = folder / "merging.json"
+    if path.exists() and read_json(path)["asked"] == identity:
+        return read_json(path)
+    started = time.perf_counter()
+    # An interrupted adaptation goes on only with the same constants, models and data.
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    sources.checkpoint = folder.with_name(f"{folder.name}.{digest[:12]}.adapting")
+    try:
+        made = make()
+        with new_folder(folder) as temporary:
+            if isinstance(made.result, nn.Module):
+                checkpoints.save(made.result, temporary / "wemoe")
+                parameters = _ensemble_parameters(made.result)
+            else:
+                write_tensors(made.result, temporary)
+                parameters = sum(tensor.numel() for tensor in SafetensorsFolder(temporary).values())
+            weights = [file for file in temporary.rglob("*.safetensors")]
+            held = sum(file.stat().st_size for file in weights)
+            if isinstance(made.result, nn.Module):
+                held += sum(t.numel() * t.element_size() for t in sources.base.values())
+            sources.model.config.save_pretrained(temporary)
+            sources.tokenizer.save_pretrained(temporary)
+            record = {"asked": identity, "parameters": parameters, "bytes": held, "trainable": 0, **made.record}
+            record.setdefault("seconds_to_merge", time.perf_counter() - started)
+            write_json(temporary / "merging.json", record)
+    except ValueError as error:
+        raise UserError(f"these models cannot be merged: {error}") from error
+    return record
+
+
+def _ensemble_parameters(model: nn.Module) -> int:
+    """Parameters of the model with its routers, and the elements of task vectors that are held."""
+    vectors = sum(sum(one.nonzeros()) for _, layer in ensembles(model) for one in layer.vectors)
+    return sum(parameter.numel() for parameter in model.parameters()) + vectors
+
+
+def load_made(sources: Sources, folder: Path) -> nn.Module:
+    """The model that `make_once` left in `folder`."""
+    if (folder / "wemoe").is_dir():
+        return seq2seq.route(checkpoints.load(sources.model, folder / "wemoe")).eval()
+    return load_seq2seq(folder, "MODEL_SAVE_PATH").eval()
+
+
+def test_once(sources: Sources, accelerator, folder: Path) -> dict[str, Any]:
+    """Scores of the model in `folder` on test as the other scripts have them, in batches of one task; of a WEMoE also in
+    batches of all tasks together, and its routing. Noted in `folder`, and read from there when they are there.
+
+    {"test": {task: scores}, "overall": {"test": number}, "seconds_to_test"} and of a WEMoE "mixed", "overall"."mixed",
+    "routing": {layer: {task: mean weights}}.
+    """
+    path = folder / "test.json"
+    if path.exists():
+        return read_json(path)
+    c, tokenizer = sources.c, sources.tokenizer
+    model = load_made(sources, folder).to(accelerator.device)
+    result: dict[str, Any] = {"test": {}, "examples": {}, "overall": {}}
+    started = time.perf_counter()
+    for task, features in sources.data.items():
+        scores, predictions = decoding.evaluate_task(
+            model, features["test"], get_task(task), tokenizer, c, accelerator, f"test: {task}"
+        )
+        result["test"][task] = scores
+        result["examples"][task] = evaluate.shown(features["test"], predictions, tokenizer)
+    result["seconds_to_test"] = time.perf_counter() - started
+    for task, features in sources.data.items():
+        result["test"][task]["loss"] = task_loss(model, features["test"], tokenizer, c, accelerator)
+    if any(True for _ in ensembles(model)):
+        result["mixed"] = mixed_scores(sources, accelerator, model)
+        result["routing"] = routing(sources, model)
+    for kind in ("test", "mixed"):
+        if kind in result and sources.goals:
+            result["overall"][kind] = overall.overall(result[kind], sources.goals["test"])
+    write_json(path, result)
+    return result
+
+
+def mixed_scores(sources: Sources, accelerator, model: nn.Module) -> dict[str, dict[str, float]]:
+    """{task: scores} where every batch holds examples of all tasks in equal parts, as far as there are.
+
+    Of each task the longest come first, so that a batch wastes little on padding.
+    """
+    from datasets import concatenate_datasets
+
+    c, tests = sources.c, {task: features["test"] for task, features in sources.data.items()}
+    places, first = [], 0
+    for test in tests.values():
+        lengths = [len(ids) for ids in test["input_ids"]]
+        longest = sorted(range(len(test)), key=lambda row: (-lengths[row], row))
+        places += [(rank / len(test), first + row) for rank, row in enumerate(longest)]
+        first += len(test)
+    rows, together = [row for _, row in sorted(places)], concatenate_datasets(list(tests.values()))
+    texts: dict[int, str] = {}
+    for start in range(0, len(rows), c.eval_batch_size):
+        batch = rows[start : start + c.eval_batch_size]
+        label = f"mixed batches: {start}/{len(rows)}"
+        with accelerator.autocast():  # as `evaluate_task` does
+            made = decoding.generate(
+                model, together.select(batch), sources.tokenizer, c, accelerator.device, len(batch), label
+            )
+        texts |= {batch[i]: text for i, text in made.items()}
+    scores, first = {}, 0
+    for task, test in tests.items():
+        scores[task] = get_task(task).score([texts[first + i] for i in range(len(test))], test["references"])
+        first += len(test)
+    return scores
+
+
+@torch.no_grad()
+def routing(sources: Sources, model: nn.Module, examples: int = 64) -> dict[str, dict[str, list[float]]]:
+    """{layer: {task: mean weight of each task vector}} over the first test examples, batches of one task."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name, _ in ensembles(model)}
+    for task, features in sources.data.items():
+        ids = features["test"][:examples]["input_ids"]
+        totals: dict[str, torch.Tensor] = {}
+        for start in range(0, len(ids), 16):
+            part = [{"input_ids": one, "labels": [0]} for one in ids[start : start + 16]]
+            batch = collate(part, sources.tokenizer.pad_token_id)
+            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            begin = torch.full((len(part), 1), model.config.decoder_start_token_id, device=model.device)
+            model(**inputs, decoder_input_ids=begin, use_cache=False)
+            for name, weights in seq2seq.routing_weights(model).items():
+                totals[name] = totals.get(name, 0) + weights.expand(len(part), -1).sum(dim=0).cpu()
+        for name, total in totals.items():
+            found[name][task] = [round(value, 5) for value in (total / len(ids)).tolist()]
+    return found
+
+
+def identity_of(sources: Sources, method: str, own: Iterable[str]) -> dict[str, Any]:
+    """What a method's result depends on: the shared constants that tests and adaptation see, `own` ones of the script, the
+    models and the data."""
+    c = sources.c
+    shared = (
+        "scale", "task_types", "max_input_length", "max_decoder_length", "test_examples", "num_beams", "repetition_penalty",
+        "no_repeat_ngram_size", "length_penalty", "experts_num",
+    )  # fmt: skip
+    chosen = SimpleNamespace(**{name: getattr(c, name) for name in (*shared, *own)})
+    digests = dict(zip(sources.tasks, (one.sha256() for one in sources.tuned), strict=True))
+    return results.identity(
+        chosen, method=method, ancestor=sources.ancestor, sources=digests, goals=sources.goals,
+        data=finetuning.data_hashes(c, list(sources.tasks)),
+    )  # fmt: skip
+
+
+def finish(
+    sources: Sources, accelerator, name: str, method: str, identity: dict[str, Any], made: dict[str, Any],
+    tested: dict[str, Any],
+) -> str:  # fmt: skip
+    """Write a method's history, and of a WEMoE the heat map of its routing; returns what it says in a line."""
+    c = sources.c
+    history = {
+        "name": name, "method": method, "command": provenance.command(), "started": time.strftime("%Y-%m-%d %H:%M"),
+        "versions": provenance.versions(), "device": str(accelerator.device.type), "processes": 1,
+        "threads": torch.get_num_threads(), "identity": identity, "experts_num": c.experts_num,
+        "tasks": list(sources.tasks),
+        **{key: value for key, value in made.items() if key != "asked"},
+        **{
+            f"{task}_data": {
+                "main_score": get_task(task).main_score, "test": tested["test"][task],
+                **({"mixed": tested["mixed"][task]} if "mixed" in tested else {}), "examples": tested["examples"][task],
+            }
+            for task in sources.tasks
+        },
+        **{key: tested[key] for key in ("overall", "routing", "seconds_to_test") if key in tested},
+    }  # fmt: skip
+    if "routing" in tested:
+        from expert_merging.report import figures
+
+        figures.routing(history, Path(c.PICKLE_PATH) / f"{name}_routing.png")
+    results.save(c.PICKLE_PATH, name, history)
+    return f"{method}: " + overall.scores_line(tested["test"], tested["overall"].get("test"))

@@ -1,0 +1,129 @@
+"""6a  A dense model against the same with several experts, as a vanilla MoE and as MEO: score, FLOPs, time, memory.
+
+Reads   MODEL_PATH, or for the docstring tasks a small model that is pre-trained here first; the task's data from the hub,
+        from GLUE_PATH, WIKITEXT_PATH, SQUAD_PATH, XSUM_PATH, or from the docstrings of the installed packages.
+Writes  MEO_DIR/{family}_{task}/seed{seed}/{variant}.json, a record a run, and from these the table and the figures in
+        MEO_DIR/{family}_{task}/report. MEO_DIR/bases/{family}, the small pre-trained model.
+Takes   at tiny about half a minute a run on one CPU core, and pre-training three minutes. Interrupted, it goes on; what
+        has been run is not run again.
+"""
+
+from expert_merging.run.constants import by_scale, run
+
+family = "bert"  # bert | gpt2 | t5 | bart
+task = by_scale(  # GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa, doc_summary
+    paper="sst2", small="doc_topic", tiny="doc_topic"
+)
+n = 8  # experts in place of each FFN linear (MEO's scripts: 16 for GLUE, else 8)
+ks = (1, 2, 4)  # of them active
+levels = ("sequence", "token")  # task | sequence | token: what shares a gate; for gpt2 task, token
+seeds = (0, 1, 2)
+MODEL_PATH = ""  # hub name or folder; nothing takes the task's own (expert_merging/meo/recipes.py)
+GLUE_PATH = "nyu-mll/glue"  # hub name, or a folder with a folder a task: train and validation as .jsonl, .csv, .parquet
+WIKITEXT_PATH = "Salesforce/wikitext"  # hub name, or a folder with wikitext-2-raw-v1/: train, validation, test
+MEO_DIR = "{RUN_DIR}/meo"
+learning_rate = 0.0  # at the start; 0 takes the task's own, as for the next three
+epochs = 0  # the best on validation is kept
+train_batch = 0  # sequences a step
+input_length = 0  # tokens; longer inputs are cut
+
+# the small models of the docstring tasks, and their pre-training
+d_model = by_scale(paper=128, small=256, tiny=64)
+d_ff = by_scale(paper=512, small=1024, tiny=256)
+num_layers = by_scale(paper=2, small=4, tiny=2)  # in a stack
+num_heads = by_scale(paper=4, small=8, tiny=4)
+pretraining_steps = by_scale(paper=1500, small=20000, tiny=1500)
+pretraining_batch = by_scale(paper=32, small=128, tiny=32)  # blocks a step
+pretraining_length = 64  # tokens a block
+pretraining_lr = 3e-3  # peak
+
+
+def recipe_for(c):
+    """The task's recipe with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
+    from dataclasses import replace
+
+    from expert_merging.core.errors import UserError
+    from expert_merging.meo import recipes
+
+    recipe = recipes.recipe_of(c.task, c.family)
+    own = {"lr": c.learning_rate, "epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
+    if negative := [name for name, value in own.items() if value < 0]:
+        raise UserError(f"the {negative[0]} given is {own[negative[0]]}; it must be above 0, or 0 for the task's own")
+    if not c.seeds:
+        raise UserError("seeds is empty; give one at least")
+    return replace(recipe, **{name: value for name, value in own.items() if value})
+
+
+def main(c):
+    from pathlib import Path
+
+    from expert_merging.core.hub import local_folder, offline_if_unreachable
+
+    recipe = recipe_for(c)
+    base = c.MODEL_PATH or recipe.model or f"{c.MEO_DIR}/bases/{c.family}"
+    embedded = not (c.MODEL_PATH or recipe.model)
+    if not embedded and local_folder(base, "MODEL_PATH") is None:
+        offline_if_unreachable()
+
+    from transformers.utils import logging
+
+    from expert_merging.core.files import write_json
+    from expert_merging.data import docstring_reader
+    from expert_merging.meo import bases, finetuning, recipes, report
+    from expert_merging.run import provenance, results
+    from expert_merging.run.devices import make_accelerator
+    from expert_merging.switch import models
+    from expert_merging.training import checkpoints
+
+    logging.set_verbosity_error()  # it would say of every model that its head is new
+    finetuning.check(c.family, c.n, c.ks, c.levels)
+    accelerator = make_accelerator(c)
+
+    # A small model, pre-trained on docstrings, where the task has no published one.
+    if embedded and not Path(base).is_dir():
+        tokenizer = bases.new_tokenizer(models.base_tokenizer(c, 8))
+        texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+        blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
+        bases.pretrain(c, accelerator, c.family, tokenizer, blocks, Path(base))
+    finetuning.check_model(base, c.family)
+    tokenizer = finetuning.load_tokenizer(base)
+
+    # The same rows, batches and head for all variants of a seed.
+    rows, facts = recipes.rows_of(c.task, recipe, recipes.load_raw(c.task, c), tokenizer)
+    shown = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
+    accelerator.print(f"{c.family} on {c.task}: {shown}; {recipe.lr:g} x {recipe.epochs} epochs of {recipe.batch_size}")
+    folder = Path(c.MEO_DIR) / f"{c.family}_{c.task}"
+    about = {
+        "family": c.family,
+        "task": c.task,
+        "n": c.n,
+        "recipe": recipes.as_json(recipe),
+        "data": recipes.rows_hash(rows),
+    }
+    about["base"] = finetuning.weights_hash(base)
+    for seed in c.seeds:
+        for variant in finetuning.variants(c.family, c.n, c.ks, c.levels):
+            place = folder / f"seed{seed}"
+            identity = {**about, "seed": seed, "variant": variant.name}
+            work = place / f"{variant.file}.run"
+            if results.finished(place, variant.file, identity, work):
+                continue
+            checkpoints.claim(work, identity)
+            record = finetuning.train_variant(
+                c, accelerator, variant, family=c.family, task=c.task, recipe=recipe, base=base, tokenizer=tokenizer,
+                rows=rows, labels=facts.get("labels"), seed=seed, work=work,
+            )  # fmt: skip
+            record |= {"identity": identity, "command": provenance.command(), "versions": provenance.versions()}
+            if accelerator.is_main_process:
+                write_json(place / f"{variant.file}.json", record)
+                checkpoints.release(work)
+            accelerator.wait_for_everyone()
+            score = record["scores"]["test"][recipe.main_score]
+            accelerator.print(f"seed {seed}, {variant.name}: {recipe.main_score} {score:.2f}")
+
+    if accelerator.is_main_process:
+        print(report.write_finetuning(folder, folder / "report"))
+
+
+if __name__ == "__main__":
+    run(main, globals())

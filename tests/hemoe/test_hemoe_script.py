@@ -1,0 +1,307 @@
+"""neighbours/HEMoE_moe_construction.py from end to end on a model of some thousand weights, and what it says about mistakes."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import call_main, run_script
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json
+
+SCRIPT = "neighbours/HEMoE_moe_construction.py"
+METHODS = ("HEMoE", "HEMoE_start", "random_heterogeneous", "EMoE")
+WORDS = "red green blue one two three four five cat dog bird fish".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dense model, instruction data of two tasks and two lm_eval tasks; nothing run yet."""
+    from types import SimpleNamespace
+
+    from expert_merging.hemoe import doc_choice, small_llama
+
+    folder = tmp_path_factory.mktemp("hemoe")
+    rng = random.Random(0)
+    found = {}
+    for task in ("copy", "turn"):
+        rows = []
+        for _ in range(60):
+            words = rng.sample(WORDS, 4)
+            output = " ".join(words if task == "copy" else words[::-1])
+            rows.append({"instruction": f"{task} {' '.join(words)}:", "output": output, "task": task})
+        test = [
+            {**row, "choices": [row["output"], " ".join(row["output"].split()[::-1])], "label": 0} for row in rows[:6]
+        ]
+        found[task] = {"train": rows[6:], "test": test}
+    doc_choice.write(found, folder / "train", folder / "eval")
+    tokenizer = small_llama.new_tokenizer([row["output"] for row in found["copy"]["train"]], 300)
+    torch.manual_seed(0)
+    shape = SimpleNamespace(base_hidden_size=16, base_intermediate_size=24, base_layers=3, base_heads=2)
+    small_llama.new_llama(shape, tokenizer).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder
+
+
+def words(place, runs: str = "runs", **constants) -> list[str]:
+    """Words for the script that make it quick; at scale paper the model and the data are the user's."""
+    values = {
+        "scale": "paper", "device": "cpu", "RUN_DIR": place / runs, "base_model": place / "base",
+        "INSTRUCTIONS_PATH": place / "train", "EVAL_TASKS_PATH": place / "eval", "domains_from": "tasks", "num_domains": 2,
+        "num_experts": 2, "moe_layers": (0, 2), "max_tokens": 32, "held_out": 4, "score_sequences": 8, "num_modules": 6,
+        "solver_starts": 2, "router_k": 1, "tune_steps": 3, "tune_batch": 4, "tune_accumulation": 1, "methods": METHODS,
+        "eval_tasks": ("doc_copy", "doc_turn"), "eval_batch_size": 8, **constants,
+    }  # fmt: skip
+    return [
+        word for name, value in values.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """What the script printed when it ran all steps."""
+    result = run_script(SCRIPT, words(place))  # every step, as a process of its own
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+def test_from_dense_model_to_report(place, done):
+    seed = place / "runs/hemoe/seed0"
+    assert read_json(seed / "domains.json")["names"] == ["copy", "turn"]
+    for method in METHODS:
+        measured, accuracy = (read_json(seed / method / f"{name}.json")["k"] for name in ("measure", "evaluation"))
+        assert list(measured) == list(accuracy) == ["1", "2"]
+        assert all(0 <= value <= 1 for found in accuracy.values() for value in found.values())
+        shares = [measured[k]["share"]["copy"] for k in ("1", "2")]
+        assert shares[0] < shares[1]
+        assert shares[1] == pytest.approx(1.0)
+        for folder in ("model", "tuned"):
+            assert (seed / method / folder / "model.safetensors").exists()
+        assert not (seed / method / "tuning.run").exists()
+    report = place / "runs/hemoe/report"
+    table = (report / "tables/accuracy_at_share.md").read_text()
+    assert all(name in table for name in ("dense, as it is", "dense, tuned alike", "routers from the map"))
+    assert (report / "accuracy_by_share.png").stat().st_size > 10_000
+    assert len(list((report / "records/seed0").iterdir())) == len(METHODS) + 2
+    assert "Accuracy at equal activated share" in done.stdout
+
+
+def test_before_tuning_all_experts_are_the_dense_model(place, done):
+    """Group 10 of the specification ends with a comparison; what can be asserted of it is where it begins."""
+    from transformers import AutoModelForCausalLM
+
+    from expert_merging.hemoe.modeling import HEMoEForCausalLM
+
+    ids = torch.tensor([[1, 70, 80, 90, 100]])
+    dense = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    for method in ("HEMoE", "random_heterogeneous", "EMoE"):
+        moe = HEMoEForCausalLM.from_pretrained(place / f"runs/hemoe/seed0/{method}/model").eval()
+        moe.config.k = 2
+        assert torch.allclose(moe(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_random_experts_have_the_sizes_of_hemoe_and_the_map_is_kept(place, done):
+    configs = {
+        m: read_json(place / f"runs/hemoe/seed0/{m}/model/config.json") for m in ("HEMoE", "random_heterogeneous")
+    }
+    sizes = {method: [[len(e) for e in layer] for layer in config["experts"]] for method, config in configs.items()}
+    assert sizes["HEMoE"] == sizes["random_heterogeneous"]
+    assert configs["HEMoE"]["experts"] != configs["random_heterogeneous"]["experts"]
+    assert configs["random_heterogeneous"]["serves"] is None
+    for layer in configs["HEMoE"]["serves"]:
+        assert len(layer) == 2
+        assert all(sum(row) >= 1 for row in layer)
+
+
+def test_what_is_there_is_not_done_again(place, done):
+    files = {path: path.stat().st_mtime_ns for path in (place / "runs/hemoe/seed0").rglob("*") if path.is_file()}
+    call_main(SCRIPT, words(place))
+    assert files == {
+        path: path.stat().st_mtime_ns for path in (place / "runs/hemoe/seed0").rglob("*") if path.is_file()
+    }
+
+
+def test_a_step_alone_takes_up_where_the_files_are(place, done):
+    target = place / "again/hemoe/seed0"
+    shutil.copytree(place / "runs/hemoe/seed0", target)
+    was = {
+        name: (target / f"HEMoE/{name}").read_bytes() for name in ("model/model.safetensors", "tuned/model.safetensors")
+    }
+    shutil.rmtree(target / "HEMoE")
+    for path in [target / "random_heterogeneous/measure.json", target / "random_heterogeneous/evaluation.json"]:
+        record = read_json(path)
+        kept = record["k"].pop("2")
+        path.write_text(json.dumps(record))
+    for step in ("partition", "conversion", "tuning", "measure", "evaluation"):
+        call_main(SCRIPT, words(place, "again", steps=(step,), methods=("HEMoE", "random_heterogeneous")))
+    assert read_json(path)["k"]["2"] == kept  # the last one: accuracies
+    assert was == {name: (target / f"HEMoE/{name}").read_bytes() for name in was}  # bit for bit
+
+
+def test_released_files_go_out_and_come_in(place, done):
+    out = place / "runs/hemoe/seed0/HEMoE/parts"
+    assert sorted(path.name for path in out.iterdir()) == ["0.part.2", "2.part.2"]
+    other = {"steps": ("domains", "scores", "partition", "conversion"), "methods": ("parts",), "PARTS_PATH": out}
+    call_main(SCRIPT, words(place, "imported", **other))
+    experts = [
+        read_json(place / f"{runs}/hemoe/seed0/{method}/model/config.json")["experts"]
+        for runs, method in (("runs", "HEMoE"), ("imported", "parts"))
+    ]
+    assert experts[0] == experts[1]
+    with pytest.raises(UserError, match="splits 24 neurons into 2 experts; .* num_experts is 3"):
+        call_main(SCRIPT, words(place, "imported3", num_experts=3, **other))
+
+
+def test_tables_follow_from_the_records(place, done, tmp_path, monkeypatch):
+    from expert_merging.hemoe import report
+
+    shutil.copytree(place / "runs/hemoe/report", tmp_path / "report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "report")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.check()
+    path = tmp_path / "report/records/seed0/HEMoE.json"
+    record = read_json(path)
+    record["k"]["1"]["loss"]["copy"] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="does not follow"):
+        report.check()
+
+
+def test_curves_are_compared_at_equal_shares():
+    from expert_merging.hemoe import report
+
+    def record(points):
+        return {
+            "k": {
+                str(k): {"share": {"a": s}, "accuracy": {"a": a / 100}, "loss": {"a": 1 - a / 100}}
+                for k, (s, a) in enumerate(points)
+            }
+        }
+
+    low, high = record([(0.2, 20), (1.0, 60)]), record([(0.1, 30), (0.6, 50), (1.0, 70)])
+    assert report.at(low, "accuracy", 0.6) == pytest.approx(40)
+    assert report.at(low, "accuracy", 0.1) is None
+    assert report.mean_difference(high, low, "accuracy") == pytest.approx((12 + 10) / 2, abs=0.05)
+    assert report.mean_difference(high, low, "loss") == pytest.approx(-0.11, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("constants", "said"),
+    [
+        ({"steps": ("scoring",)}, "steps: there is no 'scoring'; there are base, domains"),
+        ({"methods": ("moe",)}, "methods: there is no 'moe'; there are HEMoE"),
+        ({"router_k": 3}, "router_k is 3; give 1 to 2"),
+        ({"eval_ks": (1, 9)}, "eval_ks holds 9"),
+        ({"balance_scale": "n"}, "balance_scale: there is no 'n'"),
+        ({"tune_steps": 0}, "tune_steps is 0"),
+        (
+            {"domains_from": "clusters", "num_experts": 3, "methods": ("MoEBERT_domains",)},
+            "MoEBERT_domains makes an expert a domain",
+        ),
+        ({"INSTRUCTIONS_PATH": "/nowhere"}, "INSTRUCTIONS_PATH: there is no folder /nowhere"),
+        ({"num_domains": 3}, "num_domains is 3, but .* has 2 tasks"),
+        ({"held_out": 54}, "has no examples beside the 54 held out"),
+        ({"base_model": "/nowhere"}, "base_model: there is no folder '/nowhere'"),
+        ({"moe_layers": (0, 3)}, "moe_layers names layer 3; .* has layers 0 to 2"),
+        ({"steps": ("measure",)}, "domains.json does not exist; run the step domains first"),
+        ({"steps": ("report",)}, "has no records: run the steps measure and evaluation first"),
+    ],
+)
+def test_mistakes_are_one_line(place, tmp_path, constants, said):
+    shared = {"steps": ("domains", "scores")} | constants
+    with pytest.raises(UserError, match=said) as error:
+        call_main(SCRIPT, [*words(place, **shared), "--RUN_DIR", str(tmp_path / "runs")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "constants", "said"),
+    [
+        (
+            "evaluation",
+            {"eval_tasks": ("doc_copy", "nothing"), "tune_steps": 3},
+            "made with other constants .eval_tasks",
+        ),
+        ("scores", {"max_tokens": 16}, "scores.json was made with other constants .max_tokens was 32, is now 16"),
+        ("tuning", {"tune_lr": 1.0}, "tuning.json was made with other constants .tune_lr was 0.0003, is now 1.0"),
+    ],
+)
+def test_other_constants_are_refused(place, done, step, constants, said):
+    with pytest.raises(UserError, match=said):
+        call_main(SCRIPT, words(place, steps=(step,), **constants))
+
+
+def test_damaged_files_are_one_line(place, done, tmp_path):
+    target = tmp_path / "runs/hemoe/seed0"
+    shutil.copytree(place / "runs/hemoe/seed0", target)
+    (target / "scores.npz").write_bytes(b"no")
+    (target / "HEMoE/model/model.safetensors").write_bytes(b"no")
+    shutil.rmtree(target / "EMoE")
+    (target / "HEMoE/tuning.json").unlink()
+    for step, said in (("partition", "scores.npz does not hold scores"), ("tuning", "HEMoE/model is damaged")):
+        with pytest.raises(UserError, match=said) as error:
+            call_main(SCRIPT, [*words(place, steps=(step,)), "--RUN_DIR", str(tmp_path / "runs")])
+        assert "\n" not in str(error.value)
+
+
+def test_evaluation_tasks_that_cannot_be_had_are_one_line(place, tmp_path):
+    from expert_merging.hemoe.evaluation import load_tasks
+
+    with pytest.raises(UserError, match="no folder"):
+        load_tasks(("doc_copy",), str(place / "nowhere"))
+    shutil.copytree(place / "eval", tmp_path / "eval")
+    path = tmp_path / "eval/doc_copy.yaml"
+    path.write_text(path.read_text().replace("doc_copy.jsonl", "gone.jsonl"))
+    with pytest.raises(UserError, match="the data of doc_copy cannot be had .*gone.jsonl"):
+        load_tasks(("doc_copy",), str(tmp_path / "eval"))
+
+
+def test_lm_eval_scores_are_those_of_the_likeliest_choice(place):
+    """Accuracy by lm_eval against a loop over choices: log-likelihood over the number of bytes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from expert_merging.hemoe import evaluation
+
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    tasks = evaluation.load_tasks(("doc_copy", "doc_turn"), str(place / "eval"))
+    found = evaluation.accuracy(model, tokenizer, tasks, 4)
+    for task, accuracy in found.items():
+        right, rows = 0, [json.loads(line) for line in (place / f"eval/{task}.jsonl").read_text().splitlines()]
+        for row in rows:
+            values = []
+            for choice in row["choices"]:
+                prompt = tokenizer(row["instruction"])["input_ids"]
+                ids = torch.tensor([tokenizer(f"{row['instruction']} {choice}")["input_ids"]])
+                with torch.inference_mode():
+                    logs = model(ids).logits[0, :-1].log_softmax(-1)
+                of_choice = logs[torch.arange(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum().item()
+                values.append(of_choice / len(choice.encode()))
+            right += values.index(max(values)) == row["label"]
+        assert accuracy == pytest.approx(right / len(rows))
+
+
+# ---------------------------------------------------------------- the tasks made of docstrings
+
+
+def test_tasks_made_of_docstrings():
+    from expert_merging.data import docstring_reader
+    from expert_merging.hemoe import doc_choice
+
+    docs = docstring_reader.read_docstrings(("joblib", "numpy"))
+    found = doc_choice.examples(docs, train=40, test=8)
+    again = doc_choice.examples(docs, train=40, test=8)
+    assert found == again
+    assert tuple(found) == doc_choice.TASKS
+    for task, splits in found.items():
+        seen = {docstring_reader.normalized(row["instruction"] + row["output"]) for row in splits["train"]}
+        assert splits["train"] and splits["test"], task
+        for row in splits["test"]:
+            assert row["choices"][row["label"]] == row["output"]
+            assert len(set(row["choices"])) == len(row["choices"]) == (6 if task == "topic" else 4)
+            assert docstring_reader.normalized(row["instruction"] + row["output"]) not in seen
+            if task == "order":
+                assert len({tuple(sorted(choice.split())) for choice in row["choices"]}) == 1

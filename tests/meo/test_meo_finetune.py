@@ -1,0 +1,224 @@
+"""MEO_finetune.py on small models and local data: the records, repeating and going on, and what it says to bad input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_main, run_script
+from raw_data import sentences, tiny_tokenizer, write_squad
+
+from expert_merging.core.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small random models of all families with a tokenizer, and data in local folders."""
+    from types import SimpleNamespace
+
+    from expert_merging.meo import bases, finetuning
+
+    place = tmp_path_factory.mktemp("meo")
+    tokenizer = bases.new_tokenizer(tiny_tokenizer())
+    sizes = SimpleNamespace(d_model=16, d_ff=32, num_layers=1, num_heads=2)
+    for family in ("bert", "gpt2", "t5", "bart"):
+        torch.manual_seed(0)
+        bases.new_model(family, tokenizer, sizes).save_pretrained(place / family)
+        tokenizer.save_pretrained(place / family)
+    assert finetuning.load_tokenizer(str(place / "bert"))("the river").input_ids == tokenizer("the river").input_ids
+
+    def write(path, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    texts = sentences(40)
+    for split, part in (("train", texts[:24]), ("validation", texts[24:])):
+        rows = [{"sentence1": t, "sentence2": t[::-1], "label": i % 2} for i, t in enumerate(part)]
+        write(place / "glue" / "rte" / f"{split}.jsonl", rows)
+        write(place / "wikitext" / "wikitext-2-raw-v1" / f"{split}.jsonl", [{"text": t} for t in part])
+    write_squad(place / "squad", train=12, dev=4)
+    return place
+
+
+def words(folder, run, family, task, **changed):
+    values = {
+        "scale": "tiny", "device": "cpu", "RUN_DIR": folder / run, "MODEL_PATH": folder / family, "family": family,
+        "task": task, "GLUE_PATH": folder / "glue", "WIKITEXT_PATH": folder / "wikitext", "SQUAD_PATH": folder / "squad",
+        "seeds": 0, "n": 3, "ks": 2, "epochs": 2, "train_batch": 4, "input_length": 24, "learning_rate": 0.01,
+        "train_examples": 0, **changed,
+    }  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", *str(value).split(" "))]
+
+
+def records(folder, run, which):
+    return {file.stem: json.loads(file.read_text()) for file in (folder / run / "meo" / which / "seed0").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """BERT on a GLUE task, as a process."""
+    result = run_script("neighbours/MEO_finetune.py", words(folder, "one", "bert", "rte"))
+    assert result.returncode == 0, result.stderr
+    return records(folder, "one", "bert_rte"), result.stdout
+
+
+def test_records_of_all_variants(done, folder):
+    found, printed = done
+    assert set(found) == {"dense", "block", "moe_sequence_k2", "meo_sequence_k2", "moe_token_k2", "meo_token_k2"}
+    for record in found.values():
+        assert len(record["step_losses"]) == 12 and all(map(math.isfinite, record["step_losses"]))
+        assert 0 <= record["scores"]["test"]["accuracy"] <= 100
+        assert record["identity"]["recipe"]["epochs"] == 2 and {"command", "versions"} <= record.keys()
+        assert f"| {record['variant']['name']} |" in printed
+    report = folder / "one" / "meo" / "bert_rte" / "report"
+    assert {"bert_rte.md", "bert_rte.csv", "bert_rte.tex", "bert_rte.png", "bert_rte_equal.png"} <= {
+        file.name for file in report.iterdir()
+    }
+
+
+def test_costs_are_the_formulas(done):
+    """FFN linears of 16 x 32, one layer, 24 tokens, n = 3, k = 2; biases merge, gates read a mean or every token."""
+    found, _ = done
+    ffn, tokens, n, k, d, d_ff = 2 * 16 * 32, 24, 3, 2, 16, 32
+    dense = found["dense"]["flops"]
+    gates = 2 * n * (d + d_ff) + 2 * tokens * (d + d_ff)  # with the mean that each reads
+    assert found["moe_sequence_k2"]["flops"] - dense == (k - 1) * 2 * tokens * ffn + gates
+    assert found["meo_sequence_k2"]["flops"] - dense == 2 * k * ffn + gates + 2 * n * (d + d_ff)  # biases merge too
+    assert found["block"]["flops"] - dense == 2 * 2 * tokens * (d + d_ff)  # one unit wide
+    gates = 2 * n * (d + d_ff)  # with the noise's
+    added = found["moe_sequence_k2"]["parameters"] - found["dense"]["parameters"]
+    assert added == (n - 1) * (ffn + d + d_ff) + gates
+    assert found["meo_sequence_k2"]["parameters"] == found["moe_sequence_k2"]["parameters"]
+    assert all(record["kept_bytes"] > 0 for record in found.values())
+
+
+def test_moe_and_meo_have_equal_curves(done):
+    found, _ = done
+    moe, meo, dense = (np.array(found[name]["step_losses"]) for name in ("moe_sequence_k2", "meo_sequence_k2", "dense"))
+    assert np.abs(moe - meo).max() < 1e-4 < np.abs(moe - dense).max()
+
+
+def test_it_repeats_and_goes_on(done, folder):
+    found, _ = done
+    path = folder / "one" / "meo" / "bert_rte" / "seed0" / "meo_token_k2.json"
+    times = {file: file.stat().st_mtime_ns for file in path.parent.glob("*.json")}
+    path.unlink()
+    call_main("neighbours/MEO_finetune.py", words(folder, "one", "bert", "rte"))
+    again = json.loads(path.read_text())
+    for name in ("step_losses", "scores", "history", "flops", "kept_bytes"):
+        assert again[name] == found["meo_token_k2"][name]
+    assert {file for file in times if file.stat().st_mtime_ns != times[file]} == {path}
+    with pytest.raises(UserError, match="other constants"):
+        call_main("neighbours/MEO_finetune.py", words(folder, "one", "bert", "rte", learning_rate=0.02))
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "levels", "score"),
+    [
+        ("gpt2", "wikitext", "task token", "perplexity"),
+        ("bert", "wikitext", "task", "perplexity"),
+        ("t5", "squad", "sequence", "exact_match"),
+        ("bart", "squad", "token", "exact_match"),
+    ],
+)
+def test_other_families_and_tasks(folder, family, task, levels, score):
+    call_main("neighbours/MEO_finetune.py", words(folder, "others", family, task, levels=levels, epochs=1, input_length=12))
+    found = records(folder, "others", f"{family}_{task}")
+    assert {"dense", "block"} < set(found) and len(found) == 2 + 2 * len(levels.split()) - (family == "gpt2")
+    for record in found.values():
+        assert math.isfinite(record["scores"]["test"][score]) and math.isfinite(record["scores"]["test"]["loss"])
+        assert record["step_losses"][-1] < record["step_losses"][0] + 1
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(done, folder, monkeypatch):
+    """Stopped in the middle of an epoch, after a checkpoint."""
+    from expert_merging.meo import finetuning
+
+    found, _ = done
+    add, calls = finetuning._Log.add, []
+
+    def stop(self, step, loss):
+        add(self, step, loss)
+        calls.append(step)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+
+    same = words(folder, "stopped", "bert", "rte", levels="sequence", checkpoint_minutes=0)
+    monkeypatch.setattr(finetuning._Log, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call_main("neighbours/MEO_finetune.py", same)
+    monkeypatch.setattr(finetuning._Log, "add", add)
+    call_main("neighbours/MEO_finetune.py", same)
+    for name, record in records(folder, "stopped", "bert_rte").items():
+        assert record["step_losses"] == found[name]["step_losses"] and record["scores"] == found[name]["scores"]
+
+
+def test_pretraining_learns(tmp_path):
+    """The small base models of the docstring tasks, on made-up text."""
+    from types import SimpleNamespace
+
+    from expert_merging.meo import bases, recipes
+    from expert_merging.run.devices import make_accelerator
+
+    tokenizer = bases.new_tokenizer(tiny_tokenizer())
+    blocks = recipes.blocks_of(sentences(400), tokenizer, 16)
+    c = SimpleNamespace(
+        seed=0, device="cpu", precision="auto", scale="tiny", d_model=16, d_ff=32, num_layers=1, num_heads=2,
+        pretraining_steps=40, pretraining_batch=8, pretraining_lr=0.01, checkpoint_minutes=5,
+    )  # fmt: skip
+    for family in ("bert", "t5", "bart"):
+        bases.pretrain(c, make_accelerator(c), family, tokenizer, blocks, tmp_path / family)
+        record = json.loads((tmp_path / family / "pretraining.json").read_text())
+        assert record["history"][0]["heldout_loss"] < 0.85 * math.log(len(tokenizer))
+        assert not (tmp_path / f"{family}.run").exists()
+
+
+def test_masking():
+    from expert_merging.meo.bases import mask_tokens, new_tokenizer
+
+    tokenizer = new_tokenizer(tiny_tokenizer())
+    ids = np.random.default_rng(0).integers(3, 200, (200, 50))
+    ids[:, 0] = tokenizer.cls_token_id
+    inputs, labels = mask_tokens(ids, tokenizer, np.random.default_rng(1))
+    asked = labels != -100
+    assert not asked[:, 0].any() and (labels[asked] == ids[asked]).all() and (inputs[~asked] == ids[~asked]).all()
+    assert 0.13 < asked.mean() < 0.16 and 0.77 < (inputs[asked] == tokenizer.mask_token_id).mean() < 0.83
+    assert 0.08 < (inputs[asked] == ids[asked]).mean() < 0.13
+
+
+def test_scores_of_glue():
+    from expert_merging.meo.recipes import classification_scores
+
+    logits = np.array([[2, 1], [0, 1], [0, 3], [1, 0.0]])
+    scores = classification_scores(logits, np.array([0, 1, 0, 0]), "matthews")
+    assert list(scores)[0] == "matthews" and scores["accuracy"] == 75
+    assert scores["f1"] == pytest.approx(200 / 3) and scores["matthews"] == pytest.approx(57.735, abs=1e-3)
+    numbers = classification_scores(np.array([[1.0], [2.0], [4.0]]), np.array([1, 2, 3.0]), "pearson")
+    assert numbers["spearman"] == pytest.approx(100) and 98 < numbers["pearson"] < 99
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task": "poems"}, "no task 'poems'; there are: cola"),
+        ({"family": "roberta"}, "family is 'roberta'"),
+        ({"family": "t5"}, "rte is classification, which t5 does not do"),
+        ({"ks": "1 4"}, "ks has 4; k, the active experts, is from 1 to n = 3"),
+        ({"levels": "paragraph"}, "levels has 'paragraph'"),
+        ({"family": "gpt2", "task": "wikitext", "levels": "sequence"}, "would look at the words to be predicted"),
+        ({"MODEL_PATH": "./nowhere"}, "MODEL_PATH: there is no folder './nowhere'"),
+        ({"GLUE_PATH": "./nowhere"}, "GLUE_PATH: there is no folder './nowhere'"),
+        ({"task": "cola"}, "there is no folder .*cola"),
+        ({"epochs": -1}, "epochs given is -1"),
+    ],
+)
+def test_what_is_wrong_is_said(folder, changed, said):
+    with pytest.raises(UserError, match=said) as error:
+        call_main("neighbours/MEO_finetune.py", words(folder, "bad", **{"family": "bert", "task": "rte", **changed}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_family_is_refused(folder):
+    with pytest.raises(UserError, match="holds a bert model, not t5"):
+        call_main("neighbours/MEO_finetune.py", words(folder, "bad", "t5", "squad", MODEL_PATH=folder / "bert"))

@@ -1,0 +1,304 @@
+"""Tables, claims and the report from made-up records, without a model."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_merging.core.errors import UserError
+from expert_merging.report import caem_tables, claims, page, publish
+from expert_merging.report.tables import Stat, Table, stat
+
+TASKS = ("ag_news", "squad")
+SCORES = {"ag_news": "accuracy", "squad": "exact_match"}
+
+
+def scored(value, loss=1.0):
+    return {task: {SCORES[task]: value + number, "loss": loss} for number, task in enumerate(TASKS)}
+
+
+def with_overall(value, overall):
+    return {"test": scored(value), "validation": scored(value), "overall": {"test": overall, "validation": overall}}
+
+
+def history(name, tasks, value, overall=None, experts=4, **more):
+    entropy = {task: [0.5 + 0.1 * number, 0.6] for number, task in enumerate(TASKS) if task in tasks}
+    content = {
+        "name": name, "command": f"python {name}.py", "versions": {"commit": "abc", "torch": "2"}, "tasks": list(tasks),
+        "identity": {"lr": 0.1, "seed": 0}, "device": "cpu", "processes": 1, "threads": 1, "seconds": 12.5,
+        "parameters": 4_800_000, "experts_num": experts, "selection": [0.5, 0.6], "best_epoch": 2,
+        "expert_usage_grid": {task: [[5, 3, 2, 0], [1, 1, 1, 7]] for task in tasks},
+        "expert_usage_grid_de": {task: [[5, 3, 2, 0], [1, 1, 1, 7]] for task in tasks},
+        "entropy": entropy, "entropy_de": entropy, **more,
+    }  # fmt: skip
+    for task in tasks:
+        epochs = [scored(value - 1, 1.2)[task], scored(value, 1.1)[task]]
+        content[f"{task}_data"] = {
+            "main_score": SCORES[task], "validation": epochs, "test": epochs[1], "test_epochs": [epochs[1], epochs[0]],
+        }  # fmt: skip
+    if overall is not None:
+        content["overall"] = {"test": overall, "validation": overall}
+    return content
+
+
+def caem(name, value, overall, counts=((1, 3), (2, 2))):
+    return history(
+        name, TASKS, value, overall, before=with_overall(value / 2, overall / 4),
+        record_stay_num_experts_en=[list(layer) for layer in counts], record_stay_num_experts_de=[[2, 2], [2, 2]],
+        weights={"encoder": [0.4, 0.6], "decoder": [0.5, 0.5]},
+    )  # fmt: skip
+
+
+def pair(overall, cka):
+    layers = {stack: [cka, 1.0] for stack in ("encoder", "decoder")}
+    return {
+        "command": "python tools/compare_models.py", "versions": {"commit": "abc", "torch": "2"}, "identity": {},
+        "soup": {"test": scored(10.0), "overall": overall},
+        "line": {"t": [0, 0.5, 1], "loss": {task: [1.0, 2.0, 1.0] for task in TASKS}, "barrier": 1.0, "at": 0.5},
+        "cka": {when: {task: layers for task in TASKS} for when in ("before", "after")},
+    }  # fmt: skip
+
+
+def merged(name, value, overall, **more):
+    content = {
+        "name": name, "command": f"python {name}.py", "versions": {"commit": "abc", "torch": "2"}, "identity": {},
+        "tasks": list(TASKS), "parameters": 4_800_000, "bytes": 19_200_000, "seconds_to_merge": 1.5, "trainable": 0,
+        "overall": {"test": overall, **({"mixed": overall - 0.1} if "routing" in more else {})}, **more,
+    }  # fmt: skip
+    return content | {f"{task}_data": {"main_score": SCORES[task], "test": scored(value)[task]} for task in TASKS}
+
+
+def records(shift=0.0):
+    usage = [
+        {
+            "input_length": n,
+            "mean_length": n - 0.5,
+            "counting": counting,
+            "entropy": {"encoder": [h, h], "decoder": [h]},
+        }
+        for n in (8, 16)
+        for counting, h in (("paper", 0.8), ("released", 0.3))
+    ]
+    rows = {"most common training answer": {"test": scored(5.0), "overall": {"test": 0.2}}}
+    rows["base model, not fine-tuned"] = with_overall(1.0, 0.05)
+    made = {"reference-4": {"rows": rows}, "reference-6": {"rows": rows}}
+    for task in TASKS:
+        made |= {f"single-task-{n} {task}": history("single", [task], 50.0, experts=n) for n in (4, 6)}
+        made[f"usage {task}"] = {"rows": usage, "command": "python tools/count_expert_usage.py", "versions": {}}
+    made["Baseline-4"] = history("Baseline_[4]", TASKS, 40.0, 0.90)
+    made["Baseline-4-same-compute"] = history("more", TASKS, 40.0, 0.90)
+    made["Baseline-6"] = history("Baseline_[6]", TASKS, 40.0, 0.90, experts=6)
+    for name, overall in (("CAEM-4", 1.0), ("CAEM-4-Avg", 0.95), ("Average-4", 0.94), ("CAEM-4-counts", 0.97)):
+        made[name] = caem(name, 42.0, overall + shift)
+    made["CAEM-4-counts"]["record_stay_num_experts_en"] = [[1, 3], [3, 1]]
+    for name, overall in (("CAEM-4-to-6", 0.99), ("CAEM-6", 0.98), ("CAEM-6-Avg", 0.97)):
+        made[name] = caem(name, 42.0, overall + shift) | {"experts_num": 6}
+    made["merging-4 average"] = merged("average", 20.0, 0.4 + shift)
+    weights = {layer: {task: [0.3, 0.4] for task in TASKS} for layer in ("encoder.block.0.layer.1.mlp", "other")}
+    made["merging-4 wemoe"] = merged("wemoe", 30.0, 0.6 + shift, routing=weights, adaptation={"seconds": 60.0})
+    made["CAEM-4 + Baseline-4"] = pair(0.8, 0.5)
+    made["CAEM-4-to-6 + Baseline-6"] = pair(0.01, 0.5)
+    made["CAEM-4-to-6 + CAEM-4"] = {key: value for key, value in pair(0.0, 0.9995).items() if key != "soup"}
+    return made
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Drawing takes most of the time; the test of the page does it once."""
+    monkeypatch.setattr(page, "draw_figures", lambda e, folder: {})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A report's folder with records of three seeds that differ a little."""
+    files = {}
+    for seed, shift in enumerate((0.0, 0.01, -0.005)):
+        files[seed] = {}
+        for name, content in records(shift).items():
+            path = tmp_path / f"{seed}-{caem_tables.file_name(name)}"
+            path.write_text(json.dumps(content))
+            files[seed][name] = path
+    publish.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
+    return tmp_path / "report"
+
+
+def rows_of(folder, name):
+    with (folder / "tables" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_table_and_figure(folder):
+    tables = page.write(folder)
+    assert {table.name for table in tables} == {
+        "scores", "claims", "entropies_after", "entropies_by_task", "allocation", "soups", "similarity", "merged_only",
+        "deviations", "best_on_test", "entropy_by_length", "cost", "merging",
+    }  # fmt: skip
+    assert publish.check(folder) == []
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/svg+xml") == len(list((folder / "figures").glob("*.svg"))) > 8
+    assert not re.search(r'(src|href)="(?!data:|#)', html)  # nothing from elsewhere
+    for table in tables:
+        assert (folder / "tables" / f"{table.name}.tex").read_text().count(r"\toprule") == 1
+        for row in rows_of(folder, table.name):
+            for path in row["from"].split():
+                first = path.replace("{0,1,2}", "0")
+                assert (folder / first).exists(), path
+
+
+def test_scores_are_means_over_seeds(without_figures, folder):
+    page.write(folder)
+    row = next(row for row in rows_of(folder, "scores") if row["configuration"] == "CAEM-4")
+    assert float(row["Overall"]) == pytest.approx(1.0 + 0.005 / 3)
+    assert [float(x) for x in row["Overall by seed"].split()] == pytest.approx([1.0, 1.01, 0.995])
+    assert float(row["Overall sd"]) == pytest.approx(0.0076376, rel=1e-4)
+    assert "| CAEM-4 | 1.0017 ± 0.0076 |" in (folder / "tables" / "scores.md").read_text()
+
+
+def test_a_task_that_overall_leaves_out_is_named(without_figures, folder):
+    path = folder / "records" / "seed1" / "single-task-4.squad.json"
+    content = json.loads(path.read_text())
+    content["squad_data"]["test"]["exact_match"] = 0.0
+    path.write_text(json.dumps(content))
+    page.write(folder)
+    assert "the single-task score being 0: squad (4 experts, seed 1)." in (folder / "tables" / "scores.md").read_text()
+
+
+def test_models_that_learnt_nothing(without_figures, folder):
+    for path in (folder / "records").glob("seed*/*.json"):
+        content = json.loads(path.read_text())
+        if "overall" in content:
+            path.write_text(json.dumps(content | {"overall": {"test": 0.0, "validation": 0.0}}))
+    page.write(folder)
+    assert rows_of(folder, "soups")[0]["kept"] == "" and publish.check(folder) == []
+    assert not any(row["claim"].startswith("soups") for row in rows_of(folder, "claims"))
+
+
+def test_claims(without_figures, folder):
+    page.write(folder)
+    verdicts = {(row["claim"], row["numbers"].split(":")[0]): row["verdict"] for row in rows_of(folder, "claims")}
+    assert verdicts["CAEM above Baseline on Overall", "CAEM-4 - Baseline-4"] == "held"
+    assert verdicts["4 above 4-to-6", "CAEM-4 - CAEM-4-to-6"] == "held"  # the same difference for every seed
+    by_claim = {row["claim"]: row for row in rows_of(folder, "claims")}
+    assert by_claim["entropy ag_news < squad: encoder, 4 experts"]["verdict"] == "held"
+    soups = {claim: row["verdict"] for claim, row in by_claim.items() if claim.startswith("soups")}
+    assert list(soups.values()) == ["held", "held"]
+    assert next(row for claim, row in by_claim.items() if "CKA > 0.999" in claim)["verdict"] == "held"
+
+
+def test_audit_tables(without_figures, folder):
+    page.write(folder)
+    counts = next(row for row in rows_of(folder, "deviations") if row["deviation"] == "counts")
+    assert float(counts["layers allocated otherwise"]) == 1 and counts["minus paper"].startswith("-0.03")
+    best = next(row for row in rows_of(folder, "best_on_test") if row["configuration"] == "CAEM-4")
+    assert float(best["by test"]) == pytest.approx((42 / 50 + 43 / 51) / 2)  # the first epoch tests better
+    lengths = rows_of(folder, "entropy_by_length")
+    assert [(row["task"], row["cut to"]) for row in lengths[:2]] == [("ag_news", "8"), ("ag_news", "16")]
+    assert float(lengths[0]["encoder, released"]) == 0.3
+
+
+def test_merging_methods_stand_beside_caem_and_baseline(without_figures, folder):
+    page.write(folder)
+    rows = {row["method"]: row for row in rows_of(folder, "merging")}
+    assert list(rows) == ["average", "WEMoE", "CAEM-4, merged", "CAEM-4, trained", "Baseline-4, trained"]
+    assert float(rows["WEMoE"]["Overall"]) == pytest.approx(0.6 + 0.005 / 3)
+    assert float(rows["WEMoE"]["mixed"]) == pytest.approx(0.5 + 0.005 / 3) and rows["average"]["mixed"] == ""
+    assert float(rows["CAEM-4, merged"]["Overall"]) == pytest.approx((1.0 + 0.005 / 3) / 4)
+    assert rows["WEMoE"]["s to adapt"] == "60.0" and float(rows["average"]["MB"]) == 19.2
+    for seed in range(3):  # a seed without one of the methods
+        (folder / "records" / f"seed{seed}" / "merging-4.average.json").unlink()
+    page.write(folder)
+    assert [row["method"] for row in rows_of(folder, "merging")][0] == "WEMoE" and publish.check(folder) == []
+
+
+def test_the_grid_names_the_methods_of_the_script():
+    from expert_merging.experiment import grid
+    from neighbours import WEMoE_multi_task_merging as script
+
+    assert grid.MERGING == script.methods == tuple(caem_tables.MERGING)
+
+
+def test_one_seed_cannot_tell(without_figures, tmp_path):
+    files = {0: {}}
+    for name, content in records().items():
+        files[0][name] = tmp_path / caem_tables.file_name(name)
+        files[0][name].write_text(json.dumps(content))
+    publish.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
+    page.write(tmp_path / "report")
+    rows = [row for row in rows_of(tmp_path / "report", "claims") if row["claim"].startswith("CAEM above")]
+    assert {row["verdict"] for row in rows} == {"cannot tell"}
+    assert "±" not in (tmp_path / "report" / "tables" / "scores.md").read_text()
+
+
+def test_the_paper_stands_beside_at_its_scale(without_figures, folder):
+    facts = folder / "records" / "experiment.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"scale": "paper"}))
+    page.write(folder)
+    assert "paper: Overall" in rows_of(folder, "scores")[0]
+
+
+@pytest.mark.parametrize("spoil", ["change", "remove"])
+def test_check_sees_what_does_not_follow(without_figures, folder, spoil):
+    page.write(folder)
+    path = folder / "tables" / "soups.md"
+    path.write_text(path.read_text().replace("0.8000", "0.9000")) if spoil == "change" else path.unlink()
+    assert [line.split()[0] for line in publish.check(folder)] == [str(path)]
+
+
+def test_what_is_no_report(without_figures, tmp_path):
+    with pytest.raises(UserError, match="it is not a report"):
+        publish.check(tmp_path)
+
+
+def test_a_page_takes_its_tables_from_files(without_figures, folder, tmp_path):
+    page.write(folder)
+    shutil.copytree(folder, tmp_path / "root" / "results" / "tiny")
+    old = "before\n<!-- table: results/tiny/tables/soups.md -->\nold\n<!-- end -->\nafter\n"
+    text = publish.filled(old, tmp_path / "root")
+    assert "old" not in text and "| CAEM-4 + Baseline-4 |" in text and "records/" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and publish.filled(text, tmp_path / "root") == text
+    with pytest.raises(UserError, match="not there"):
+        publish.filled(old.replace("soups", "poems"), tmp_path / "root")
+
+
+# ---------------------------------------------------------------- tables and verdicts by themselves
+
+
+def test_latex_and_markdown_escape():
+    table = Table("t", "A & B", "50%", [{"a_b": "x|y", "n": 1.5, "from": "f"}])
+    assert (
+        r"A \& B. 50\%" in table.latex()
+        and r"a\_b & n \\" in table.latex()
+        and "f" not in table.latex().split("x|y")[1][:9]
+    )
+    assert r"x\|y" in table.markdown() and "<td>x|y</td>" not in table.html() and 'title="f"' in table.html()
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6))
+def test_stat(values):
+    one = stat(values, 3)
+    assert min(values) - 1e-9 <= one.mean <= max(values) + 1e-9
+    assert (one.sd is None) == (len(values) == 1) and (" ± " in str(one)) == (len(values) > 1)
+
+
+def test_no_numbers_no_stat():
+    assert stat([None, float("nan")]) is None and stat([None, 2.0]) == Stat((2.0,), 2)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=0, max_size=8))
+def test_verdicts_are_fair(differences):
+    """A claim and its opposite never both hold, and turning the sign turns the verdict."""
+    turned = {"held": "did not hold", "did not hold": "held", "cannot tell": "cannot tell"}
+    assert claims.above([-d for d in differences]) == turned[claims.above(differences)]
+    if len(differences) < 2:
+        assert claims.above(differences) == "cannot tell"
+
+
+def test_verdicts():
+    assert claims.above([1.0, 1.1, 0.9]) == "held" and claims.above([1.0, -1.1, 0.9]) == "cannot tell"
+    assert claims.above([1.0, 1.0]) == "held" and claims.above([0.0, 0.0]) == "cannot tell"
+    assert claims.all_of(["held", "cannot tell"]) == "cannot tell" and claims.all_of([]) == "cannot tell"
+    assert claims.all_of(["held", "did not hold", "cannot tell"]) == "did not hold"

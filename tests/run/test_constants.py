@@ -1,0 +1,123 @@
+"""Constants from scripts, scales and the command line."""
+
+import pytest
+
+from expert_merging.core.errors import UserError
+from expert_merging.run.constants import by_scale, read_constants, run, shared_arguments
+
+SCRIPTS = (
+    "datasets_preprocessing.py", "single_task_finetune.py", "Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py",
+    "tools/pretrain_base_model.py", "tools/reference_scores.py", "reproduce_tables.py",
+)  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "a_script.py"
+    path.write_text('task_type = "squad"  # which task\nnum_expert = 8\nmerge_only = False\n')
+    return {
+        "__file__": str(path), "__doc__": "A script.", "task_type": "squad", "num_expert": 8, "merge_only": False,
+        "steps": by_scale(paper=3, small=2, tiny=1), "NAME": "{task_type}-{num_expert}-{experts}", "_private": 1,
+    }  # fmt: skip
+
+
+def test_defaults_are_the_papers(script):
+    c = read_constants(script, [])
+    assert (c.scale, c.lr, c.num_epochs, c.batch_size * c.gradient_accumulation_steps) == ("paper", 3e-4, 10, 24)
+    assert c.task_types == ("ag_news", "squad", "xsum") and c.steps == 3
+    assert (c.num_beams, c.repetition_penalty, c.no_repeat_ngram_size, c.adam_betas) == (3, 1.2, 3, (0.9, 0.98))
+    assert (c.max_input_length, c.max_decoder_length, c.weight_decay) == (1000, 200, 0.005)
+
+
+def test_command_line_beats_scale_beats_line(script):
+    assert read_constants(script, ["--scale", "tiny"]).steps == 1
+    c = read_constants(script, ["--scale", "tiny", "--steps", "7", "--lr", "1e-4", "--merge_only", "true"])
+    assert (c.steps, c.lr, c.merge_only) == (7, 1e-4, True)
+
+
+def test_references_follow_overrides(script):
+    c = read_constants(script, ["--task_type", "xsum", "--RUN_DIR", "elsewhere"])
+    assert c.NAME == "xsum-8-{experts}" and c.DATA_DIR == "elsewhere/data"
+
+
+def test_tuples_take_several_words(script):
+    assert read_constants(script, ["--task_types", "a", "b"]).task_types == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--task_typ", "squad"], "no such constant: --task_typ squad; there are: "),
+        (["--num_expert", "8.5"], "--num_expert"),
+        (["--merge_only", "maybe"], "neither true nor false"),
+        (["--scale", "huge"], "huge"),
+        (["--lr"], "--lr"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(script, capsys, words, said):
+    with pytest.raises(SystemExit) as exit:
+        read_constants(script, words)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and said in error and error.startswith("a_script.py: ")
+
+
+def test_unknown_reference_is_refused(script):
+    with pytest.raises(UserError, match="NAME.*nowhere"):
+        read_constants(script, ["--NAME", "{nowhere}"])
+
+
+def test_circle_is_refused(script):
+    with pytest.raises(UserError, match="circle"):
+        read_constants({**script, "A": "{B}x", "B": "{A}x"}, [])
+
+
+def test_help_shows_values_and_comments(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        read_constants(script, ["--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and "which task [squad]" in out and "paper 3, small 2, tiny 1" in out
+
+
+def test_shared_arguments_round_trip(script):
+    c = read_constants(script, ["--scale", "tiny", "--task_types", "a", "b", "--RUN_DIR", "r", "--seed", "3"])
+    again = read_constants(script, shared_arguments(c))
+    assert vars(again) == vars(c)
+
+
+def test_run_says_user_errors_in_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["a_script.py"])
+
+    def main(c):
+        raise UserError("it is missing")
+
+    with pytest.raises(SystemExit) as exit:
+        run(main, script)
+    assert exit.value.code == 2 and capsys.readouterr().err == "a_script.py: it is missing\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_script_repeats_a_shared_constant(name):
+    import importlib
+
+    import global_config
+    from expert_merging.run.constants import _constants
+
+    module = importlib.import_module(name.removesuffix(".py"))
+    assert not _constants(vars(module)).keys() & _constants(vars(global_config)).keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_imports_no_torch(name):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    code = (
+        "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--task_types" in done.stdout, done.stderr

@@ -1,0 +1,146 @@
+"""The CLIP experiments end to end on a tiny CLIP and tiny image data sets, in local folders of the hub's formats."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_main
+from PIL import Image
+from tiny_models import CLIP_TASKS as TASKS
+from tiny_models import write_clip_place, write_images
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json
+from expert_merging.wemoe import clip, report
+from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_clip_place(tmp_path_factory.mktemp("clip"))
+
+
+def words(place, results, **more) -> list[str]:
+    values = {
+        "device": "cpu", "CLIP_PATH": place / "base", "EXPERT_PATH": f"{place}/tower_*", "DATASET_PATH": f"{place}/data/*",
+        "clip_tasks": " ".join(TASKS), "robust_tasks": "mnist eurosat", "unseen_tasks": "dtd", "adapt_steps": 2,
+        "adapt_batch_size": 4, "images_per_batch": 8, "WEMOE_CLIP_DIR": results, "methods": "task_arithmetic wemoe", **more,
+    }  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", *str(value).split(" "))]
+
+
+def test_multi_task_with_every_kind_of_method(place, tmp_path):
+    methods = "pretrained individual average ties_sum adamerging_task wemoe ewemoe_90_batch"
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods=methods, save_models="true"))
+    records = report.read(tmp_path / "r")
+    assert set(records) == set(methods.split())
+    for of_method in records.values():
+        record = of_method["seed0"]
+        assert {"model_info", *TASKS, "average_accuracy"} <= set(record)
+        assert {"trainable_params", "all_params", "trainable_percentage"} <= set(record["model_info"])
+        assert all(
+            record[task]["accuracy"] * 14 == pytest.approx(round(record[task]["accuracy"] * 14)) for task in TASKS
+        )
+    wemoe, pruned = records["wemoe"]["seed0"], records["ewemoe_90_batch"]["seed0"]
+    assert wemoe["mixed"].keys() >= {*TASKS, "average_accuracy"} and "sample_wise" in pruned
+    assert list(wemoe["routing_weights"]) == [f"vision_model.encoder.layers.{i}.mlp" for i in range(2)]
+    assert wemoe["model_info"]["trainable_params"] == 2 * (16 * 16 + 16 + 16 * 3 + 3)
+    assert (tmp_path / "r" / "models" / "seed0_wemoe.routers.safetensors").exists()
+    assert pruned["files"]["task_vectors.safetensors"] < 0.4 * wemoe["files"]["task_vectors.safetensors"]
+    # Nothing to do the second time; with another constant the records are made again.
+    before = (tmp_path / "r" / "records" / "seed0" / "wemoe.json").read_bytes()
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="wemoe"))
+    assert (tmp_path / "r" / "records" / "seed0" / "wemoe.json").read_bytes() == before
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="wemoe", first_layer=1))
+    again = read_json(tmp_path / "r" / "records" / "seed0" / "wemoe.json")
+    assert list(again["routing_weights"]) == ["vision_model.encoder.layers.1.mlp"]
+
+
+def test_generalization_keeps_unseen_tasks_out_of_the_merge(place, tmp_path):
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", experiment="generalization"))
+    record = report.read(tmp_path / "r")["wemoe"]["seed0"]
+    assert record["model_info"]["trainable_params"] == 2 * (16 * 16 + 16 + 16 * 2 + 2)
+    assert record["adaptation"]["loss"].keys() == {"mnist", "eurosat"}
+    assert record["unseen_accuracy"] == record["dtd"]["accuracy"]
+    assert record["seen_accuracy"] == pytest.approx((record["mnist"]["accuracy"] + record["eurosat"]["accuracy"]) / 2)
+    assert "| unseen |" in (tmp_path / "r" / "tables" / "accuracy.md").read_text()
+
+
+def test_robustness_takes_the_data_sets_own_corruption_or_makes_it(place, tmp_path):
+    more = {
+        "experiment": "robustness",
+        "corruptions": "clean contrast pixelate",
+        "methods": "task_arithmetic ewemoe_90",
+    }
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", **more))
+    records = report.read(tmp_path / "r")["task_arithmetic"]
+    losses = {group: record["mnist"]["loss"] for group, record in records.items()}
+    assert len(set(losses.values())) == 3 and set(records) == {"clean", "contrast", "pixelate"}
+    # The split named contrast holds other images, so what is measured on it is what is measured on them.
+    base, text, tokenizer, processor = clip.load_clip(str(place / "base"), "CLIP_PATH")
+    own = clip.Images(f"{place}/data/mnist", "", "contrast", "DATASET_PATH")
+    assert own.load(0).tobytes() != clip.Images(f"{place}/data/mnist", "", "test", "DATASET_PATH").load(0).tobytes()
+
+
+def test_a_head_is_the_mean_of_unit_text_embeddings(place):
+    base, text, tokenizer, processor = clip.load_clip(str(place / "base"), "CLIP_PATH")
+    head = clip.zero_shot_head(text, tokenizer, ["cat", "dog"], ("a {}.", "the {}."))
+    torch.testing.assert_close(head.norm(dim=-1), torch.ones(2))
+    with torch.no_grad():
+        own = [text.get_text_features(**tokenizer([f"{a} dog."], return_tensors="pt"))[0] for a in ("a", "the")]
+    expected = sum(row / row.norm() for row in own)
+    torch.testing.assert_close(head[1], expected / expected.norm(), atol=1e-5, rtol=0)
+    # The vision model is CLIP's: same embeddings as by the whole model.
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(base(pixel_values=pixels).image_embeds, text.get_image_features(pixel_values=pixels))
+
+
+def test_templates_are_as_many_as_published():
+    counts = {task: len(templates) for task, templates in clip.TEMPLATES.items()}
+    assert counts == {
+        "sun397": 2, "stanford-cars": 8, "resisc45": 18, "eurosat": 3, "svhn": 1, "gtsrb": 3, "mnist": 1, "dtd": 8,
+    }  # fmt: skip
+    for templates in clip.TEMPLATES.values():
+        assert len(set(templates)) == len(templates) and all(template.count("{}") == 1 for template in templates)
+
+
+def test_class_names_come_from_the_data_or_a_file(place, tmp_path):
+    images = clip.Images(f"{place}/data/mnist", "", "test", "DATASET_PATH")
+    assert clip.class_names("mnist", images, "") == ["one", "two three", "four"]
+    (tmp_path / "mnist.json").write_text('["1", "2 3", "4"]')
+    assert clip.class_names("mnist", images, str(tmp_path)) == ["1", "2 3", "4"]
+    write_images(tmp_path / "nameless", "x", parquet=True, names=False)
+    images = clip.Images(str(tmp_path / "nameless"), "", "test", "DATASET_PATH")
+    with pytest.raises(UserError, match="labels up to 2 and 0 class names"):
+        clip.class_names("x", images, "")
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
+    y, x = np.mgrid[0:64, 0:80]
+    smooth = np.stack([128 + 100 * np.sin(x / 9), 128 + 100 * np.cos(y / 7), 2 * x + y], axis=-1)
+    image = Image.fromarray(smooth.clip(0, 255).astype(np.uint8))
+    spoiled, again = (corrupting(name, 3)(image, 5) for _ in range(2))
+    assert spoiled.size == image.size and spoiled.tobytes() == again.tobytes()
+    a, b = (np.asarray(one, dtype=float).ravel() for one in (image, spoiled))
+    assert 0.5 < np.abs(a - b).mean() < 90
+    assert np.corrcoef(a, b)[0, 1] > 0.6
+    if name.endswith("noise"):
+        assert corrupting(name, 3)(image, 6).tobytes() != spoiled.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"experiment": "all"}, "no experiment 'all'"),
+        ({"methods": "wemoe magic"}, "no merging method 'magic'"),
+        ({"methods": "ewemoe"}, "should read ewemoe_90"),
+        ({"CLIP_PATH": "/nowhere/clip"}, "CLIP_PATH: there is no folder"),
+        ({"EXPERT_PATH": "/nowhere/*"}, "EXPERT_PATH: there is no folder '/nowhere/mnist'"),
+        ({"DATASET_PATH": "/nowhere/*"}, "DATASET_PATH: there is no folder"),
+        ({"experiment": "robustness", "corruptions": "rain"}, "no corruption 'rain'"),
+    ],
+)
+def test_mistakes_are_one_line(place, tmp_path, wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", **wrong))
+    assert "\n" not in str(error.value)
