@@ -28,7 +28,6 @@ def main(c):
         return results_again(c.report)
 
     from expert_merging.core import files
-    from expert_merging.core.errors import UserError
     from expert_merging.data.tasks import get_task
     from expert_merging.experiment import steps
     from expert_merging.report import caem_tables, evidence, publish
@@ -38,8 +37,8 @@ def main(c):
     for task in c.task_types:
         get_task(task)
     require_patch()
-    if c.seed != 0:
-        raise UserError(f"seed is {c.seed}; this script takes --seeds {c.seed}, one or several")
+    if c.publish:
+        publish.require_commit()
 
     # What there is to run: for each seed the runs of the chosen parts and what they need.
     jobs, results = jobs_and_results(c)
@@ -60,16 +59,19 @@ def main(c):
             print(table.markdown())
     print(f"report, tables and figures: {folder / 'report.html'}")
     if c.publish:
-        publish.publish(published, caem_tables.WING, evidence.read(folder).groups(), folder)
+        publish.publish({published: evidence.read(folder).groups()}, caem_tables.WING, beside=folder)
 
 
 def jobs_and_results(c):
     """The jobs of the chosen parts for every seed; and a function: {seed: {name: file}} of the results that are there."""
     import sys
 
+    from expert_merging.core.errors import UserError
     from expert_merging.experiment import grid, steps
     from expert_merging.run.constants import read_constants
 
+    if c.seed != 0:
+        raise UserError(f"seed is {c.seed}; this script takes --seeds {c.seed}, one or several")
     shared = {seed: read_constants(globals(), [*sys.argv[1:], "--seed", str(seed)]) for seed in c.seeds}
     grids = {seed: grid.grid(constants) for seed, constants in shared.items()}
     jobs = []

@@ -58,7 +58,7 @@ def make(c: SimpleNamespace) -> None:
         print(table.markdown())
     print(f"records, tables and figure: {folder}")
     if c.publish:
-        publish.publish(RESULTS / c.scale, WING, found)
+        publish.publish({RESULTS / c.scale: found}, WING)
 
 
 def check() -> None:

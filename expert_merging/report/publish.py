@@ -20,31 +20,40 @@ _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
 
 
+def require_commit(root: Path = provenance.ROOT) -> None:
+    """Raises UserError where the working tree at `root` has changes that no commit holds: what it makes is not published."""
+    commit = provenance.commit(root)
+    if commit == "unknown" or commit.endswith("-dirty"):
+        why = "git knows no commit of it" if commit == "unknown" else f"git describes it as {commit}"
+        raise UserError(f"{root} has changes that no commit holds ({why}); commit them before you publish")
+
+
 def publish(
-    folder: Path, wing: Wing, groups: Groups, beside: Path | None = None, root: Path = provenance.ROOT
+    reports: Mapping[Path, Groups], wing: Wing, beside: Path | None = None, root: Path = provenance.ROOT
 ) -> list[Table]:
-    """Make `folder`, below results/, of `groups`, with tables and figures, and bring the pages up to date.
+    """Make folders below results/ of records, {folder: its records}, with tables and figures, and bring the pages up to
+    date; returns the tables.
 
     Args:
         beside: a folder whose records.ASIDE belong to the records.
 
     Raises UserError where the working tree, or one that a record was made from, has changes that no commit holds.
     """
-    commit = provenance.commit(root)
-    if commit == "unknown" or commit.endswith("-dirty"):
-        why = "git knows no commit of it" if commit == "unknown" else f"git describes it as {commit}"
-        raise UserError(f"{root} has changes that no commit holds ({why}); commit them before you publish")
-    if dirty := [f"{run} of {group}" for group, run, record in every(groups) if is_dirty(record)]:
+    require_commit(root)
+    together = [record for groups in reports.values() for record in every(groups)]
+    if dirty := [f"{run} of {group}" for group, run, record in together if is_dirty(record)]:
         raise UserError(
             f"{dirty[0]}{f' and {len(dirty) - 1} other records' if dirty[1:] else ''} came from a working tree with "
             "uncommitted changes; make them again from a commit before you publish"
         )
-    with new_folder(folder) as place:
-        records.write(place, groups)
-        for name in records.ASIDE if beside else ():
-            if (beside / name).exists():
-                shutil.copyfile(beside / name, place / name)
-        tables = folders.write(place, wing, folder.name)
+    tables = []
+    for folder, groups in reports.items():
+        with new_folder(folder) as place:
+            records.write(place, groups)
+            for name in records.ASIDE if beside else ():
+                if (beside / name).exists():
+                    shutil.copyfile(beside / name, place / name)
+            tables += folders.write(place, wing, folder.name)
     _refresh(root)
     return tables
 
@@ -68,9 +77,7 @@ def command(wing: Wing, collect: Callable[[Path], dict[str, Groups]], words: Seq
             raise UserError("give the folder of results, and, to publish its records there first, the folder of a run")
         folder = Path(words[0])
         if len(words) == 2:
-            tables = [
-                t for name, groups in collect(Path(words[1])).items() for t in publish(folder / name, wing, groups)
-            ]
+            tables = publish({folder / name: groups for name, groups in collect(Path(words[1])).items()}, wing)
         elif not (places := report_folders(folder)):
             raise UserError(f"{folder} has no records; give the folder of a run as well")
         else:

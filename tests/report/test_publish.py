@@ -72,8 +72,9 @@ def test_results_is_small_and_says_which_commit_made_each_record():
 
 
 def test_publish_writes_records_tables_the_figures_shown_the_index_and_the_pages(root):
-    publish.publish(root / "results" / "caem" / "x", WING, groups(), root=root)
     place = root / "results" / "caem" / "x"
+    publish.publish({place: groups(), root / "results" / "caem" / "y": groups(score=2.5)}, WING, root=root)
+    assert records.read(root / "results" / "caem" / "y") == groups(score=2.5)
     assert records.read(place) == groups() and list(records.read(place)) == ["seed0", "seed9", "seed10"]
     assert [path.name for path in (place / "figures").iterdir()] == ["shown.png"]
     assert "| b | 1.50 |" in (root / "README.md").read_text()
@@ -87,18 +88,26 @@ def test_publish_writes_records_tables_the_figures_shown_the_index_and_the_pages
 def test_publish_refuses_a_tree_with_changes(root):
     (root / "README.md").write_text("changed")
     with pytest.raises(UserError, match="has changes that no commit holds .*-dirty.*; commit them") as error:
-        publish.publish(root / "results" / "caem" / "x", WING, groups(), root=root)
+        publish.publish({root / "results" / "caem" / "x": groups()}, WING, root=root)
     assert "\n" not in str(error.value) and not (root / "results").exists()
+
+
+@pytest.mark.parametrize("script", ["reproduce_tables.py", "neighbours/HEMoE_moe_construction.py"])
+def test_scripts_refuse_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("expert_merging.run.provenance.commit", lambda root: DIRTY)
+    with pytest.raises(UserError, match="0123456789ab-dirty.*commit them before you publish"):
+        call_main(script, ["--scale", "tiny", "--publish", "--RUN_DIR", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_publish_refuses_what_git_does_not_know(tmp_path):
     with pytest.raises(UserError, match="git knows no commit of it"):
-        publish.publish(tmp_path / "results" / "caem" / "x", WING, groups(), root=tmp_path)
+        publish.publish({tmp_path / "results" / "caem" / "x": groups()}, WING, root=tmp_path)
 
 
 def test_publish_refuses_records_of_a_tree_with_changes(root):
     with pytest.raises(UserError, match="b of seed0 and 3 other records came from a working tree with") as error:
-        publish.publish(root / "results" / "caem" / "x", WING, groups(DIRTY), root=root)
+        publish.publish({root / "results" / "caem" / "x": groups(DIRTY)}, WING, root=root)
     assert "\n" not in str(error.value) and not (root / "results").exists()
 
 
@@ -130,7 +139,7 @@ def test_old_records_of_a_tree_with_changes_are_marked(root):
     ],
 )
 def test_check_sees(root, spoil, said):
-    publish.publish(root / "results" / "caem" / "x", WING, groups(), root=root)
+    publish.publish({root / "results" / "caem" / "x": groups()}, WING, root=root)
     spoil(root)
     try:
         wrong = publish.check(root, {"caem": WING})
