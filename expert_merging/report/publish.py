@@ -17,6 +17,7 @@ from expert_merging.report.tables import Table
 from expert_merging.run import provenance
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_CELLS = re.compile(r"(?<!\\)\|")  # a bar inside a cell is written \|
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
 
 
@@ -123,7 +124,7 @@ def filled(text: str, root: Path) -> str:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [line for line in lines if line.startswith("|")]
         if rows and rows[0].endswith("| from |"):
-            rows = [row.rsplit("|", 2)[0] + "|" for row in rows]
+            rows = ["|".join(_CELLS.split(row)[:-2]) + "|" for row in rows]
         return f"{found[1]}{chr(10).join(rows)}\n{found[3]}"
 
     return _TABLE.sub(table, text)

@@ -33,7 +33,7 @@ WING = Wing("a wing", records.read, tables, draw)
 
 def groups(commit=CLEAN, score=1.5):
     record = {"score": score, "command": "python a.py --seed 0 --lr 1", "versions": {"commit": commit}}
-    return {"seed0": {"b": record, "a, b": record}, "seed10": {"b": record}, "seed9": {"b": record}}
+    return {"seed0": {"b": record, "a[8|8]": record}, "seed10": {"b": record}, "seed9": {"b": record}}
 
 
 def git(folder, *words):
@@ -77,8 +77,9 @@ def test_publish_writes_records_tables_the_figures_shown_the_index_and_the_pages
     assert records.read(root / "results" / "caem" / "y") == groups(score=2.5)
     assert records.read(place) == groups() and list(records.read(place)) == ["seed0", "seed9", "seed10"]
     assert [path.name for path in (place / "figures").iterdir()] == ["shown.png"]
-    assert "| b | 1.50 |" in (root / "README.md").read_text()
-    assert "| a, b | `python a.py --lr 1` | 0 | 0123456789ab |" in (root / "results" / "README.md").read_text()
+    page = (root / "README.md").read_text()
+    assert "| b | 1.50 |\n" in page and "| a[8\\|8] | 1.50 |\n" in page and "seed0" not in page
+    assert "| a[8\\|8], b | `python a.py --lr 1` | 0 | 0123456789ab |" in (root / "results" / "README.md").read_text()
     assert publish.check(root, {"caem": WING}) == [] and check(place, WING) == []
     git(root, "add", "-A")
     publish.remake(root, {"caem": WING})
@@ -113,8 +114,11 @@ def test_publish_refuses_records_of_a_tree_with_changes(root):
 
 def test_old_records_of_a_tree_with_changes_are_marked(root):
     mixed = groups() | {"seed9": groups(DIRTY)["seed9"]}
-    assert records.source(mixed, "b") == "seed{0,10,9†}.json: b" and records.source(mixed, "a, b") == "seed0.json: a, b"
-    assert records.source({"clean": mixed["seed0"]}, "b", "a, b") == "clean.json: b; a, b"
+    assert (
+        records.source(mixed, "b") == "seed{0,10,9†}.json: b"
+        and records.source(mixed, "a[8|8]") == "seed0.json: a[8|8]"
+    )
+    assert records.source({"clean": mixed["seed0"]}, "b", "a[8|8]") == "clean.json: b; a[8|8]"
     place = root / "results" / "caem" / "x"
     records.write(place, mixed)
     publish.remake(root, {"caem": WING})
@@ -163,6 +167,6 @@ def test_a_record_is_a_line_of_its_own(tmp_path):
     lines = (tmp_path / "seed0.json").read_text().splitlines()
     assert (
         len(lines) == 4
-        and lines[1].startswith('"a, b": ')
+        and lines[1].startswith('"a[8|8]": ')
         and json.loads("{" + lines[2] + "}") == {"b": groups()["seed0"]["b"]}
     )
