@@ -79,7 +79,7 @@ def test_publish_writes_records_tables_the_figures_shown_the_index_and_the_pages
     assert [path.name for path in (place / "figures").iterdir()] == ["shown.png"]
     page = (root / "README.md").read_text()
     assert "| b | 1.50 |\n" in page and "| a[8\\|8] | 1.50 |\n" in page and "seed0" not in page
-    assert "| a[8\\|8], b | `python a.py --lr 1` | 0 | 0123456789ab |" in (root / "results" / "README.md").read_text()
+    assert "| a[8\\|8] | `python a.py --lr 1` | 0 | 0123456789ab |" in (root / "results" / "README.md").read_text()
     assert publish.check(root, {"caem": WING}) == [] and check(place, WING) == []
     git(root, "add", "-A")
     publish.remake(root, {"caem": WING})
