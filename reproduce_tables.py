@@ -4,7 +4,8 @@ Reads   what the other scripts read; runs them, one after another, with this scr
 Writes  what they write, and REPORT_DIR: report.html, tables (.md, .csv, .tex), figures (.png, .svg), and the records that
         they are made of, each naming its command.
 Takes   at tiny some 40 minutes a seed on 2 CPU cores (`--parts comparison`: 10), and seconds when all is there.
-        Interrupted, it goes on. `--check` says whether the tables under results/ still follow from their records.
+        Interrupted, it goes on. `--check` says whether all tables in results/ and in the pages still follow from the
+        records, the neighbours' too; `--report` makes them again, with figures, report.html, CSV and LaTeX.
 """
 
 from expert_merging.run.constants import run
@@ -14,42 +15,63 @@ parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8
 experts_num = 8
 larger_experts_num = 16
 plan_only = False  # say what would run, and stop
-check = False  # recompute the tables under results/ and compare, and stop
-publish = False  # copy REPORT_DIR to results/{scale} and put its tables into the README
+check = False  # compare all tables in results/ and the pages with the records, and stop
+report = False  # make all tables, figures and pages in results/ again from the records, and stop
+publish = False  # copy REPORT_DIR to results/caem/{scale} and put its tables into the README
 REPORT_DIR = "{RUN_DIR}/report"
 
 
 def main(c):
-    import sys
     from pathlib import Path
 
-    from expert_merging.core.errors import UserError
-    from expert_merging.report import page, publish
-    from expert_merging.run.constants import read_constants
-    from expert_merging.run.provenance import ROOT
-
-    if c.check:
-        found = sorted(path.parent.parent for path in ROOT.glob("results/*/records/experiment.json"))
-        wrong = [line for folder in found for line in publish.check(folder)]
-        pages = [path for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if path.exists()]
-        wrong += [f"{page} shows other tables than results/" for page in pages if not _is_filled(page)]
-        if wrong:
-            raise UserError("; ".join(wrong))
-        print(f"the tables of {', '.join(str(folder.relative_to(ROOT)) for folder in found)} follow from their records")
-        return
+    if c.check or c.report:
+        return results_again(c.report)
 
     from expert_merging.core import files
     from expert_merging.data.tasks import get_task
-    from expert_merging.experiment import grid, steps
+    from expert_merging.experiment import steps
+    from expert_merging.report import caem_tables, evidence, publish
+    from expert_merging.run.provenance import ROOT
     from expert_merging.switch.models import require_patch
 
     for task in c.task_types:
         get_task(task)
     require_patch()
-    if c.seed != 0:
-        raise UserError(f"seed is {c.seed}; this script takes --seeds {c.seed}, one or several")
+    if c.publish:
+        publish.require_commit()
 
     # What there is to run: for each seed the runs of the chosen parts and what they need.
+    jobs, results = jobs_and_results(c)
+    missing = steps.missing(jobs)
+    times, published = Path(c.RUN_DIR) / "times.json", ROOT / "results" / "caem" / c.scale
+    print(steps.plan(jobs, missing, times, published / "times.json"))
+    if c.plan_only:
+        return
+    files.hold(c.RUN_DIR)
+    if missing:
+        steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", published / "times.json")
+
+    # Every result that is there, whatever part it belongs to, becomes a record; tables and figures follow from those.
+    folder = Path(c.REPORT_DIR)
+    evidence.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results(), times)
+    for table in publish.write(folder, caem_tables.WING):
+        if table.name in ("scores", "claims"):
+            print(table.markdown())
+    print(f"report, tables and figures: {folder / 'report.html'}")
+    if c.publish:
+        publish.publish({published: evidence.read(folder).groups()}, caem_tables.WING, beside=folder)
+
+
+def jobs_and_results(c):
+    """The jobs of the chosen parts for every seed; and a function: {seed: {name: file}} of the results that are there."""
+    import sys
+
+    from expert_merging.core.errors import UserError
+    from expert_merging.experiment import grid, steps
+    from expert_merging.run.constants import read_constants
+
+    if c.seed != 0:
+        raise UserError(f"seed is {c.seed}; this script takes --seeds {c.seed}, one or several")
     shared = {seed: read_constants(globals(), [*sys.argv[1:], "--seed", str(seed)]) for seed in c.seeds}
     grids = {seed: grid.grid(constants) for seed, constants in shared.items()}
     jobs = []
@@ -58,43 +80,38 @@ def main(c):
         jobs += [
             steps.Job(f"{name}, seed {seed}", name, step, shared[seed]) for name, step in of_seed.chosen(names).items()
         ]
-    missing = steps.missing(jobs)
-    times, guesses = Path(c.RUN_DIR) / "times.json", ROOT / "results" / c.scale / "times.json"
-    print(steps.plan(jobs, missing, times, guesses))
-    if c.plan_only:
-        return
-    files.hold(c.RUN_DIR)
-    if missing:
-        steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", guesses)
 
-    # Every result that is there, whatever part it belongs to, becomes a record; tables and figures follow from those.
-    folder = Path(c.REPORT_DIR)
-    results = {
-        seed: {
-            name: step.result
-            for name, step in of_seed.steps.items()
-            if not name.startswith("features") and step.is_done(shared[seed])
+    def results():
+        return {
+            seed: {
+                name: step.result
+                for name, step in of_seed.steps.items()
+                if not name.startswith("features") and step.is_done(shared[seed])
+            }
+            for seed, of_seed in grids.items()
         }
-        for seed, of_seed in grids.items()
-    }
-    publish.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results)
-    if times.exists():
-        files.write_atomic(folder / "times.json", times.read_bytes())
-    tables = page.write(folder)
-    for table in tables:
-        if table.name in ("scores", "claims"):
-            print(table.markdown())
-    print(f"report, tables and figures: {folder / 'report.html'}")
-    if c.publish:
-        publish.publish(folder, ROOT / "results" / c.scale)
+
+    return jobs, results
 
 
-def _is_filled(page) -> bool:
-    from expert_merging.report import page, publish
+def results_again(make):
+    """Check every table in results/, README and docs against the records or, with `make`, write all of them again."""
+    from expert_merging.core.errors import UserError
+    from expert_merging.hemoe.report import WING as hemoe
+    from expert_merging.meo.report import WING as meo
+    from expert_merging.report import publish
+    from expert_merging.report.caem_tables import WING as caem
     from expert_merging.run.provenance import ROOT
+    from expert_merging.wemoe.report import WING as wemoe
 
-    text = page.read_text(encoding="utf-8")
-    return publish.filled(text, ROOT) == text
+    wings = {"caem": caem, "wemoe": wemoe, "meo": meo, "hemoe": hemoe}
+    if make:
+        for folder in publish.remake(ROOT, wings):
+            print(f"{folder.relative_to(ROOT)}: tables, figures and report.html")
+    elif wrong := publish.check(ROOT, wings):
+        raise UserError("; ".join(wrong))
+    else:
+        print(f"every table in results/{{{','.join(wings)}}}, README.md and docs/ follows from its records")
 
 
 if __name__ == "__main__":

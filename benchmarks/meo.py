@@ -5,7 +5,8 @@ linear, k = 4, 16 sequences of 128 tokens, forward and backward in training.
     python benchmarks/meo.py [--threads N] [--pairs N] [--layers 12] [--device cpu]
 
 The ways are timed in turn; a ratio is the median over the turns. Writes benchmarks/results/meo.json (meo_cuda.json on a
-GPU) and results/meo/speed_cpu.md. Needs, with 12 layers, 8 GB of memory in all. With one thread the time is the processor's.
+GPU) and the table meo_cpu.md (meo_cuda.md). Needs, with 12 layers, 8 GB of memory in all. With one thread the time is the
+processor's.
 """
 
 import argparse
@@ -118,9 +119,7 @@ def main() -> None:
     }
     path = ROOT / "benchmarks" / "results" / ("meo_cuda.json" if ids.is_cuda else "meo.json")
     write_json(path, {"machine": machine, "versions": versions(), "shape": shape, "rows": rows})
-    write_atomic(
-        ROOT / "results" / "meo" / f"speed_{torch.device(chosen.device).type}.md", table(read_json(path)).markdown()
-    )
+    write_atomic(path.with_name(f"meo_{ids.device.type}.md"), table(read_json(path)).markdown())
 
 
 def table(record: dict) -> Table:

@@ -6,7 +6,7 @@ The paper's figure of operations against k ("Merging Experts into One", EMNLP 20
 BERT of three sizes, one sequence of 128 tokens, forward: dense, vanilla MoE and MEO at sequence level, with and without the
 vocabulary's head. Operations (2 a multiply-add) are counted by torch.utils.flop_counter on the meta device; beside them
 time is measured (Small and Base; the largest k that fits in memory), and bytes of weights are worked out that each way moves.
-Writes benchmarks/results/meo_flops.json, results/meo/flops.{md,csv,tex} and flops.png. Takes a minute or two.
+Writes benchmarks/results/meo_flops.{json,md,png}. Takes a minute or two.
 """
 
 import argparse
@@ -157,10 +157,8 @@ def main() -> None:
         write_json(path, measure(chosen.threads, chosen.repeats, chosen.memory))
     record = read_json(path)
     points, times = record["points"], record["times"]
-    table = flops_table(points, times)
-    for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-        write_atomic(ROOT / "results" / "meo" / f"flops.{ending}", text)
-    figure(points, times, ROOT / "results" / "meo" / "flops.png")
+    write_atomic(path.with_suffix(".md"), flops_table(points, times).markdown())
+    figure(points, times, path.with_suffix(".png"))
 
 
 def flops_table(points: list[dict], times: list[dict]):

@@ -100,7 +100,7 @@ base_steps = by_scale(paper=0, small=10000, tiny=600)
 base_batch = by_scale(paper=0, small=64, tiny=16)
 base_lr = by_scale(paper=0.0, small=1e-3, tiny=3e-3)
 
-publish = False  # the step report copies table, figure and records to results/hemoe
+publish = False  # the step report copies table, figure and records to results/hemoe/{scale}
 check = False  # recompute the tables of results/hemoe from their records, and stop
 
 
@@ -112,6 +112,10 @@ def main(c):
         from expert_merging.hemoe import report
 
         return report.check()
+    if c.publish:
+        from expert_merging.report.publish import require_commit
+
+        require_commit()
 
     # At tiny and small: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
     if "base" in c.steps:

@@ -122,7 +122,7 @@ def main(c):
             accelerator.print(f"seed {seed}, {variant.name}: {recipe.main_score} {score:.2f}")
 
     if accelerator.is_main_process:
-        print(report.write_finetuning(folder, folder / "report"))
+        print(report.write_finetuning(report.records_of(folder), folder / "report"))
 
 
 if __name__ == "__main__":

@@ -458,7 +458,7 @@ def import_all() -> None:
     import global_config  # noqa: F401
     from expert_merging.analysis import soups_and_lines  # noqa: F401
     from expert_merging.data import features  # noqa: F401
-    from expert_merging.report import page  # noqa: F401
+    from expert_merging.report import caem_tables  # noqa: F401
     from expert_merging.switch import decoding  # noqa: F401
     from expert_merging.training import caem_sources, finetuning  # noqa: F401
 

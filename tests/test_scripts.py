@@ -14,7 +14,8 @@ from conftest import call_main, run_script, start
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
-from expert_merging.report import publish
+from expert_merging.report import folders
+from expert_merging.report.caem_tables import WING
 
 TASKS = ("ag_news", "squad", "xsum")
 SIZES = ("--experts_num", "4", "--larger_experts_num", "6")
@@ -59,16 +60,16 @@ def test_table_and_figures(done):
     page = (folder / "report.html").read_text()
     assert page.count("<img ") == len(figures) and 'src="http' not in page and "reproduce_tables" not in page
     assert all(table in page for table in ("table 2", "tables 4 and 5", "figures 2 and 4"))
-    assert publish.check(folder) == []
+    assert folders.check(folder, WING) == []
 
 
 def test_a_changed_record_is_noticed(done, tmp_path):
     shutil.copytree(done[0].parent / "report", tmp_path / "report")
-    path = tmp_path / "report" / "records" / "seed0" / "CAEM-4.json"
+    path = tmp_path / "report" / "seed0.json"
     content = json.loads(path.read_text())
-    content["overall"]["test"] += 0.1
+    content["CAEM-4"]["overall"]["test"] += 0.1
     path.write_text(json.dumps(content))
-    wrong = publish.check(tmp_path / "report")
+    wrong = folders.check(tmp_path / "report", WING)
     assert any("scores.md differs" in line for line in wrong) and any("claims.csv differs" in line for line in wrong)
 
 

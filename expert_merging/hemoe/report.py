@@ -1,16 +1,17 @@
 """Accuracy against activated share: records of all seeds, tables that follow from them, and the figure."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.core.files import new_folder, read_json
 from expert_merging.hemoe.pipeline import DENSE, METHODS
+from expert_merging.report import claims, folders, index, publish
+from expert_merging.report.folders import Wing
+from expert_merging.report.records import Groups, read, source, write
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
 
@@ -36,64 +37,35 @@ _QUESTIONS = (
     ("neurons instead of modules", "HEMoE", "HEMoE_modules"),
     ("routers that start from the map", "HEMoE_start", "HEMoE"),
 )
-Records = dict[int, dict[str, dict[str, Any]]]  # seed -> method -> record
 
 
 def make(c: SimpleNamespace) -> None:
-    """Write HEMOE_DIR/report from every seed there, print the tables; `publish` copies it to results/hemoe.
+    """Write HEMOE_DIR/report from every seed there, print the tables; `publish` copies it to results/hemoe/{scale}.
 
     Raises UserError where no model has been measured and evaluated.
     """
     folder = Path(c.HEMOE_DIR) / "report"
+    found: Groups = {}
+    for path in sorted(Path(c.HEMOE_DIR).glob("seed*")):
+        kept = {method: _collected(path, method) for method in (*DENSE, *METHODS)}
+        found[path.name] = {method: record for method, record in kept.items() if record}
+    if not any(found.values()):
+        raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
     with new_folder(folder) as place:
-        for path in sorted(Path(c.HEMOE_DIR).glob("seed*")):
-            for method in (*DENSE, *METHODS):
-                if record := _collected(path, method):
-                    write_json(place / "records" / path.name / f"{method}.json", record)
-        found = write(place)
-    for table in found:
+        write(place, found)
+        shown = folders.write(place, WING, Path(c.HEMOE_DIR).name)
+    for table in shown:
         print(table.markdown())
     print(f"records, tables and figure: {folder}")
     if c.publish:
-        from expert_merging.report.publish import filled
-
-        with new_folder(RESULTS) as place:
-            shutil.copytree(folder, place, dirs_exist_ok=True)
-        page = ROOT / "docs" / "hemoe.md"
-        if page.exists():
-            write_atomic(page, filled(page.read_text(encoding="utf-8"), ROOT))
-
-
-def write(folder: Path) -> list[Table]:
-    """Write tables/ and accuracy_by_share.png into `folder` from its records/; returns the tables."""
-    records = read(folder)
-    found = tables(records)
-    for table in found:
-        for ending, text in _texts(table).items():
-            write_atomic(folder / "tables" / f"{table.name}.{ending}", text)
-    figure(records, folder / "accuracy_by_share.png")
-    return found
+        publish.publish({RESULTS / c.scale: found}, WING)
 
 
 def check() -> None:
     """Raises UserError where a table under results/hemoe is not what its records give."""
-    for table in tables(read(RESULTS)):
-        for ending, text in _texts(table).items():
-            path = RESULTS / "tables" / f"{table.name}.{ending}"
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                raise UserError(f"{path.relative_to(ROOT)} does not follow from the records beside it")
+    if wrong := [line for folder in index.folders(RESULTS) for line in folders.check(folder, WING)]:
+        raise UserError(f"{RESULTS.relative_to(ROOT)} does not follow from its records: {'; '.join(wrong)}")
     print("the tables of results/hemoe follow from their records")
-
-
-def read(folder: Path) -> Records:
-    """The records of a report. Raises UserError where there are none."""
-    records: Records = {}
-    for path in sorted((folder / "records").glob("seed*")):
-        found = {method: path / f"{method}.json" for method in (*DENSE, *METHODS)}
-        records[int(path.name[4:])] = {name: read_json(file) for name, file in found.items() if file.exists()}
-    if not any(records.values()):
-        raise UserError(f"{folder} has no records: run the steps measure and evaluation first")
-    return records
 
 
 def _collected(folder: Path, method: str) -> dict[str, Any] | None:
@@ -144,12 +116,13 @@ def mean_difference(one: dict[str, Any], other: dict[str, Any], what: str) -> fl
     return float(gap.mean())
 
 
-def tables(records: Records) -> list[Table]:
+def tables(records: Groups) -> list[Table]:
     """What there is to say, from the records alone."""
-    return [*filter(None, (_at_shares(records), _questions(records))), _points(records), _splits(records)]
+    made = (_at_shares(records), _questions(records), _points(records), _splits(records))
+    return [table for table in made if table.rows]
 
 
-def _at_shares(records: Records) -> Table:
+def _at_shares(records: Groups) -> Table:
     note = "Mean over tasks of 0-shot accuracy (%) by lm_eval, and of the loss of held-out answers (nats a token), at equal"
     table = Table(
         "accuracy_at_share", "Accuracy at equal activated share",
@@ -163,7 +136,7 @@ def _at_shares(records: Records) -> Table:
             for share in (*SHARES, 1.0):
                 values = [_value(one[method], what, share) for one in records.values() if method in one]
                 row[f"{what} at {share:g}"] = stat(values, decimals)
-        table.rows.append({**row, "from": f"{method}.json of each seed"})
+        table.rows.append({**row, "from": source(records, method)})
     return table
 
 
@@ -174,7 +147,7 @@ def _value(record: dict[str, Any], what: str, share: float) -> float | None:
     return at(record, what, share)
 
 
-def _questions(records: Records) -> Table | None:
+def _questions(records: Groups) -> Table:
     table = Table(
         "gains", "Where the gain comes from",
         "Difference of two curves, mean over the activated shares that both cover: accuracy in points (more is better), "
@@ -185,21 +158,12 @@ def _questions(records: Records) -> Table | None:
         if pairs:
             row: dict[str, Any] = {"question": question, "difference": f"{_name(one)} - {_name(other)}"}
             for what, decimals in (("accuracy", 2), ("loss", 4)):
-                row[what] = _interval([mean_difference(*pair, what) for pair in pairs], decimals)
-            table.rows.append({**row, "from": f"{one}.json, {other}.json of each seed"})
-    return table if table.rows else None
+                row[what] = claims.shown([mean_difference(*pair, what) for pair in pairs], decimals)
+            table.rows.append({**row, "from": source(records, one, other)})
+    return table
 
 
-def _interval(values: list[float], decimals: int) -> str:
-    each = ", ".join(f"{value:+.{decimals}f}" for value in values)
-    mean = np.mean(values)
-    if len(values) < 2:
-        return f"{mean:+.{decimals}f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:+.{decimals}f} [{mean - half:+.{decimals}f}, {mean + half:+.{decimals}f}] ({each})"
-
-
-def _points(records: Records) -> Table:
+def _points(records: Groups) -> Table:
     table = Table(
         "points", "Every measured point",
         f"k experts fire; share of the experts' neurons and of all parameters that is activated; {_seeds(records)}.",
@@ -216,13 +180,13 @@ def _points(records: Records) -> Table:
                     "accuracy": stat([100 * np.mean(list(p["accuracy"].values())) for p in points]),
                     "loss": stat([np.mean(list(p["loss"].values())) for p in points], 3),
                     **{task: stat([100 * p["accuracy"][task] for p in points], 1) for task in tasks},
-                    "from": f"{method}.json of each seed",
+                    "from": source(records, method),
                 }
             )  # fmt: skip
     return table
 
 
-def _splits(records: Records) -> Table:
+def _splits(records: Groups) -> Table:
     table = Table(
         "splits", "The partitions",
         "Sizes of the experts over all neurons, ascending, mean over layers and seeds; of the solver: objective over its "
@@ -237,7 +201,7 @@ def _splits(records: Records) -> Table:
                 {
                     "model": _name(method), "sizes": " ".join(f"{size:.3f}" for size in sizes),
                     "objective / bound": float(np.mean(solved)) if solved else None,
-                    "from": f"{method}.json of each seed",
+                    "from": source(records, method),
                 }
             )  # fmt: skip
     return table
@@ -247,16 +211,13 @@ def _name(method: str) -> str:
     return _LABELS.get(method, method)
 
 
-def _seeds(records: Records) -> str:
-    return f"mean ± standard deviation over seeds {', '.join(map(str, records))}" if len(records) > 1 else "one seed"
+def _seeds(records: Groups) -> str:
+    seeds = ", ".join(group.removeprefix("seed") for group in records)
+    return f"mean ± standard deviation over seeds {seeds}" if len(records) > 1 else "one seed"
 
 
-def _texts(table: Table) -> dict[str, str]:
-    return {"md": table.markdown(), "csv": table.csv(), "tex": table.latex()}
-
-
-def figure(records: Records, path: Path) -> None:
-    """Accuracy and loss against the activated share, a line a method: the mean over seeds of points of the same k."""
+def draw(records: Groups, folder: Path) -> dict[str, str]:
+    """Draw accuracy and loss against the activated share into `folder`; returns {name of the figure: caption}."""
     from expert_merging.report.figures import plt, save_figure
 
     drawn, panels = plt.subplots(1, 2, figsize=(9.5, 4))
@@ -278,4 +239,11 @@ def figure(records: Records, path: Path) -> None:
                 axes.axhline(np.mean(values), color="0.3", lw=0.9, ls=style, label=_name(method))
         axes.set(xlabel="activated share of the experts' neurons", ylabel=label)
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    save_figure(drawn, path, dpi=100)
+    save_figure(drawn, folder / "accuracy_by_share.png", dpi=100)
+    caption = (
+        "Accuracy and loss against the activated share, a line a method: the mean over seeds of points of the same k."
+    )
+    return {"accuracy_by_share": caption}
+
+
+WING = Wing("HEMoE", read, tables, draw)

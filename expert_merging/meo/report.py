@@ -1,10 +1,9 @@
 """Tables and figures of neighbours/MEO_finetune.py and neighbours/MEO_densify.py, from their records.
 
 python -m expert_merging.meo.report results/meo                  # again, from the records there
-python -m expert_merging.meo.report results/meo runs/tiny        # after copying the records of a run there
+python -m expert_merging.meo.report results/meo runs/tiny        # after publishing the records of a run there
 """
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,61 +13,65 @@ from typing import Any
 import numpy as np
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_json, write_atomic
+from expert_merging.core.files import read_json
+from expert_merging.report import publish
 from expert_merging.report.figures import plt, save_figure
+from expert_merging.report.folders import Wing
+from expert_merging.report.records import Groups, every, read, source, write
 from expert_merging.report.tables import Stat, Table, stat
 
 Records = list[dict[str, Any]]
 
 
-def collect(run: Path, folder: Path) -> None:
-    """Copy what has been run below `run` to `folder`/records. Raises UserError where there is nothing."""
-    found = {file: f"{file.parts[-3]}/{file.parts[-2]}" for file in run.glob("meo/*_*/seed*/*.json")}
-    found |= {file: f"densify/{file.parts[-4]}" for file in run.glob("seed*/histories/densify/*.json")}
-    found = {file: place for file, place in found.items() if not file.name.endswith(".run.json")}
+def collect(run: Path) -> dict[str, Groups]:
+    """{name of an experiment: its records} of what has been run below `run`. Raises UserError where there is nothing."""
+    found = {folder.name: of for folder in sorted(run.glob("meo/*_*")) if (of := records_of(folder))}
+    if densified := _records_in(run, "seed*/histories/densify/*.json", -4):
+        found["densify"] = densified
     if not found:
         raise UserError(f"{run} has no records of neighbours/MEO_finetune.py or neighbours/MEO_densify.py")
-    for file, place in found.items():
-        to = folder / "records" / place / file.name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, to)
+    return found
 
 
-def write(folder: Path) -> list[Table]:
-    """All tables and figures of the records in `folder`. Raises UserError where there are none."""
-    tables = []
-    for records in sorted((folder / "records").glob("*")):
-        if records.name == "densify":
-            tables += write_densify(records, folder)
-        else:
-            tables += finetuning_tables(records.name, read(records))
-            finetuning_figures(records.name, read(records), folder / "figures")
-    if not tables:
-        raise UserError(f"{folder / 'records'} has no records; give the folder of a run as well")
-    save(tables, folder / "tables")
-    return tables
+def records_of(folder: Path) -> Groups:
+    """What neighbours/MEO_finetune.py has left in the `folder` of a family and task."""
+    return _records_in(folder, "seed*/*.json", -2)
 
 
-def save(tables: list[Table], folder: Path) -> None:
-    """Each table as Markdown, CSV and LaTeX."""
-    for table in tables:
-        for ending, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-            write_atomic(folder / f"{table.name}.{ending}", text)
+def _records_in(folder: Path, pattern: str, seed: int) -> Groups:
+    """The records that fit `pattern`; `seed` says which part of a path names the group."""
+    groups: Groups = {}
+    for file in sorted(folder.glob(pattern)):
+        if not file.name.endswith(".run.json"):
+            groups.setdefault(file.parts[seed], {})[file.stem] = read_json(file)
+    return groups
 
 
-def read(folder: Path) -> Records:
-    """The records in `folder`/seed*/, seed by seed."""
-    files = sorted(file for file in folder.glob("seed*/*.json") if not file.name.endswith(".run.json"))
-    return [{**read_json(file), "file": f"{folder.name}/{file.parent.name}/{file.name}"} for file in files]
+def write_finetuning(groups: Groups, folder: Path) -> str:
+    """Write records, tables and figures of one family and task into `folder`; returns the tables as text."""
+    write(folder, groups)
+    return "\n".join(table.markdown() for table in publish.write(folder, WING))
 
 
-def write_finetuning(records: Path, folder: Path) -> str:
-    """Tables and figures of one family and task into `folder`; returns the tables as text."""
-    found = read(records)
-    tables = finetuning_tables(records.name, found)
-    save(tables, folder)
-    finetuning_figures(records.name, found, folder)
-    return "\n".join(table.markdown() for table in tables)
+def tables(groups: Groups) -> list[Table]:
+    """All tables of an experiment: of merged Switch models or of fine-tuning."""
+    return densify_tables(groups) if _is_densify(groups) else finetuning_tables(groups)
+
+
+def draw(groups: Groups, folder: Path) -> dict[str, str]:
+    """Draw all figures of an experiment into `folder`; returns {name of a figure: caption}."""
+    if _is_densify(groups):
+        return densify_figure(_listed(groups), folder)
+    return finetuning_figures(_name(_listed(groups)), _listed(groups), folder)
+
+
+def _listed(groups: Groups) -> Records:
+    """The records, seed by seed, each with the name of its run."""
+    return [{**record, "run": run} for _, run, record in every(groups)]
+
+
+def _is_densify(groups: Groups) -> bool:
+    return any("variants" in record for _, _, record in every(groups))
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -90,9 +93,14 @@ def _seeds(records: Records) -> str:
     return f"seeds {', '.join(str(seed) for seed in sorted({r['seed'] for r in records}))}"
 
 
-def finetuning_tables(name: str, records: Records) -> list[Table]:
+def _name(records: Records) -> str:
+    return f"{records[0]['family']}_{records[0]['task']}"
+
+
+def finetuning_tables(groups: Groups) -> list[Table]:
     """What each variant scores and costs; and how far MoE and MEO of the same seed are from each other."""
-    first = records[0]
+    records = _listed(groups)
+    first, name = records[0], _name(records)
     score, where = first["main_score"], "" if first["device"] == "cuda" else "CPU "
     rows = []
     for variant in _variants(records):
@@ -105,7 +113,7 @@ def finetuning_tables(name: str, records: Records) -> list[Table]:
             f"{where}ms a training step": stat([1000 * r["step_seconds"] for r in of if r["step_seconds"]], 1),
             "parameters, M": of[0]["parameters"] / 1e6,
             "kept for backward, MB": of[0]["kept_bytes"] / 1e6,
-            "from": f"{name}/seed*/{of[0]['file'].rpartition('/')[2]}",
+            "from": source(groups, of[0]["run"]),
         })  # fmt: skip
     tokens = f"{first['flops_length']} tokens"
     note = (
@@ -135,6 +143,7 @@ def finetuning_tables(name: str, records: Records) -> list[Table]:
             "test loss": _largest(abs(a["scores"]["test"]["loss"] - b["scores"]["test"]["loss"]) for a, b in pairs),
             f"test {score}": _largest(abs(a["scores"]["test"][score] - b["scores"]["test"][score]) for a, b in pairs),
             "seeds": len(pairs),
+            "from": source(groups, *(record["run"] for record in pairs[0])),
         })  # fmt: skip
     if rows:
         note = "Largest absolute difference over seeds between a MoE and a MEO run of the same seed: both compute the same."
@@ -153,7 +162,7 @@ def _largest(values) -> str:
     return f"{max(float(v) for v in values):.1e}"
 
 
-def finetuning_figures(name: str, records: Records, folder: Path) -> None:
+def finetuning_figures(name: str, records: Records, folder: Path) -> dict[str, str]:
     """Score, FLOPs and time against k; and the training curves of MoE and MEO with their difference."""
     first, score = records[0], records[0]["main_score"]
     quantities: dict[str, Callable[[dict], float]] = {
@@ -183,10 +192,11 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle(f"{first['family']} on {first['task']}, {_seeds(records)}")
     save_figure(figure, folder / f"{name}.png")
+    captions = {name: "Score, operations and time against k; a bar is a standard deviation over seeds."}
 
     moes = [v for v in _variants(records) if v["how"] == "moe" and v["level"] != "token" and _pairs(records, v)]
     if not moes:
-        return
+        return captions
     figure, panels = plt.subplots(1, 2, figsize=(8, 3))
     for number, variant in enumerate(moes):
         pairs = _pairs(records, variant)
@@ -202,6 +212,7 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> None:
     panels[0].legend(fontsize=7)
     panels[1].legend(fontsize=7)
     save_figure(figure, folder / f"{name}_equal.png")
+    return captions | {f"{name}_equal": "Training curves of MoE and MEO of the same seed, and how far they are apart."}
 
 
 def _smooth(curve: np.ndarray, width: int = 9) -> np.ndarray:
@@ -211,13 +222,6 @@ def _smooth(curve: np.ndarray, width: int = 9) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- densify
-
-
-def write_densify(records: Path, folder: Path) -> list[Table]:
-    """Tables of neighbours/MEO_densify.py's records, and the figure."""
-    found = read(records)
-    densify_figure(found, folder / "figures" / "densify.png")
-    return densify_tables(found)
 
 
 def _layer_error(result: dict, stack: str) -> float:
@@ -230,8 +234,10 @@ def _by_seed(records: Records, value: Callable[[dict], float | None], decimals: 
     return stat([fmean(value(r) for r in records if r["seed"] == seed) for seed in seeds], decimals)
 
 
-def densify_tables(records: Records) -> list[Table]:
+def densify_tables(groups: Groups) -> list[Table]:
     """What the ways A, B, C keep of a Switch: fidelity, scores, and sizes and latencies."""
+    records = _listed(groups)
+    origin = source(groups, *dict.fromkeys(record["run"] for record in records))
     tasks = list(dict.fromkeys(r["task"] for r in records))
     first = records[0]
     about = f"{first['identity']['source']}, {first['experts']} experts a sparse layer, {_seeds(records)}"
@@ -245,6 +251,7 @@ def densify_tables(records: Records) -> list[Table]:
             "logits": _by_seed(of, lambda v: v["logits"], 3),
             "agreement": _by_seed(of, lambda v: v["agreement"], 3),
             "loss above the Switch's": _by_seed(of, lambda v: v["loss"] - v["Switch"]["loss"], 3),
+            "from": origin,
         })  # fmt: skip
     for label in ("Switch", *first["variants"]):
         if label != "Switch" and "scores" not in first["variants"][label]:
@@ -255,7 +262,7 @@ def densify_tables(records: Records) -> list[Table]:
             score = next(r["main_score"] for r in records if r["task"] == task)
             row[f"{task} {score}"] = stat([v["scores"][score] for v in of])
             row[f"{task} same text"] = stat([v.get("same_text", 1.0) for v in of])
-        scores.append(row)
+        scores.append(row | {"from": origin})
     costs = []
     clock = "wall" if first["device"] == "cuda" else "process"  # on a shared CPU the clock on the wall tells little
     for task in tasks:
@@ -267,7 +274,7 @@ def densify_tables(records: Records) -> list[Table]:
             for size in of[0]["latency"][name]:
                 row[f"ms, {size} together"] = stat([1000 * r["latency"][name][size]["seconds"] for r in timed], 0)
                 row[f"tokens, {size} together"] = stat([r["latency"][name][size]["tokens"] for r in timed], 0)
-            costs.append(row)
+            costs.append(row | {"from": source(groups, *dict.fromkeys(record["run"] for record in of))})
     error = "|new - old| / |old| over real tokens"
     return [
         Table(
@@ -290,7 +297,7 @@ def densify_tables(records: Records) -> list[Table]:
     ]  # fmt: skip
 
 
-def densify_figure(records: Records, path: Path) -> None:
+def densify_figure(records: Records, folder: Path) -> dict[str, str]:
     """Layer error, agreement and loss against k, for each way; the mean over tasks and seeds."""
     quantities: dict[str, Callable[[dict, dict], float]] = {
         "relative error of a layer's output": lambda v, r: fmean(v["layers"].values()),
@@ -320,17 +327,11 @@ def densify_figure(records: Records, path: Path) -> None:
         axes.set(title=label, xlabel="k, experts merged", xscale="log", xticks=ks, xticklabels=ks)
         axes.minorticks_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    save_figure(figure, path)
+    save_figure(figure, folder / "densify.png")
+    return {"densify": "What merged experts keep of the Switch against k, the mean over tasks and seeds."}
 
+
+WING = Wing("MEO", read, tables, draw)
 
 if __name__ == "__main__":
-    try:
-        if not 2 <= len(sys.argv) <= 3:
-            raise UserError("give the folder of results, and, to copy records from it first, the folder of a run")
-        if len(sys.argv) == 3:
-            collect(Path(sys.argv[2]), Path(sys.argv[1]))
-        for table in write(Path(sys.argv[1])):
-            print(table.markdown())
-    except UserError as error:
-        print(f"meo.report: {error}", file=sys.stderr)
-        sys.exit(2)
+    publish.command(WING, collect, sys.argv[1:])

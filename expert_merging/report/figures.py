@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from expert_merging.core.files import replacing  # noqa: E402
+from expert_merging.report.records import by_stack  # noqa: E402
 
 plt.rcParams.update({
     "figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -33,14 +34,11 @@ def pretraining_curve(history: list[dict[str, Any]], path: Path, steps_per_round
 
 def expert_use(history: dict[str, Any], path: Path) -> None:
     """Heat maps of expert use, as in the paper's figure 3: a panel a task and stack; sparse layer x expert, share of tokens."""
-    tasks = list(history["expert_usage_grid"])
-    stacks = {
-        "encoder": (history["expert_usage_grid"], history["entropy"]),
-        "decoder": (history["expert_usage_grid_de"], history["entropy_de"]),
-    }
+    usage, entropy = by_stack(history, "usage"), by_stack(history, "entropy")
+    tasks = list(usage["encoder"])
     shares = {
         (stack, task): np.array(grids[task]) / np.maximum(np.sum(grids[task], axis=1, keepdims=True), 1)
-        for stack, (grids, _) in stacks.items()
+        for stack, grids in usage.items()
         for task in tasks
     }
     most = max(share.max() for share in shares.values())  # one scale for all panels, so that they compare
@@ -48,7 +46,7 @@ def expert_use(history: dict[str, Any], path: Path) -> None:
     for axes, ((stack, task), share) in zip(panels.flat, shares.items(), strict=True):
         image = axes.imshow(share, vmin=0, vmax=most, cmap="viridis", aspect="auto")
         axes.set(
-            title=f"{stack}, {task}\nentropy {np.mean(stacks[stack][1][task]):.3f}",
+            title=f"{stack}, {task}\nentropy {np.mean(entropy[stack][task]):.3f}",
             xlabel="expert",
             ylabel="sparse layer",
             xticks=range(share.shape[1]),
@@ -66,8 +64,8 @@ def allocation(history: dict[str, Any], path: Path) -> None:
     """How many of each layer's experts came from which task: stacked bars, encoder and decoder."""
     tasks = history["tasks"]
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
-    for axes, stack, key in zip(panels, ("encoder", "decoder"), ("en", "de"), strict=True):
-        counts = np.array(history[f"record_stay_num_experts_{key}"])
+    for axes, (stack, of_stack) in zip(panels, by_stack(history, "allocation").items(), strict=True):
+        counts = np.array(of_stack)
         layers = np.arange(1, len(counts) + 1)
         for number, task in enumerate(tasks):
             axes.bar(layers, counts[:, number], bottom=counts[:, :number].sum(axis=1), label=task, color=f"C{number}")

@@ -7,7 +7,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from expert_merging.core.files import write_atomic
 
 _LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "<": "$<$", ">": "$>$", "±": r"$\pm$", "–": "--"}
 
@@ -102,6 +105,18 @@ class Table:
 
     def _is_text(self, name: str) -> bool:
         return any(isinstance(row[name], str) for row in self.rows)
+
+
+def texts(table: Table) -> dict[str, str]:
+    """A table in each format, {file name: content}; `{name}.md` is what results/ keeps."""
+    return {f"{table.name}.md": table.markdown(), f"{table.name}.csv": table.csv(), f"{table.name}.tex": table.latex()}
+
+
+def save(tables: Sequence[Table], folder: Path) -> None:
+    """Write each table in each format into `folder`."""
+    for table in tables:
+        for name, text in texts(table).items():
+            write_atomic(folder / name, text)
 
 
 def _text(value: Any) -> str:

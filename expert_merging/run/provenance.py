@@ -25,15 +25,16 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{n: importlib.metadata.version(n) for n in names},
-        "commit": _commit(),
+        "commit": commit(ROOT),
     }
 
 
-def _commit() -> str:
+def commit(root: Path) -> str:
+    """The commit of the checkout at `root`, with "-dirty" where tracked files differ from it; "unknown" without git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, timeout=10,
+            cwd=root, capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

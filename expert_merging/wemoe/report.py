@@ -1,14 +1,22 @@
 """Records of merged classifiers on disk, and the tables and figures made of them.
 
-A folder holds records/{group}/{method}.json; a group is a seed, or what a corruption or a set of tasks is called.
+A run leaves records/{group}/{method}.json; a group is a seed, or what a corruption or a set of tasks is called.
+
+python -m expert_merging.wemoe.report results/wemoe                                 # again, from the records there
+python -m expert_merging.wemoe.report results/wemoe/digits runs/tiny/wemoe_digits   # after publishing a run's there
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.core.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.core.files import read_json, write_json
+from expert_merging.report import publish
+from expert_merging.report.folders import Wing
+from expert_merging.report.records import every, source
+from expert_merging.report.records import read as read_groups
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import command, versions
 
@@ -59,11 +67,10 @@ def _path(folder: Path, group: str, method: str) -> Path:
 
 
 def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """{method: {group: record}} in the order of METHOD_ORDER's kinds."""
+    """{method: {group: record}} in the order of their kinds. Raises UserError where there are none."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in sorted((Path(folder) / "records").glob("*/*.json")):
-        record = read_json(path)
-        found.setdefault(record["method"], {})[record["group"]] = record
+    for group, method, record in every(read_groups(Path(folder))):
+        found.setdefault(method, {})[group] = record
     order = ("pretrained", "individual", "average", "task", "ties", "adamerging", "wemoe", "ewemoe")
     rank = {method: min(i for i, kind in enumerate(order) if method.startswith(kind)) for method in found}
     return {method: found[method] for method in sorted(found, key=lambda m: (rank[m], len(m), m))}
@@ -81,12 +88,13 @@ def tasks_of(records: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 def _rows(records: dict[str, dict[str, dict[str, Any]]]):
     """(name of a row, its records, where they are): seeds together, other groups, such as corruptions, a row each."""
     for method, of_method in records.items():
-        seeds = [record for group, record in of_method.items() if group.startswith("seed")]
+        seeds = {group: record for group, record in of_method.items() if group.startswith("seed")}
         if seeds:
-            yield method, seeds, f"records/*/{method}.json"
+            runs = {group: {method: record} for group, record in seeds.items()}
+            yield method, list(seeds.values()), source(runs, method)
         for group, record in of_method.items():
             if not group.startswith("seed"):
-                yield f"{method}, {group}", [record], f"records/{group}/{method}.json"
+                yield f"{method}, {group}", [record], source({group: {method: record}}, method)
 
 
 def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
@@ -124,21 +132,29 @@ def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
     return [accuracy, cost]
 
 
-def write(folder: Path) -> str:
-    """Write tables and figures into `folder` from the records there; returns the first table."""
+def draw(records: dict[str, dict[str, dict[str, Any]]], folder: Path) -> dict[str, str]:
+    """Draw accuracy, and each method's routing and adaptation, into `folder`; returns {name of a figure: caption}."""
     from expert_merging.wemoe import figures
 
-    records = read(folder)
-    made = tables(records)
-    with new_folder(Path(folder) / "tables") as place:
-        for table in made:
-            for kind, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-                write_atomic(place / f"{table.name}.{kind}", text)
-    with new_folder(Path(folder) / "figures") as place:
-        figures.accuracy(records, place / "accuracy.png")
-        for method, of_method in records.items():
-            if any("routing_weights" in record for record in of_method.values()):
-                figures.routing(method, of_method, place / f"routing_{method}.png")
-            if any(record.get("adaptation") for record in of_method.values()):
-                figures.adaptation(method, of_method, place / f"adaptation_{method}.png")
-    return made[0].markdown()
+    captions = {"accuracy": "Average accuracy by method, dots the seeds."}
+    figures.accuracy(records, folder / "accuracy.png")
+    for method, of_method in records.items():
+        if any("routing_weights" in record for record in of_method.values()):
+            captions[f"routing_{method}"] = f"{method}: mean routing weights by the task of the input."
+            figures.routing(method, of_method, folder / f"routing_{method}.png")
+        if any(record.get("adaptation") for record in of_method.values()):
+            captions[f"adaptation_{method}"] = f"{method}: what is minimised, and the entropy of the mean prediction."
+            figures.adaptation(method, of_method, folder / f"adaptation_{method}.png")
+    return captions
+
+
+WING = Wing("WEMoE", read, tables, draw)
+
+
+def write(folder: Path) -> str:
+    """Write tables, figures and page into `folder` from the records there; returns the first table."""
+    return publish.write(Path(folder), WING)[0].markdown()
+
+
+if __name__ == "__main__":
+    publish.command(WING, lambda run: {".": read_groups(run)}, sys.argv[1:])

@@ -84,8 +84,8 @@ def test_from_dense_model_to_report(place, done):
     report = place / "runs/hemoe/report"
     table = (report / "tables/accuracy_at_share.md").read_text()
     assert all(name in table for name in ("dense, as it is", "dense, tuned alike", "routers from the map"))
-    assert (report / "accuracy_by_share.png").stat().st_size > 10_000
-    assert len(list((report / "records/seed0").iterdir())) == len(METHODS) + 2
+    assert (report / "figures/accuracy_by_share.png").stat().st_size > 10_000
+    assert len(read_json(report / "seed0.json")) == len(METHODS) + 2
     assert "Accuracy at equal activated share" in done.stdout
 
 
@@ -162,9 +162,9 @@ def test_tables_follow_from_the_records(place, done, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "report")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     report.check()
-    path = tmp_path / "report/records/seed0/HEMoE.json"
+    path = tmp_path / "report/seed0.json"
     record = read_json(path)
-    record["k"]["1"]["loss"]["copy"] += 1
+    record["HEMoE"]["k"]["1"]["loss"]["copy"] += 1
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not follow"):
         report.check()

@@ -73,7 +73,7 @@ def test_records_of_all_variants(done, folder):
         assert f"| {record['variant']['name']} |" in printed
     report = folder / "one" / "meo" / "bert_rte" / "report"
     assert {"bert_rte.md", "bert_rte.csv", "bert_rte.tex", "bert_rte.png", "bert_rte_equal.png"} <= {
-        file.name for file in report.iterdir()
+        file.name for file in report.rglob("*")
     }
 
 

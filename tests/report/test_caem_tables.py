@@ -4,13 +4,16 @@ import csv
 import json
 import re
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
-from expert_merging.report import caem_tables, claims, page, publish
+from expert_merging.report import caem_scores, claims, evidence, folders, publish
+from expert_merging.report.caem_tables import WING
 from expert_merging.report.tables import Stat, Table, stat
 
 TASKS = ("ag_news", "squad")
@@ -109,7 +112,7 @@ def records(shift=0.0):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Drawing takes most of the time; the test of the page does it once."""
-    monkeypatch.setattr(page, "draw_figures", lambda e, folder: {})
+    monkeypatch.setattr(sys.modules[__name__], "WING", replace(WING, draw=lambda e, folder: {}))
 
 
 @pytest.fixture
@@ -119,11 +122,18 @@ def folder(tmp_path):
     for seed, shift in enumerate((0.0, 0.01, -0.005)):
         files[seed] = {}
         for name, content in records(shift).items():
-            path = tmp_path / f"{seed}-{caem_tables.file_name(name)}"
-            path.write_text(json.dumps(content))
-            files[seed][name] = path
-    publish.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
+            files[seed][name] = tmp_path / f"{seed}-{name}.json"
+            files[seed][name].write_text(json.dumps(content))
+    evidence.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
     return tmp_path / "report"
+
+
+def write(folder):
+    return folders.write(folder, WING)
+
+
+def check(folder):
+    return folders.check(folder, WING)
 
 
 def rows_of(folder, name):
@@ -132,25 +142,25 @@ def rows_of(folder, name):
 
 
 def test_every_table_and_figure(folder):
-    tables = page.write(folder)
+    tables = write(folder)
     assert {table.name for table in tables} == {
         "scores", "claims", "entropies_after", "entropies_by_task", "allocation", "soups", "similarity", "merged_only",
         "deviations", "best_on_test", "entropy_by_length", "cost", "merging",
     }  # fmt: skip
-    assert publish.check(folder) == []
+    assert check(folder) == []
     html = (folder / "report.html").read_text()
     assert html.count("data:image/svg+xml") == len(list((folder / "figures").glob("*.svg"))) > 8
     assert not re.search(r'(src|href)="(?!data:|#)', html)  # nothing from elsewhere
     for table in tables:
         assert (folder / "tables" / f"{table.name}.tex").read_text().count(r"\toprule") == 1
         for row in rows_of(folder, table.name):
-            for path in row["from"].split():
-                first = path.replace("{0,1,2}", "0")
-                assert (folder / first).exists(), path
+            file, runs = row["from"].split(": ")
+            content = json.loads((folder / file.replace("{0,1,2}", "0")).read_text())
+            assert all(run in content for run in runs.split("; ")), row["from"]
 
 
 def test_scores_are_means_over_seeds(without_figures, folder):
-    page.write(folder)
+    write(folder)
     row = next(row for row in rows_of(folder, "scores") if row["configuration"] == "CAEM-4")
     assert float(row["Overall"]) == pytest.approx(1.0 + 0.005 / 3)
     assert [float(x) for x in row["Overall by seed"].split()] == pytest.approx([1.0, 1.01, 0.995])
@@ -159,26 +169,28 @@ def test_scores_are_means_over_seeds(without_figures, folder):
 
 
 def test_a_task_that_overall_leaves_out_is_named(without_figures, folder):
-    path = folder / "records" / "seed1" / "single-task-4.squad.json"
+    path = folder / "seed1.json"
     content = json.loads(path.read_text())
-    content["squad_data"]["test"]["exact_match"] = 0.0
+    content["single-task-4 squad"]["squad_data"]["test"]["exact_match"] = 0.0
     path.write_text(json.dumps(content))
-    page.write(folder)
+    write(folder)
     assert "the single-task score being 0: squad (4 experts, seed 1)." in (folder / "tables" / "scores.md").read_text()
 
 
 def test_models_that_learnt_nothing(without_figures, folder):
-    for path in (folder / "records").glob("seed*/*.json"):
+    for path in folder.glob("seed*.json"):
         content = json.loads(path.read_text())
-        if "overall" in content:
-            path.write_text(json.dumps(content | {"overall": {"test": 0.0, "validation": 0.0}}))
-    page.write(folder)
-    assert rows_of(folder, "soups")[0]["kept"] == "" and publish.check(folder) == []
+        for record in content.values():
+            if "overall" in record:
+                record["overall"] = {"test": 0.0, "validation": 0.0}
+        path.write_text(json.dumps(content))
+    write(folder)
+    assert rows_of(folder, "soups")[0]["kept"] == "" and check(folder) == []
     assert not any(row["claim"].startswith("soups") for row in rows_of(folder, "claims"))
 
 
 def test_claims(without_figures, folder):
-    page.write(folder)
+    write(folder)
     verdicts = {(row["claim"], row["numbers"].split(":")[0]): row["verdict"] for row in rows_of(folder, "claims")}
     assert verdicts["CAEM above Baseline on Overall", "CAEM-4 - Baseline-4"] == "held"
     assert verdicts["4 above 4-to-6", "CAEM-4 - CAEM-4-to-6"] == "held"  # the same difference for every seed
@@ -190,7 +202,7 @@ def test_claims(without_figures, folder):
 
 
 def test_audit_tables(without_figures, folder):
-    page.write(folder)
+    write(folder)
     counts = next(row for row in rows_of(folder, "deviations") if row["deviation"] == "counts")
     assert float(counts["layers allocated otherwise"]) == 1 and counts["minus paper"].startswith("-0.03")
     best = next(row for row in rows_of(folder, "best_on_test") if row["configuration"] == "CAEM-4")
@@ -201,7 +213,7 @@ def test_audit_tables(without_figures, folder):
 
 
 def test_merging_methods_stand_beside_caem_and_baseline(without_figures, folder):
-    page.write(folder)
+    write(folder)
     rows = {row["method"]: row for row in rows_of(folder, "merging")}
     assert list(rows) == ["average", "WEMoE", "CAEM-4, merged", "CAEM-4, trained", "Baseline-4, trained"]
     assert float(rows["WEMoE"]["Overall"]) == pytest.approx(0.6 + 0.005 / 3)
@@ -209,56 +221,59 @@ def test_merging_methods_stand_beside_caem_and_baseline(without_figures, folder)
     assert float(rows["CAEM-4, merged"]["Overall"]) == pytest.approx((1.0 + 0.005 / 3) / 4)
     assert rows["WEMoE"]["s to adapt"] == "60.0" and float(rows["average"]["MB"]) == 19.2
     for seed in range(3):  # a seed without one of the methods
-        (folder / "records" / f"seed{seed}" / "merging-4.average.json").unlink()
-    page.write(folder)
-    assert [row["method"] for row in rows_of(folder, "merging")][0] == "WEMoE" and publish.check(folder) == []
+        path = folder / f"seed{seed}.json"
+        content = json.loads(path.read_text())
+        del content["merging-4 average"]
+        path.write_text(json.dumps(content))
+    write(folder)
+    assert [row["method"] for row in rows_of(folder, "merging")][0] == "WEMoE" and check(folder) == []
 
 
 def test_the_grid_names_the_methods_of_the_script():
     from expert_merging.experiment import grid
     from neighbours import WEMoE_multi_task_merging as script
 
-    assert grid.MERGING == script.methods == tuple(caem_tables.MERGING)
+    assert grid.MERGING == script.methods == tuple(caem_scores.MERGING)
 
 
 def test_one_seed_cannot_tell(without_figures, tmp_path):
     files = {0: {}}
     for name, content in records().items():
-        files[0][name] = tmp_path / caem_tables.file_name(name)
+        files[0][name] = tmp_path / f"{name}.json"
         files[0][name].write_text(json.dumps(content))
-    publish.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
-    page.write(tmp_path / "report")
+    evidence.collect(tmp_path / "report", "tiny", (4, 6), TASKS, files)
+    write(tmp_path / "report")
     rows = [row for row in rows_of(tmp_path / "report", "claims") if row["claim"].startswith("CAEM above")]
     assert {row["verdict"] for row in rows} == {"cannot tell"}
     assert "±" not in (tmp_path / "report" / "tables" / "scores.md").read_text()
 
 
 def test_the_paper_stands_beside_at_its_scale(without_figures, folder):
-    facts = folder / "records" / "experiment.json"
+    facts = folder / "experiment.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"scale": "paper"}))
-    page.write(folder)
+    write(folder)
     assert "paper: Overall" in rows_of(folder, "scores")[0]
 
 
 @pytest.mark.parametrize("spoil", ["change", "remove"])
 def test_check_sees_what_does_not_follow(without_figures, folder, spoil):
-    page.write(folder)
+    write(folder)
     path = folder / "tables" / "soups.md"
     path.write_text(path.read_text().replace("0.8000", "0.9000")) if spoil == "change" else path.unlink()
-    assert [line.split()[0] for line in publish.check(folder)] == [str(path)]
+    assert [line.split()[0] for line in check(folder)] == [str(path)]
 
 
 def test_what_is_no_report(without_figures, tmp_path):
     with pytest.raises(UserError, match="it is not a report"):
-        publish.check(tmp_path)
+        check(tmp_path)
 
 
 def test_a_page_takes_its_tables_from_files(without_figures, folder, tmp_path):
-    page.write(folder)
-    shutil.copytree(folder, tmp_path / "root" / "results" / "tiny")
-    old = "before\n<!-- table: results/tiny/tables/soups.md -->\nold\n<!-- end -->\nafter\n"
+    write(folder)
+    shutil.copytree(folder, tmp_path / "root" / "results" / "caem" / "tiny")
+    old = "before\n<!-- table: results/caem/tiny/tables/soups.md -->\nold\n<!-- end -->\nafter\n"
     text = publish.filled(old, tmp_path / "root")
-    assert "old" not in text and "| CAEM-4 + Baseline-4 |" in text and "records/" not in text
+    assert "old" not in text and "| CAEM-4 + Baseline-4 |" in text and "seed{" not in text
     assert text.startswith("before\n") and text.endswith("after\n") and publish.filled(text, tmp_path / "root") == text
     with pytest.raises(UserError, match="not there"):
         publish.filled(old.replace("soups", "poems"), tmp_path / "root")

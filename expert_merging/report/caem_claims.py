@@ -1,0 +1,68 @@
+"""The paper's claims with a verdict each, from the records of the seeds that were run."""
+
+from expert_merging.report import claims
+from expert_merging.report.evidence import STACKS, Evidence, entropy, kept_share
+from expert_merging.report.tables import Stat, Table
+
+
+def claimed(e: Evidence) -> Table:
+    """The paper's claims with a verdict each."""
+    n, m = e.n, e.m
+    table = Table("claims", "The paper's claims at this scale", claims.RULE)
+
+    def add(claim: str, verdict: str, numbers: str, *names: str) -> None:
+        table.rows.append({"claim": claim, "verdict": verdict, "numbers": numbers, "from": e.source(*names)})
+
+    def overall_above(better: str, worse: str, claim: str) -> None:
+        differences = [a["overall"]["test"] - b["overall"]["test"] for a, b in e.get(better, worse)]
+        if differences:
+            add(claim, claims.above(differences), f"{better} - {worse}: {claims.shown(differences)}", better, worse)
+
+    overall_above(f"CAEM-{n}", f"Baseline-{n}", "CAEM above Baseline on Overall")
+    overall_above(f"CAEM-{n}-to-{m}", f"Baseline-{m}", "CAEM above Baseline on Overall")
+    overall_above(f"CAEM-{m}", f"Baseline-{m}", "CAEM above Baseline on Overall")
+    overall_above(f"CAEM-{n}", f"CAEM-{n}-Avg", "CAEM above CAEM-Avg")
+    overall_above(f"CAEM-{m}", f"CAEM-{m}-Avg", "CAEM above CAEM-Avg")
+    overall_above(f"CAEM-{n}", f"CAEM-{n}-to-{m}", f"{n} above {n}-to-{m}")
+    overall_above(f"CAEM-{n}-to-{m}", f"CAEM-{m}", f"{n}-to-{m} above {m}")
+    for experts in (n, m):
+        names = [f"single-task-{experts} {task}" for task in e.tasks]
+        found = e.get(*names)
+        for stack in STACKS if found else ():
+            rises, verdicts = [], []
+            for i in range(len(names) - 1):
+                low, high = e.tasks[i], e.tasks[i + 1]
+                rise = [entropy(one[i + 1], stack, high) - entropy(one[i], stack, low) for one in found]
+                rises.append(f"{high} - {low}: {claims.shown(rise)}")
+                verdicts.append(claims.above(rise))
+            claim = f"entropy {' < '.join(e.tasks)}: {stack}, {experts} experts"
+            add(claim, claims.all_of(verdicts), "; ".join(rises), *names)
+    pairs = [pair for pair in e.pairs() if any("soup" in one for (one,) in e.get(pair))]
+    across = [pair for pair in pairs if pair.startswith(f"CAEM-{n}-to-{m} ")]
+    within = [pair for pair in pairs if pair not in across]
+    for group, claim, judge in (
+        (
+            within,
+            "soups within a capacity survive (half or more of their parents' Overall is kept)",
+            lambda kept: kept >= 0.5,
+        ),
+        (across, f"soups with {n}-to-{m} collapse (less than a tenth is kept)", lambda kept: kept < 0.1),
+    ):
+        shares = {pair: [kept_share(*one) for one in e.get(pair, *pair.split(" + "))] for pair in group}
+        kept = {pair: [share for share in of_pair if share is not None] for pair, of_pair in shares.items()}
+        if any(kept.values()):
+            answers = [judge(value) for values in kept.values() for value in values]
+            verdict = claims.HELD if all(answers) else claims.NOT if not any(answers) else claims.UNKNOWN
+            numbers = "; ".join(f"{pair}: {Stat(tuple(v), 3)}" for pair, v in kept.items() if v)
+            add(claim, verdict, f"kept of the parents' Overall: {numbers}", *kept)
+    pair = f"CAEM-{n}-to-{m} + CAEM-{n}"
+    if found := [one["cka"] for (one,) in e.get(pair) if "cka" in one]:
+        lowest = [min(v for task in e.tasks for v in one["after"][task]["encoder"]) for one in found]
+        verdict = claims.HELD if min(lowest) > 0.999 else claims.NOT if max(lowest) <= 0.999 else claims.UNKNOWN
+        numbers = f"lowest over tasks and layers after fine-tuning: {Stat(tuple(lowest), 4)}"
+        add(f"the encoder of {n}-to-{m} equals that of CAEM-{n} (CKA > 0.999 in every layer)", verdict, numbers, pair)
+    overall_above(
+        f"CAEM-{n}", f"Baseline-{n}-same-compute", "not in the paper: CAEM above Baseline at the same compute"
+    )
+    overall_above(f"CAEM-{n}", f"Average-{n}", "not in the paper: CAEM above the plain average")
+    return table

@@ -1,0 +1,88 @@
+"""Tables of expert use: entropies, allocations, and how entropy depends on the input length and the way of counting."""
+
+from statistics import fmean
+from typing import Any
+
+from expert_merging.report.evidence import STACKS, Evidence, entropy
+from expert_merging.report.records import by_stack
+from expert_merging.report.tables import Table, stat
+
+PAPER_ENTROPIES = {"CAEM-8": (0.4524, 0.5923), "CAEM-8-to-16": (0.3345, 0.5312), "CAEM-16": (0.3966, 0.4677)}
+
+
+def entropies_after(e: Evidence) -> Table:
+    """Table 3, for all configurations."""
+    table = Table(
+        "entropies_after", "Expert-usage entropy after multi-task training (table 3)",
+        "Normalised entropy on validation, mean over tasks and sparse layers: 1 is even use, 0 is one expert for all.",
+    )  # fmt: skip
+    for name in e.multi_task():
+        row: dict[str, Any] = {"configuration": name}
+        for stack in STACKS:
+            row[stack] = stat([fmean(entropy(one, stack, task) for task in e.tasks) for (one,) in e.get(name)], 4)
+        if e.scale == "paper":
+            paper = PAPER_ENTROPIES.get(name, (None, None))
+            row |= {"paper: encoder": paper[0], "paper: decoder": paper[1]}
+        table.rows.append(row | {"from": e.source(name)})
+    return table
+
+
+def entropies_by_task(e: Evidence) -> Table:
+    """The complexity by which CAEM shares experts."""
+    table = Table(
+        "entropies_by_task", "Expert-usage entropy of the single-task models: the tasks' complexity",
+        "Normalised entropy on validation, mean over sparse layers.",
+    )  # fmt: skip
+    for experts in (e.n, e.m):
+        for task in e.tasks:
+            name = f"single-task-{experts} {task}"
+            if found := e.get(name):
+                row: dict[str, Any] = {"experts": str(experts), "task": task}
+                row |= {stack: stat([entropy(one, stack, task) for (one,) in found], 4) for stack in STACKS}
+                table.rows.append(row | {"from": e.source(name)})
+    return table
+
+
+def allocation(e: Evidence) -> Table:
+    """Experts from each task in each sparse layer."""
+    table = Table(
+        "allocation", "Experts from each task",
+        "In each sparse layer, a number a seed; and the weight with which each task enters all other tensors of the stack.",
+    )  # fmt: skip
+    for name in e.multi_task():
+        found = [one for (one,) in e.get(name) if "weights" in one]
+        counts = [by_stack(one, "allocation") for one in found]
+        for stack in STACKS:
+            for layer in range(len(counts[0][stack]) if found else 0):
+                row = {"configuration": name, "stack": stack, "sparse layer": str(layer + 1)}
+                for number, task in enumerate(e.tasks):
+                    row[task] = ", ".join(str(one[stack][layer][number]) for one in counts)
+                table.rows.append(row | {"from": e.source(name)})
+            if found:
+                row = {"configuration": name, "stack": stack, "sparse layer": "weight"}
+                for number, task in enumerate(e.tasks):
+                    row[task] = ", ".join(f"{one['weights'][stack][number]:.3f}" for one in found)
+                table.rows.append(row | {"from": e.source(name)})
+    return table
+
+
+def entropy_by_length(e: Evidence) -> Table:
+    """The audit: the same task and model, inputs cut to several lengths, counted both ways."""
+    table = Table(
+        "entropy_by_length", "Entropy against input length",
+        "Single-task models on their validation inputs cut to a length: real tokens before the capacity cut (paper), or "
+        "all positions of inputs padded to the limit, after it (released). Mean over sparse layers.",
+    )  # fmt: skip
+    for task in e.tasks:
+        found = [one["rows"] for (one,) in e.get(f"usage {task}")]
+        lengths = dict.fromkeys(row["input_length"] for rows in found for row in rows)
+        for length in lengths:
+            cell: dict[str, Any] = {"task": task, "cut to": length}
+            same = [row for rows in found for row in rows if row["input_length"] == length]
+            cell["mean tokens"] = round(fmean(row["mean_length"] for row in same), 1)
+            for stack in STACKS:
+                for counting in ("paper", "released"):
+                    values = [fmean(row["entropy"][stack]) for row in same if row["counting"] == counting]
+                    cell[f"{stack}, {counting}"] = stat(values, 4)
+            table.rows.append(cell | {"from": e.source(f"usage {task}")})
+    return table

@@ -1,0 +1,141 @@
+"""The evidence for CAEM: the records of reproduce_tables.py's runs, and what the tables and figures ask of them.
+
+Imports no model: whoever has the files can make the tables again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json, write_atomic, write_json
+from expert_merging.report.records import Groups, by_stack, group_files, source, write
+
+STACKS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Records by seed and run: {seed: {name: JSON}}; `n` and `m` are few and many experts (8 and 16)."""
+
+    scale: str
+    n: int
+    m: int
+    tasks: tuple[str, ...]
+    records: dict[int, dict[str, Any]]
+
+    def get(self, *names: str) -> list[list[Any]]:
+        """For each seed that has all of these runs, their records."""
+        return [[of_seed[name] for name in names] for of_seed in self.records.values() if set(names) <= of_seed.keys()]
+
+    def source(self, *names: str) -> str:
+        """The records of these runs, for a table's column "from"."""
+        return source(self.groups(), *names)
+
+    def groups(self) -> Groups:
+        """The records by seed's file and run."""
+        return {f"seed{seed}": of_seed for seed, of_seed in self.records.items()}
+
+    def by_seed(self, name: str) -> list[tuple[int, Any]]:
+        """(seed, record) of a run."""
+        return [(seed, of_seed[name]) for seed, of_seed in self.records.items() if name in of_seed]
+
+    def multi_task(self) -> list[str]:
+        """The multi-task runs that are there, in the order of the paper's table 2, then the controls."""
+        n, m = self.n, self.m
+        order = [f"Baseline-{n}", f"Baseline-{m}", f"CAEM-{n}", f"CAEM-{n}-to-{m}", f"CAEM-{m}", f"CAEM-{n}-Avg"]
+        order += [f"CAEM-{m}-Avg", f"Average-{n}", f"Baseline-{n}-same-compute"]
+        return [name for name in order if self.get(name)]
+
+    def pairs(self) -> list[str]:
+        """The pairs of models that were compared."""
+        return list(dict.fromkeys(name for of_seed in self.records.values() for name in of_seed if " + " in name))
+
+    def main_score(self, task: str) -> str:
+        """The name of a task's main score."""
+        return next(
+            record[f"{task}_data"]["main_score"]
+            for of_seed in self.records.values()
+            for record in of_seed.values()
+            if f"{task}_data" in record
+        )
+
+
+def collect(
+    folder: Path,
+    scale: str,
+    sizes: tuple[int, int],
+    tasks: tuple[str, ...],
+    files: dict[int, dict[str, Path]],
+    times: Path | None = None,
+) -> None:
+    """Write the results of runs, {seed: {name: file}}, as they are, into `folder` as the records of a report.
+
+    Args:
+        sizes: few and many experts.
+        times: the file in which the seconds that each run took are noted, if there is one.
+    """
+    facts = {"scale": scale, "seeds": list(files), "experts_num": sizes[0], "larger_experts_num": sizes[1]}
+    groups = {
+        f"seed{seed}": {name: read_json(path) for name, path in of_seed.items()} for seed, of_seed in files.items()
+    }
+    for old in set(group_files(folder)) - {folder / f"{group}.json" for group in groups}:
+        old.unlink()
+    write(folder, groups)
+    write_json(folder / "experiment.json", facts | {"tasks": list(tasks)})
+    if times is not None and times.exists():
+        write_atomic(folder / "times.json", times.read_bytes())
+
+
+def read(folder: Path) -> Evidence:
+    """The evidence in a report's folder. Raises UserError when there is none, or a file is damaged."""
+    described = folder / "experiment.json"
+    if not described.exists():
+        raise UserError(f"{folder} holds no experiment.json; it is not a report that reproduce_tables.py wrote")
+    facts = read_json(described)
+    records = {seed: read_json(folder / f"seed{seed}.json") for seed in facts["seeds"]}
+    return Evidence(facts["scale"], facts["experts_num"], facts["larger_experts_num"], tuple(facts["tasks"]), records)
+
+
+def start_name(e: Evidence, name: str) -> str:
+    """The run whose record says what run `name` started from."""
+    experts = e.m if name.endswith(str(e.m)) else e.n
+    return f"reference-{experts}" if name.startswith("Baseline") else name
+
+
+def starts(e: Evidence, name: str) -> list[Any]:
+    """What each seed's run started from: scores of the merged model, or for a Baseline of the pre-trained one."""
+    found = [one for (one,) in e.get(start_name(e, name))]
+    if name.startswith("Baseline"):
+        return [one["rows"]["base model, not fine-tuned"] for one in found]
+    return [one["before"] for one in found]
+
+
+def start_and_epochs(e: Evidence, name: str, value: Callable[[Any], float]) -> list[list[float]]:
+    """For each seed `value` of the validation scores {task: scores} before training and after each epoch."""
+    curves = []
+    for of_seed in e.records.values():
+        if {name, start_name(e, name)} <= of_seed.keys():
+            seed = Evidence(e.scale, e.n, e.m, e.tasks, {0: of_seed})
+            epochs = range(len(of_seed[name]["selection"]))
+            after = [{t: of_seed[name][f"{t}_data"]["validation"][epoch] for t in e.tasks} for epoch in epochs]
+            curves.append([value(scores) for scores in (starts(seed, name)[0]["validation"], *after)])
+    return curves
+
+
+def entropy(record: Any, stack: str, task: str) -> float:
+    """Normalised entropy of a task's expert use, mean over the sparse layers of a stack."""
+    return fmean(by_stack(record, "entropy")[stack][task])
+
+
+def mean_loss(scores: Any, e: Evidence) -> float:
+    """Cross-entropy in nats a target token, mean over tasks."""
+    return fmean(scores[task]["loss"] for task in e.tasks)
+
+
+def kept_share(soup: Any, a: Any, b: Any) -> float | None:
+    """Overall of a soup as a share of its parents' mean; None where they have nothing to keep."""
+    parents = fmean([a["overall"]["test"], b["overall"]["test"]])
+    return soup["soup"]["overall"] / parents if parents > 0 else None
