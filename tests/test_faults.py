@@ -32,7 +32,8 @@ def test_every_script_killed_anywhere_ends_the_same():
 
 
 def test_the_harness_covers_every_script():
-    scripts = {path.name for path in ROOT.glob("*.py")} - {"global_config.py"}
+    folders = ("*.py", "neighbours/*.py", "tools/*.py")
+    scripts = {str(path.relative_to(ROOT)) for folder in folders for path in ROOT.glob(folder)} - {"global_config.py"}
     assert scripts == {case.script for case in CASES.values()}
 
 
@@ -66,7 +67,7 @@ def test_ctrl_c_ends_with_one_line_and_a_second_run_is_refused(world, features, 
     assert "Traceback" not in said and not lock.exists()
 
 
-HOLD = "from expert_merging import files; import sys, time; files.hold(sys.argv[1]); print(flush=True); time.sleep(600)"
+HOLD = "from expert_merging.core import files; import sys, time; files.hold(sys.argv[1]); print(flush=True); time.sleep(600)"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_pickled_history_is_never_opened(world, features, tmp_path):
         (folder / f"single_task_{task}.pkl").write_bytes(pickle.dumps(Malicious()))
     shutil.copytree(features / "data", tmp_path / "data")
     for script in ("Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py", "tools/reference_scores.py"):
-        words = {"B": ["--experts_num", "4"], "r": ["--num_expert", "4"]}.get(
+        words = {"B": ["--experts_num", "4"], "t": ["--num_expert", "4"]}.get(
             script[0], ["--source_experts_num", "4", "--target_experts_num", "4"]
         )
         with pytest.raises(UserError, match="json does not exist; run: python single_task_finetune.py"):

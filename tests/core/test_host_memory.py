@@ -10,7 +10,7 @@ from conftest import ROOT
 
 COUNT = """
 import resource, sys
-from expert_merging.host_memory import keep_freed_memory
+from expert_merging.core.host_memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 import torch
