@@ -66,7 +66,7 @@ def test_ctrl_c_ends_with_one_line_and_a_second_run_is_refused(world, features, 
     assert "Traceback" not in said and not lock.exists()
 
 
-HOLD = "from expert_merging import files; import sys, time; files.hold(sys.argv[1]); print(flush=True); time.sleep(600)"
+HOLD = "from expert_merging.core import files; import sys, time; files.hold(sys.argv[1]); print(flush=True); time.sleep(600)"
 
 
 @pytest.mark.parametrize(

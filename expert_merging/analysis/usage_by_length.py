@@ -7,7 +7,9 @@ from expert_merging.data.tasks import get_task
 from expert_merging.switch import decoding, usage
 
 
-def rows(c: SimpleNamespace, accelerator, model, task: str, examples, tokenizer, lengths: list[int]) -> list[dict[str, Any]]:
+def rows(
+    c: SimpleNamespace, accelerator, model, task: str, examples, tokenizer, lengths: list[int]
+) -> list[dict[str, Any]]:
     """For each of `lengths` (tokens) and way of counting: the tokens that every expert got, entropies and scores.
 
     An input that is longer than a length keeps its first tokens and the end token, as if the limit had been lower.

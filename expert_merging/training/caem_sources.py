@@ -146,7 +146,7 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     accelerator.wait_for_everyone()
     record = results.part(path, identity)
     if c.merging == "caem":
-        accelerator.print(allocation_lines(record, c.task_types))
+        accelerator.print(allocation_lines(record, tuple(source.task for source in sources)))
     return record
 
 

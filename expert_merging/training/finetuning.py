@@ -229,4 +229,3 @@ def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
 def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
     step = Size(len(group), int(inputs[group].sum()), int(targets[group].sum()))
     return [Pass(task, group[i : i + batch_size], step) for i in range(0, len(group), batch_size)]
-

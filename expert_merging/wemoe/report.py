@@ -5,36 +5,13 @@ A folder holds records/{group}/{method}.json; a group is a seed, or what a corru
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.core.files import new_folder, read_json, write_atomic, write_json
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, write_atomic
 from expert_merging.report.tables import Table, stat
-from expert_merging.run.provenance import command, versions
 
 MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "seconds", "files")
-
-
-def identity(c: SimpleNamespace, prefixes: Sequence[str]) -> dict[str, Any]:
-    """The constants that begin with one of `prefixes`: what a record depends on."""
-    return {name: value for name, value in sorted(vars(c).items()) if name.startswith(tuple(prefixes))}
-
-
-def missing(folder: Path, group: str, methods: Sequence[str], identity: dict[str, Any]) -> list[str]:
-    """The methods without a record, or whose record was made with other constants."""
-    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
-
-    def there(method: str) -> bool:
-        path = _path(folder, group, method)
-        return path.exists() and read_json(path)["constants"] == identity
-
-    return [method for method in methods if not there(method)]
-
-
-def add(folder: Path, group: str, method: str, found: dict[str, Any], seed: int, identity: dict[str, Any]) -> None:
-    """Write a record, with where it comes from."""
-    more = {"method": method, "group": group, "seed": seed, "constants": identity}
-    write_json(_path(folder, group, method), found | more | {"command": command(), "versions": versions()})
 
 
 def seen_and_unseen(found: dict[str, Any], tasks: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
@@ -54,16 +31,14 @@ def line(found: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _path(folder: Path, group: str, method: str) -> Path:
-    return Path(folder) / "records" / group / f"{method}.json"
-
-
 def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """{method: {group: record}} in the order of METHOD_ORDER's kinds."""
+    """{method: {group: record}} in the order of their kinds. Raises UserError where there are none."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((Path(folder) / "records").glob("*/*.json")):
         record = read_json(path)
         found.setdefault(record["method"], {})[record["group"]] = record
+    if not found:
+        raise UserError(f"{folder} has no records; run the script that makes them first, or name another folder")
     order = ("pretrained", "individual", "average", "task", "ties", "adamerging", "wemoe", "ewemoe")
     rank = {method: min(i for i, kind in enumerate(order) if method.startswith(kind)) for method in found}
     return {method: found[method] for method in sorted(found, key=lambda m: (rank[m], len(m), m))}

@@ -102,7 +102,7 @@ def test_no_script_repeats_a_shared_constant(name):
     import global_config
     from expert_merging.run.constants import _constants
 
-    module = importlib.import_module(name.removesuffix(".py"))
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     assert not _constants(vars(module)).keys() & _constants(vars(global_config)).keys()
 
 

@@ -201,7 +201,7 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_read_back(tmp_path, mon
             raise OSError("read error")
         read_back(path)
 
-    monkeypatch.setattr(loop, "_read_back", unreadable)
+    monkeypatch.setattr(checkpoints, "_read_back", unreadable)
     with pytest.raises(UserError, match="cannot write the checkpoint .*read error.*the last one is kept"):
         run(tmp_path)
     assert older.exists()
