@@ -60,7 +60,6 @@ def adapt(
     guard: str = "warn",
     floor: float = 0.5,
     window: int = 20,
-    after_step: Callable[[], None] | None = None,
     checkpoint: Path | None = None,
     identity: dict[str, Any] | None = None,
     title: str = "adapting",
@@ -78,7 +77,6 @@ def adapt(
         parameters: those to train; they need gradients.
         loss: (task, step) -> (scalar in nats, mean prediction [C] for the guard, or None). The step is what the batch
             depends on; see `batch_at`.
-        after_step: called after every step of the optimizer, to clamp or clip.
         checkpoint: a file from which an interrupted adaptation goes on; removed at the end.
         identity: what the result depends on beside these arguments; it is refused to go on from another's checkpoint.
 
@@ -122,8 +120,6 @@ def adapt(
             if prediction is not None:
                 predictions[task].append(prediction.detach().cpu())
         optimizer.step()
-        if after_step is not None:
-            after_step()
         record["steps_done"], record["seconds"] = step + 1, time.monotonic() - started
         bar.set_postfix(loss=f"{sum(values[-1] for values in record['loss'].values()):.3f}", refresh=False)
         if (step + 1) % window == 0 and guard != "off":
