@@ -50,7 +50,7 @@ def main(c):
 
     from expert_merging.meo import bases, finetuning, report
     from expert_merging.run import results
-    from expert_merging.run.devices import make_accelerator, precision_of
+    from expert_merging.run.devices import make_accelerator
 
     logging.set_verbosity_error()  # it would say of every model that its head is new
     finetuning.check(c.family, c.n, c.ks, c.levels)
@@ -65,23 +65,14 @@ def main(c):
     rows, facts = recipes.rows_of(c.task, recipe, recipes.load_raw(c.task, c), tokenizer)
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
     accelerator.print(f"{c.family} on {c.task}: {sizes}; {recipe.lr:g} x {recipe.epochs} epochs of {recipe.batch_size}")
-    folder, data = (
-        Path(c.MEO_DIR) / f"{c.family}_{c.task}",
-        {"recipe": recipe, "rows": rows, "labels": facts.get("labels")},
-    )
-    about = {
-        "family": c.family,
-        "task": c.task,
-        "n": c.n,
-        "recipe": recipes.as_json(recipe),
-        "precision": precision_of(c),
-    }
-    about |= {"data": recipes.rows_hash(rows), "base": finetuning.weights_hash(base)}
+    folder, labels = Path(c.MEO_DIR) / f"{c.family}_{c.task}", facts.get("labels")
+    about = {"recipe": recipes.as_json(recipe), "data": recipes.rows_hash(rows), "base": finetuning.weights_hash(base)}
+    about |= results.identity(c, ("family", "task", "n", "precision"))
     for seed in c.seeds:
         for variant in finetuning.variants(c.family, c.n, c.ks, c.levels):
             path, identity = folder / f"seed{seed}" / variant.file, {**about, "seed": seed, "variant": variant.name}
             if not results.is_done(f"{path}.json", identity, Path(f"{path}.run"), elsewhere="MEO_DIR"):
-                finetuning.run_variant(c, accelerator, variant, base, tokenizer, path, identity, **data)
+                finetuning.run_variant(c, accelerator, variant, base, tokenizer, path, identity, recipe, rows, labels)
 
     if accelerator.is_main_process:
         print(report.write_finetuning(folder, folder / "report"))

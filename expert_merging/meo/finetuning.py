@@ -200,7 +200,7 @@ def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) 
 
 
 def run_variant(
-    c: SimpleNamespace, accelerator, variant: Variant, base: str, tokenizer, path: Path, identity: dict[str, Any], *,
+    c: SimpleNamespace, accelerator, variant: Variant, base: str, tokenizer, path: Path, identity: dict[str, Any],
     recipe: Recipe, rows: dict[str, list[dict]], labels: list[str] | None,
 ) -> None:  # fmt: skip
     """`train_variant`, with checkpoints in `path`.run meanwhile, and the record in `path`.json."""
