@@ -17,13 +17,9 @@ current_case_name = "Baseline"
 def main(c):
     from pathlib import Path
 
-    from expert_merging.data.tasks import get_task
-    from expert_merging.switch.models import find_base, require_patch
+    from expert_merging.switch.models import preflight
 
-    for task in c.task_types:
-        get_task(task)
-    require_patch()
-    find_base(c, c.experts_num)
+    preflight(c, c.task_types, c.experts_num)
 
     from expert_merging.data import features
     from expert_merging.run import results
@@ -32,7 +28,7 @@ def main(c):
     from expert_merging.training import finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
-    name = f"{c.current_case_name}_[{c.experts_num}]"
+    name = results.run_name(c.current_case_name, c.experts_num)
     work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
     goals = overall.single_task_goals(
         c.SOURCE_PICKLE_PATH.format(experts=c.experts_num), c.task_types, c.experts_num, c
@@ -43,22 +39,16 @@ def main(c):
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
     model, ancestor = models.load_base(c, c.experts_num)
     identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
-    if results.finished(c.PICKLE_PATH, name, identity, work):
-        accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
+    if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, work, again="train"):
         return
-
-    epochs = c.num_epochs
-    if c.same_compute:
-        epochs += finetuning.epochs_worth(data, c.num_epochs)
+    epochs = c.num_epochs + (finetuning.epochs_worth(data, c.num_epochs) if c.same_compute else 0)
 
     # Fine-tune jointly; the best epoch by Overall on validation is kept and tested.
-    history = finetuning.finetune(
+    finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=name + "_ep{epoch}.pt",
         work=work, identity=identity, goals=goals, num_epochs=epochs,
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
-
-    accelerator.print(overall.summary(history))
 
 
 if __name__ == "__main__":

@@ -22,61 +22,53 @@ merge_only = False  # stop after merging
 def main(c):
     from pathlib import Path
 
-    from expert_merging.data.tasks import get_task
-    from expert_merging.switch.models import require_patch
+    from expert_merging.switch.models import preflight
 
-    for task in c.task_types:
-        get_task(task)
-    require_patch()
+    preflight(c, c.task_types)
 
-    from expert_merging.data import features
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.switch import models
     from expert_merging.training import caem_sources, evaluate, finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
-    name = f"{c.current_case_name}_[{c.source_experts_num}|{c.target_experts_num}]"
-    work = Path(c.MODEL_SAVE_PATH) / f"{name}.run"
+    name = results.run_name(c.current_case_name, c.source_experts_num, c.target_experts_num)
+    work, merged = (Path(c.MODEL_SAVE_PATH) / f"{name}{end}" for end in (".run", "_merged"))
     sources = caem_sources.open_sources(c, c.task_types, c.source_experts_num, c.target_experts_num)
-    tokenizer = sources[0].tokenizer
-    data = {} if c.merge_only else {task: features.load(task, c, tokenizer) for task in c.task_types}
-    goals = None
-    if not c.merge_only:
-        goals_folder = c.SOURCE_PICKLE_PATH.format(experts=c.target_experts_num)
-        goals = overall.single_task_goals(goals_folder, c.task_types, c.target_experts_num, c)
-    identity = results.identity(
-        c, data=finetuning.data_hashes(c, list(data)), goals=goals,
-        sources={source.task: source.weights_sha256 for source in sources},
-    )  # fmt: skip
-    if results.finished(c.PICKLE_PATH, name, identity, work):
-        accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to train again")
+    data, goals = ({}, None) if c.merge_only else data_and_goals(c, sources[0].tokenizer)
+    hashes, weights = finetuning.data_hashes(c, list(data)), {source.task: source.weights_sha256 for source in sources}
+    identity = results.identity(c, data=hashes, goals=goals, sources=weights)
+    if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, work, again="train"):
         return
 
     # Merge: experts by entropy and usage, all else averaged (Algorithm 1). The result is an ordinary model folder.
-    merged_folder = Path(c.MODEL_SAVE_PATH) / f"{name}_merged"
-    record = caem_sources.merge_sources(c, accelerator, sources, merged_folder)
-    if c.merging == "caem":
-        accelerator.print(caem_sources.allocation_lines(record, c.task_types))
+    record = caem_sources.merge_sources(c, accelerator, sources, merged)
     if c.merge_only:
-        accelerator.print(f"the merged model is in {merged_folder}")
+        accelerator.print(f"the merged model is in {merged}")
         return
-    model = models.load_model(merged_folder, "merged model")
 
     # What merging alone gives.
-    before = evaluate.test_once(c, accelerator, model, tokenizer, data, goals, merged_folder / "test.json")
-    accelerator.print(
-        "merged, before fine-tuning: " + overall.scores_line(before["test"], before["overall"]["test"])
-    )
+    model, tokenizer = models.load_model(merged, "merged model"), sources[0].tokenizer
+    scored = evaluate.scoring_identity(c, hashes, goals, merging=caem_sources.merging_identity(c, sources))
+    before = evaluate.test_once(c, accelerator, model, tokenizer, data, goals, merged / "test.json", scored)
+    accelerator.print("merged, before fine-tuning: " + overall.scores_line(before["test"], before["overall"]["test"]))
 
     # Fine-tune jointly, as the baseline does.
-    history = finetuning.finetune(
+    finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=name + "_ep{epoch}.pt",
         work=work, identity=identity, goals=goals, more={**record, "before": before},
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
 
-    accelerator.print(overall.summary(history))
+
+def data_and_goals(c, tokenizer):
+    """({task: features}, what Overall divides by): what fine-tuning needs beside the merged model."""
+    from expert_merging.data import features
+    from expert_merging.training import overall
+
+    folder = c.SOURCE_PICKLE_PATH.format(experts=c.target_experts_num)
+    data = {task: features.load(task, c, tokenizer) for task in c.task_types}
+    return data, overall.single_task_goals(folder, c.task_types, c.target_experts_num, c)
 
 
 if __name__ == "__main__":

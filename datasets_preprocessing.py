@@ -24,10 +24,7 @@ def main(c):
     tasks = {name: get_task(name) for name in c.task_types}
     features.check_constants(c)
     base = c.BASE_MODEL_PATH.format(experts=c.num_expert)
-    paths = {"BASE_MODEL_PATH": base}
-    for constant in map(features.source_constant, tasks):
-        if hasattr(c, constant):  # the docstring tasks need none
-            paths[constant] = getattr(c, constant)
+    paths = {"BASE_MODEL_PATH": base, **features.source_paths(c, tasks)}
     if None in [hub.local_folder(path, constant) for constant, path in paths.items()]:
         hub.offline_if_unreachable()
     tokenizer = hub.load_tokenizer(base)

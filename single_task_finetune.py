@@ -15,18 +15,15 @@ num_expert = 8  # experts in each sparse layer of the base model
 def main(c):
     from pathlib import Path
 
-    from expert_merging.data.tasks import get_task
-    from expert_merging.switch.models import find_base, require_patch
+    from expert_merging.switch.models import preflight
 
-    get_task(c.task_type)
-    require_patch()
-    find_base(c, c.num_expert)
+    preflight(c, [c.task_type], c.num_expert)
 
     from expert_merging.data import features
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.switch import models
-    from expert_merging.training import finetuning, overall
+    from expert_merging.training import finetuning
 
     accelerator = make_accelerator(c, can_shard=True)
     name = f"single_task_{c.task_type}"
@@ -39,17 +36,14 @@ def main(c):
     data = {c.task_type: features.load(c.task_type, c, tokenizer)}
     model, ancestor = models.load_base(c, c.num_expert)
     identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
-    if results.finished(histories_folder, name, identity, work):
-        accelerator.print(f"{histories_folder / name}.json is there already; remove it to train again")
+    if results.is_done(histories_folder / f"{name}.json", identity, work, again="train"):
         return
 
     # Fine-tune; the best epoch by validation is kept, tested, and its expert usage on validation noted.
-    history = finetuning.finetune(
+    finetuning.finetune(
         c, accelerator, model, tokenizer, data, name=name, save_as=f"{name}.pt", work=work,
         identity=identity, models_folder=models_folder, histories_folder=histories_folder,
     )  # fmt: skip
-
-    accelerator.print(overall.summary(history))
 
 
 if __name__ == "__main__":

@@ -108,51 +108,39 @@ def main(c):
     from expert_merging.hemoe import pipeline
 
     pipeline.check(c)
-    if c.check:
-        from expert_merging.hemoe import report
 
+    from expert_merging.hemoe import dense_model, examples, measuring, mixtures, report, splitting
+
+    if c.check:
         return report.check()
     if c.publish:
         from expert_merging.report.publish import require_commit
 
         require_commit()
 
-    # At tiny and small: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
-    if "base" in c.steps:
-        pipeline.base(c)
-
-    # Domains: the tasks of the instruction data, or clusters of its embeddings.
-    if "domains" in c.steps:
-        pipeline.domains(c)
-
-    # Importance of neuron i to domain c: sum over sequences of |sum of w dL/dw over the neuron's weights|.
-    if "scores" in c.steps:
-        pipeline.scores(c)
-
-    # Partition: experts and the domains they serve, max sum_e sum_c y_ec sum_{i in e} s_ic, sizes within a ratio R;
-    # and the baselines that split otherwise.
-    if "partition" in c.steps:
-        pipeline.partition(c)
-
-    # The mixture: sum of the k experts that the router ranks first, weight 1 each; with k = n it is the dense model.
-    if "conversion" in c.steps:
-        pipeline.conversion(c)
-
-    # Tuning on the instruction data: cross-entropy + lambda n sum_e f_e rho_e P_e a layer; experts stay as they are.
-    if "tuning" in c.steps:
-        pipeline.tuning(c)
-
-    # For k = 1..n: the share of neurons that is activated, the loss of held-out answers, and accuracy by lm_eval.
-    if "measure" in c.steps:
-        pipeline.measure(c)
-    if "evaluation" in c.steps:
-        pipeline.evaluation(c)
-
-    # Accuracy against activated share, over all seeds there are.
-    if "report" in c.steps:
-        from expert_merging.hemoe import report
-
-        report.make(c)
+    in_order = {
+        # At tiny and small: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
+        "base": dense_model.base,
+        # Domains: the tasks of the instruction data, or clusters of its embeddings.
+        "domains": examples.domains,
+        # Importance of neuron i to domain c: sum over sequences of |sum of w dL/dw over the neuron's weights|.
+        "scores": splitting.scores,
+        # Partition: experts and the domains they serve, max sum_e sum_c y_ec sum_{i in e} s_ic, sizes within a ratio R;
+        # and the baselines that split otherwise.
+        "partition": splitting.partition,
+        # The mixture: sum of the k experts that the router ranks first, weight 1 each; with k = n it is the dense model.
+        "conversion": mixtures.conversion,
+        # Tuning on the instruction data: cross-entropy + lambda n sum_e f_e rho_e P_e a layer; experts stay as they are.
+        "tuning": mixtures.tuning,
+        # For k = 1..n: the share of neurons that is activated, the loss of held-out answers, and accuracy by lm_eval.
+        "measure": measuring.measure,
+        "evaluation": measuring.evaluation,
+        # Accuracy against activated share, over all seeds there are.
+        "report": report.make,
+    }
+    for name, step in in_order.items():
+        if name in c.steps:
+            step(c)
 
 
 if __name__ == "__main__":

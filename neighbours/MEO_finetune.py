@@ -38,88 +38,41 @@ pretraining_length = 64  # tokens a block
 pretraining_lr = 3e-3  # peak
 
 
-def recipe_for(c):
-    """The task's recipe with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
-    from dataclasses import replace
-
-    from expert_merging.core.errors import UserError
-    from expert_merging.meo import recipes
-
-    recipe = recipes.recipe_of(c.task, c.family)
-    own = {"lr": c.learning_rate, "epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
-    if negative := [name for name, value in own.items() if value < 0]:
-        raise UserError(f"the {negative[0]} given is {own[negative[0]]}; it must be above 0, or 0 for the task's own")
-    if not c.seeds:
-        raise UserError("seeds is empty; give one at least")
-    return replace(recipe, **{name: value for name, value in own.items() if value})
-
-
 def main(c):
     from pathlib import Path
 
-    from expert_merging.core.hub import local_folder, offline_if_unreachable
+    from expert_merging.meo import recipes
 
-    recipe = recipe_for(c)
-    base = c.MODEL_PATH or recipe.model or f"{c.MEO_DIR}/bases/{c.family}"
-    embedded = not (c.MODEL_PATH or recipe.model)
-    if not embedded and local_folder(base, "MODEL_PATH") is None:
-        offline_if_unreachable()
+    recipe = recipes.chosen(c)
+    published = recipes.published_model(c, recipe)
 
     from transformers.utils import logging
 
-    from expert_merging.core.files import write_json
-    from expert_merging.data import docstring_reader
-    from expert_merging.meo import bases, finetuning, recipes, report
-    from expert_merging.run import provenance, results
+    from expert_merging.meo import bases, finetuning, report
+    from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import models
-    from expert_merging.training import checkpoints
 
     logging.set_verbosity_error()  # it would say of every model that its head is new
     finetuning.check(c.family, c.n, c.ks, c.levels)
     accelerator = make_accelerator(c)
 
     # A small model, pre-trained on docstrings, where the task has no published one.
-    if embedded and not Path(base).is_dir():
-        tokenizer = bases.new_tokenizer(models.base_tokenizer(c, 8))
-        texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
-        blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
-        bases.pretrain(c, accelerator, c.family, tokenizer, blocks, Path(base))
+    base = published or bases.pretrain_once(c, accelerator, Path(c.MEO_DIR) / "bases" / c.family)
     finetuning.check_model(base, c.family)
     tokenizer = finetuning.load_tokenizer(base)
 
     # The same rows, batches and head for all variants of a seed.
     rows, facts = recipes.rows_of(c.task, recipe, recipes.load_raw(c.task, c), tokenizer)
-    shown = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
-    accelerator.print(f"{c.family} on {c.task}: {shown}; {recipe.lr:g} x {recipe.epochs} epochs of {recipe.batch_size}")
-    folder = Path(c.MEO_DIR) / f"{c.family}_{c.task}"
-    about = {
-        "family": c.family,
-        "task": c.task,
-        "n": c.n,
-        "recipe": recipes.as_json(recipe),
-        "data": recipes.rows_hash(rows),
-    }
-    about["base"] = finetuning.weights_hash(base)
+    sizes = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
+    accelerator.print(f"{c.family} on {c.task}: {sizes}; {recipe.lr:g} x {recipe.epochs} epochs of {recipe.batch_size}")
+    folder, labels = Path(c.MEO_DIR) / f"{c.family}_{c.task}", facts.get("labels")
+    about = {"recipe": recipes.as_json(recipe), "data": recipes.rows_hash(rows), "base": finetuning.weights_hash(base)}
+    about |= results.identity(c, ("family", "task", "n", "precision"))
     for seed in c.seeds:
         for variant in finetuning.variants(c.family, c.n, c.ks, c.levels):
-            place = folder / f"seed{seed}"
-            identity = {**about, "seed": seed, "variant": variant.name}
-            work = place / f"{variant.file}.run"
-            if results.finished(place, variant.file, identity, work):
-                continue
-            checkpoints.claim(work, identity)
-            record = finetuning.train_variant(
-                c, accelerator, variant, family=c.family, task=c.task, recipe=recipe, base=base, tokenizer=tokenizer,
-                rows=rows, labels=facts.get("labels"), seed=seed, work=work,
-            )  # fmt: skip
-            record |= {"identity": identity, "command": provenance.command(), "versions": provenance.versions()}
-            if accelerator.is_main_process:
-                write_json(place / f"{variant.file}.json", record)
-                checkpoints.release(work)
-            accelerator.wait_for_everyone()
-            score = record["scores"]["test"][recipe.main_score]
-            accelerator.print(f"seed {seed}, {variant.name}: {recipe.main_score} {score:.2f}")
+            path, identity = folder / f"seed{seed}" / variant.file, {**about, "seed": seed, "variant": variant.name}
+            if not results.is_done(f"{path}.json", identity, Path(f"{path}.run"), elsewhere="MEO_DIR"):
+                finetuning.run_variant(c, accelerator, variant, base, tokenizer, path, identity, recipe, rows, labels)
 
     if accelerator.is_main_process:
         print(report.write_finetuning(report.records_of(folder), folder / "report"))

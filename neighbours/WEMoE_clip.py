@@ -46,14 +46,10 @@ tables_only = False  # make the tables and figures in WEMOE_CLIP_DIR again from 
 def main(c):
     from pathlib import Path
 
-    from expert_merging.core.errors import UserError
+    from expert_merging.wemoe import report
 
-    if c.experiment not in ("multi_task", "generalization", "robustness"):
-        raise UserError(f"there is no experiment {c.experiment!r}; there are multi_task, generalization, robustness")
     folder = Path(c.WEMOE_CLIP_DIR)
     if c.tables_only:
-        from expert_merging.wemoe import report
-
         print(report.write(folder))
         return
 
@@ -63,63 +59,25 @@ def main(c):
         offline_if_unreachable()
 
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.wemoe import checkpoints, clip, report
-    from expert_merging.wemoe.classification import Settings, check_method, run_method
-    from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
-
-    for method in c.methods:
-        check_method(method)
-    tasks = c.robust_tasks if c.experiment == "robustness" else c.clip_tasks
-    unseen = c.unseen_tasks if c.experiment == "generalization" else ()
-    groups = c.corruptions if c.experiment == "robustness" else (f"seed{c.seed}",)
-    if wrong := [g for g in groups if c.experiment == "robustness" and g != "clean" and g not in CORRUPTIONS]:
-        raise UserError(f"there is no corruption {wrong[0]!r}; there are: clean, {', '.join(CORRUPTIONS)}")
+    from expert_merging.wemoe import clip_experiment, records
+    from expert_merging.wemoe.classification import run_method
 
     # The models to merge: theta_0 and a fine-tuned vision tower a task. The text tower makes each task's frozen head.
+    experiment = clip_experiment.experiment_of(c)
     device = make_accelerator(c).device
-    base, text, tokenizer, processor = clip.load_clip(c.CLIP_PATH, "CLIP_PATH")
-    state = base.state_dict()
-    experts = {t: clip.Expert(c.EXPERT_PATH.replace("*", t), "EXPERT_PATH", state) for t in tasks if t not in unseen}
-    images = {
-        t: clip.Images(*clip.data_of(t, c.DATASET_PATH), "test", "DATASET_PATH", c.images_per_task) for t in tasks
-    }
-    heads = clip.heads_of(text.to(device), tokenizer, images, c.CLASS_NAMES_PATH)
-    settings = Settings(
-        lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
-        guard_floor=c.guard_floor, seed=c.seed, adapt_batch_size=c.adapt_batch_size, eval_batch_size=c.images_per_batch,
-        logit_scale=text.logit_scale.exp().item(),
-        layers=range(c.first_layer, base.config.num_hidden_layers) if c.first_layer else None,
-    )  # fmt: skip
-    names = (
-        "CLIP_",
-        "EXPERT_",
-        "DATASET_",
-        "CLASS_",
-        "clip_",
-        "unseen",
-        "robust",
-        "lam",
-        "first",
-        "adapt",
-        "adamerging",
-    )
-    identity = report.identity(c, (*names, "guard", "images", "seed", "experiment"))
+    wanted = (c.methods, experiment.identity, "WEMOE_CLIP_DIR", experiment.apart)
+    missing = {group: records.missing(folder, group, *wanted) for group in experiment.groups}
+    pool = clip_experiment.open_pool(c, experiment, device) if any(missing.values()) else None
 
-    for group in groups:
+    for group, methods in missing.items():
         # Test images, as they are or corrupted; what adapts, adapts to the same.
-        own = [clip.test_task(t, images[t], heads[t], processor, c, group, corrupting).to(device) for t in tasks]
-        adapt_tasks = [task for task in own if task.name not in unseen]
-        for method in report.missing(folder, group, c.methods, identity):
-            found, model = run_method(
-                method, base, experts, own, adapt_tasks, settings, checkpoint=folder / f"{group}_{method}.adapting"
-            )
-            if unseen:
-                found |= report.seen_and_unseen(found, tasks, unseen)
-            if hasattr(model, "wemoe"):
-                place = folder / "models" / f"{group}_{method}"
-                checkpoints.save_routers(model, place.with_suffix(".routers.safetensors"))
-                found["files"] = checkpoints.save(model, place) if c.save_models else {}
-            report.add(folder, group, method, found, c.seed, identity)
+        tasks = clip_experiment.tasks_of(c, experiment, pool, group, device) if methods else []
+        seen = [task for task in tasks if task.name not in experiment.unseen]
+        for method in methods:
+            more = {"checkpoint": folder / f"{group}_{method}.adapting", "identity": experiment.identity}
+            found, model = run_method(method, pool.base, pool.experts, tasks, seen, pool.settings, **more)
+            found |= clip_experiment.noted(c, experiment, found, model, folder / "models" / f"{group}_{method}")
+            records.add(folder, group, method, found, c.seed, experiment.identity)
             print(f"{group}, {method}: {report.line(found)}")
     print(report.write(folder))
 

@@ -43,43 +43,32 @@ def main(c):
         print(report.write(folder))
         return
 
+    from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.wemoe import digits
+    from expert_merging.wemoe import digits, records
     from expert_merging.wemoe.classification import Settings, check_method, run_method
 
+    digits.check_constants(c)
     for method in c.methods:
         check_method(method)
     device = make_accelerator(c).device
+    identity = results.identity(c, digits.DEPENDS_ON)
     for seed in c.seeds:
-        settings = Settings(
-            lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
-            guard_floor=c.guard_floor, seed=seed, adapt_batch_size=c.adapt_batch_size, logit_scale=digits.LOGIT_SCALE,
-        )  # fmt: skip
-        identity = report.identity(
-            c, ("lam", "adapt", "adamerging", "guard", "pretrain", "finetune", "training", "images")
-        )
-        missing = report.missing(folder, f"seed{seed}", c.methods, identity)
+        missing = records.missing(folder, f"seed{seed}", c.methods, identity, "WEMOE_DIR")
         if not missing:
             continue
 
         # A model that can all four tasks a little, and from it one for each task.
-        base, experts = digits.pool(
-            seed, c.pretrain_examples, c.pretrain_steps, c.finetune_steps, c.training_lr, folder / "pools"
-        )
+        pool = (c.pretrain_examples, c.pretrain_steps, c.finetune_steps, c.training_lr, folder / "pools")
+        base, experts = digits.pool(seed, *pool)
         tasks = [task.to(device) for task in digits.test_tasks(seed, c.images_per_task)]
+        settings = Settings.of(c, seed=seed, logit_scale=digits.LOGIT_SCALE)
 
         # Each method merges the same models, adapts if it does, and is measured on the same images.
         for method in missing:
-            found, _ = run_method(
-                method,
-                base,
-                experts,
-                tasks,
-                tasks,
-                settings,
-                checkpoint=folder / f"seed{seed}_{method}.adapting",
-            )
-            report.add(folder, f"seed{seed}", method, found, seed, identity)
+            more = {"checkpoint": folder / f"seed{seed}_{method}.adapting", "identity": identity}
+            found, _ = run_method(method, base, experts, tasks, tasks, settings, **more)
+            records.add(folder, f"seed{seed}", method, found, seed, identity)
             print(f"seed {seed}, {method}: {report.line(found)}")
     print(report.write(folder))
 

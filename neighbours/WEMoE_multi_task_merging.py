@@ -45,13 +45,9 @@ def main(c):
     from pathlib import Path
 
     from expert_merging.core.errors import UserError
-    from expert_merging.data.tasks import get_task
-    from expert_merging.switch.models import find_base, require_patch
+    from expert_merging.switch.models import preflight
 
-    for task in c.task_types:
-        get_task(task)
-    require_patch()
-    find_base(c, c.experts_num)
+    preflight(c, c.task_types, c.experts_num)
 
     from expert_merging import merging
     from expert_merging.data import features
@@ -59,12 +55,6 @@ def main(c):
     from expert_merging.run.devices import make_accelerator
     from expert_merging.wemoe import experiment
     from expert_merging.wemoe.experiment import Made
-
-    accelerator = make_accelerator(c)
-    sources = experiment.open_sources(c)
-    sources.data = {task: features.load(task, c, sources.tokenizer) for task in c.task_types}
-    sources.model.to(accelerator.device)
-    base, tuned, models = sources.base, sources.tuned, Path(c.MODEL_SAVE_PATH)
 
     # A line a method: the constants that it depends on, and what it makes of the models.
     adapt = "lam seed adapt_losses adapt_tokens adapt_steps adapt_batch_size adapt_guard adapt_window"
@@ -95,18 +85,24 @@ def main(c):
     }
     if unknown := [method for method in c.methods if method not in lines]:
         raise UserError(f"there is no method {unknown[0]!r}; there are: {', '.join(lines)}")
+    experiment.check_constants(c)
+
+    accelerator = make_accelerator(c)
+    sources = experiment.open_sources(c)
+    sources.data = {task: features.load(task, c, sources.tokenizer) for task in c.task_types}
+    sources.model.to(accelerator.device)
+    base, tuned, models = sources.base, sources.tuned, Path(c.MODEL_SAVE_PATH)
 
     for method in c.methods:
         constants, make = lines[method]
-        name = f"{c.current_case_name}-{method}_[{c.experts_num}]"
+        name = results.run_name(f"{c.current_case_name}-{method}", c.experts_num)
         identity = experiment.identity_of(sources, method, constants.split())
-        if results.finished(c.PICKLE_PATH, name, identity):
-            accelerator.print(f"{c.PICKLE_PATH}/{name}.json is there already; remove it to merge again")
+        if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, again="merge"):
             continue
 
         # Merge, and adapt where the method does; then test, in batches of one task and, with routing, of all.
         made = experiment.make_once(sources, models / name, identity, make)
-        tested = experiment.test_once(sources, accelerator, models / name)
+        tested = experiment.test_once(sources, accelerator, models / name, identity)
         accelerator.print(experiment.finish(sources, accelerator, name, method, identity, made, tested))
 
 

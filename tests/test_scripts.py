@@ -167,6 +167,25 @@ def test_merge_into_more_experts_and_stop(world, done):
     assert before == {path: sha256(path) for path in before}
 
 
+def test_scores_before_fine_tuning_are_not_those_of_another_decoding(world, done, monkeypatch):
+    """Taken up by the same command; made again where the constants that scores depend on are others."""
+    from expert_merging.training import finetuning
+
+    seen = []
+    monkeypatch.setattr(finetuning, "finetune", lambda *_, more, **__: seen.append(more["before"]))
+    words = ["--source_experts_num", "4", "--target_experts_num", "4"]
+    call_main("CAEM_multi_task_finetune.py", [*world.words(current_case_name="Beams"), *words])
+    path = done[0] / "models" / "Beams_[4|4]_merged" / "test.json"
+    content = json.loads(path.read_text())
+    content["test"]["squad"]["exact_match"] = 77.0
+    path.write_text(json.dumps(content))
+    for constants in ({}, {"lr": 0.5}, {"num_beams": 1}):
+        call_main("CAEM_multi_task_finetune.py", [*world.words(current_case_name="Beams", **constants), *words])
+    scores = [before["test"]["squad"]["exact_match"] for before in seen]
+    assert scores[1:3] == [77.0, 77.0] and 77.0 not in (scores[0], scores[3])
+    assert json.loads(path.read_text())["identity"]["num_beams"] == 1
+
+
 def test_the_projection_alone_can_deviate(world, done):
     from transformers import SwitchTransformersForConditionalGeneration
 

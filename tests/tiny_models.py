@@ -128,3 +128,14 @@ def write_clip_place(folder):
         write_clip(folder / f"tower_{task}", tower_of=folder / "base")
         write_images(folder / "data" / task, task, parquet=task != "dtd", splits=("test", "contrast"))
     return folder
+
+
+def moe_parameters(config) -> int:
+    """How many parameters the dense model has in the FFNs that became mixtures, of an HEMoEConfig."""
+    return len(config.moe_layers) * 3 * config.dense["hidden_size"] * config.dense["intermediate_size"]
+
+
+def sparsity(share: float, moe_parameters: int, all_parameters: int) -> float:
+    """HEMoE's authors record what is switched off for a token, of all parameters, as 1 - P_moe / P_all (1 - r): the
+    activated part; embeddings count, routers do not. `share` is r, the activated share of the experts' neurons."""
+    return 1 - moe_parameters / all_parameters * (1 - share)

@@ -15,21 +15,18 @@ input_lengths = by_scale(paper=(50, 100, 200, 400), small=(16, 32, 64, 128, 256)
 
 def main(c):
     from pathlib import Path
-    from types import SimpleNamespace
 
-    from expert_merging.data.tasks import get_task
-    from expert_merging.switch.models import require_patch
+    from expert_merging.switch.models import preflight
 
-    task = get_task(c.task_type)
-    require_patch()
+    preflight(c, [c.task_type])
 
-    from expert_merging.core.files import write_json
+    from expert_merging.analysis import usage_by_length
     from expert_merging.core.hub import load_tokenizer
     from expert_merging.core.safetensors_folder import SafetensorsFolder
     from expert_merging.data import features
-    from expert_merging.run import provenance, results
+    from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import decoding, models, usage
+    from expert_merging.switch import models
     from expert_merging.training import finetuning, overall
 
     accelerator = make_accelerator(c)
@@ -38,38 +35,17 @@ def main(c):
     overall.single_task_history(str(folder), c.task_type, c.num_expert, c)
     digests = SafetensorsFolder(model_folder).sha256()
     tokenizer = load_tokenizer(str(model_folder), "SOURCE_MODEL_WEIGHT_PATH")
-    data = features.load(c.task_type, c, tokenizer)["validation"]
+    validation = features.load(c.task_type, c, tokenizer)["validation"]
+    path = folder / f"expert_usage_{c.task_type}.json"
     identity = results.identity(c, weights=digests, data=finetuning.data_hashes(c, [c.task_type]))
-    name = f"expert_usage_{c.task_type}"
-    if results.finished(folder, name, identity):
-        accelerator.print(f"{folder / name}.json is there already; remove it to count again")
+    if results.is_done(path, identity, again="count"):
         return
-    model = models.load_model(model_folder, "SOURCE_MODEL_WEIGHT_PATH").to(accelerator.device)
 
-    rows = []
-    for length in [*(n for n in c.input_lengths if n < c.max_input_length), c.max_input_length]:
-        # The first tokens and the end token, as if the limit had been lower.
-        ids = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in data["input_ids"]]
-        cut = data.remove_columns("input_ids").add_column("input_ids", ids)
-        for counting in ("paper", "released"):
-            reading = SimpleNamespace(**vars(c) | {"reading": "paper+counts" if counting == "released" else "paper"})
-            model.set_usage_counting(counting)
-            model.reset_expert_usage()
-            label = f"{c.task_type}, {length} tokens, {counting}"
-            scores, _ = decoding.evaluate_task(model, cut, task, tokenizer, reading, accelerator, label)
-            counted = usage.read_usage(model, accelerator)
-            rows.append({
-                "input_length": length, "mean_length": round(sum(map(len, ids)) / len(ids), 3),
-                "counting": counting, "usage": counted, "scores": scores,
-                "entropy": {stack: usage.layer_entropies(grid) for stack, grid in counted.items()},
-            })  # fmt: skip
-            means = ", ".join(f"{stack} {sum(h) / len(h):.4f}" for stack, h in rows[-1]["entropy"].items())
-            accelerator.print(f"{label}: mean entropy {means}")
+    model = models.load_model(model_folder, "SOURCE_MODEL_WEIGHT_PATH").to(accelerator.device)
+    lengths = [*(n for n in c.input_lengths if n < c.max_input_length), c.max_input_length]
+    rows = usage_by_length.rows(c, accelerator, model, c.task_type, validation, tokenizer, lengths)
     if accelerator.is_main_process:
-        write_json(
-            folder / f"{name}.json",
-            {"command": provenance.command(), "versions": provenance.versions(), "identity": identity, "rows": rows},
-        )
+        results.save(path, identity, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ from expert_merging.run import results
 from expert_merging.switch import decoding, models
 from expert_merging.switch.cross_entropy import task_loss
 from expert_merging.training import overall
-
-_OF_SCORES = (
-    "max_input_length", "max_decoder_length", "validation_examples", "test_examples", "num_beams", "repetition_penalty",
-    "no_repeat_ngram_size", "length_penalty",
-)  # fmt: skip
+from expert_merging.training.evaluate import SCORED_WITH
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,9 @@ def open_run(c: SimpleNamespace, name: str, history: dict[str, Any], data: dict[
 
     Raises UserError where its weights are missing, or it was made with other data or settings.
     """
-    was = {key: history["identity"].get(key) for key in _OF_SCORES} | _data_entries(history["identity"]["data"], data)
-    if difference := results.changes(was, {key: getattr(c, key) for key in _OF_SCORES} | _data_entries(data, data)):
+    noted, now = results.made_with(history), results.identity(c, SCORED_WITH, **_data_entries(data, data))
+    was = {key: noted[key] for key in SCORED_WITH if key in noted} | _data_entries(noted["data"], data)
+    if difference := results.changes(was, now):
         raise UserError(f"{name} was scored with other constants or data ({difference}); restore them to compare it")
     folder, start = Path(c.MODEL_SAVE_PATH) / name, Path(c.MODEL_SAVE_PATH) / f"{name}_merged"
     digests = weights_sha256(folder)
@@ -62,15 +59,15 @@ def weights_sha256(folder: Path) -> list[str]:
 
 def start_sha256(run: Run) -> list[str]:
     """SHA-256 of what a run began with. Raises UserError where that is not there, or is not what the history says."""
-    noted = run.history["identity"]
+    noted = results.made_with(run.history)
     if run.start is None:
         if "ancestor" not in noted:
             raise UserError(
                 f"{run.folder}_merged, with which {run.name} began, does not exist; bring it, or leave out cka"
             )
         return [noted["ancestor"]]
-    asked = read_json(run.start / "merging.json")["asked"]
-    if difference := results.changes({key: noted.get(key, asked[key]) for key in asked}, asked):
+    merged = results.made_with(read_json(run.start / "merging.json"))
+    if difference := results.changes({key: noted.get(key, merged[key]) for key in merged}, merged):
         raise UserError(f"{run.start} is not what {run.name} began with ({difference}); bring that, or leave out cka")
     return weights_sha256(run.start)
 

@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 
 
@@ -38,6 +39,7 @@ def offline_if_unreachable(seconds: float = 5.0) -> None:
     except urllib.error.HTTPError:
         pass  # it answered
     except (OSError, ValueError):
+        interrupts.check()
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -8,15 +8,18 @@ import hashlib
 import json
 import shlex
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
 from expert_merging.core.hub import first_line
 from expert_merging.data.tasks import get_task
 from expert_merging.data.word_cache import WordCache, ranges
+from expert_merging.run import results
 from expert_merging.run.constants import read_constants
 from expert_merging.run.deviations import deviates
 
@@ -36,7 +39,7 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
         raw: what the task's `load(constants)` gives, where it has been loaded already.
 
     Returns:
-        The manifest: what was asked for, and for each split the number of examples, how many are odd (an empty
+        The manifest: what it depends on, and for each split the number of examples, how many are odd (an empty
         text or target; they are kept, as published), the shares cut, and quantiles of the lengths before cutting.
 
     Raises:
@@ -54,7 +57,7 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
         features = DatasetDict({split: dataset for split, (dataset, _) in made.items()})
         features.save_to_disk(str(temporary))
         manifest = {
-            "asked": _asked(task_name, constants, tokenizer),
+            "identity": _identity(task_name, constants, tokenizer),
             "splits": {split: report for split, (_, report) in made.items()},
             "sha256": content_hash(features),
         }
@@ -70,15 +73,15 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
     Raises UserError for a folder that is absent, not whole, or made with another tokenizer, lengths or limits.
     """
     folder = folder_of(task_name, constants)
-    asked = _asked(task_name, constants, tokenizer)
+    wanted = _identity(task_name, constants, tokenizer)
     manifest, features = _read_whole(folder, command(task_name, constants))
-    made = manifest["asked"]
+    made = results.made_with(manifest)
     for name in ("task", "tokenizer", "max_input_length", "max_decoder_length"):
-        if made[name] != asked[name]:
-            difference = f"another {name}" if name == "tokenizer" else f"{name} {made[name]}, not {asked[name]}"
+        if made[name] != wanted[name]:
+            difference = f"another {name}" if name == "tokenizer" else f"{name} {made[name]}, not {wanted[name]}"
             raise UserError(f"{folder} was made with {difference}; run: {command(task_name, constants)}")
     for split in SPLITS:
-        limit, count = asked[f"{split}_examples"], len(features[split])
+        limit, count = wanted[f"{split}_examples"], len(features[split])
         if 0 < limit <= count:
             features[split] = features[split].select(range(limit))
         elif count == made[f"{split}_examples"]:  # cut by a limit then, so there may be more
@@ -99,8 +102,10 @@ def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[s
     try:
         manifest, _ = _read_whole(folder, "")
     except UserError:
+        interrupts.check()
         return None
-    return manifest if manifest["asked"] == _asked(task_name, constants, tokenizer) else None
+    difference = results.changes(results.made_with(manifest), _identity(task_name, constants, tokenizer))
+    return None if difference else manifest
 
 
 def folder_of(task_name: str, constants: SimpleNamespace) -> Path:
@@ -263,7 +268,13 @@ def source_constant(task_name: str) -> str:
     return f"{task_name.upper()}_PATH"
 
 
-def _asked(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any]:
+def source_paths(constants: SimpleNamespace, tasks: Iterable[str]) -> dict[str, str]:
+    """{constant: where the raw examples of a task lie}; none for the embedded tasks."""
+    names = map(source_constant, tasks)
+    return {name: getattr(constants, name) for name in names if hasattr(constants, name)}
+
+
+def _identity(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any]:
     return {
         "task": task_name,
         "source": getattr(constants, source_constant(task_name), "docstrings of the installed packages"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.experiment.steps import Step
+from expert_merging.run.results import pair_name, run_label, run_name
 
 # Of which runs a part consists; what those need comes by itself. {n} and {m}: few and many experts (8 and 16).
 PARTS = {
@@ -88,38 +89,36 @@ def grid(c: SimpleNamespace) -> Grid:
         own, work = {"num_expert": experts}, folder / "reference_scores.run.json"
         add(f"reference-{experts}", "tools/reference_scores.py", own, result, *singles[experts], work=work)
 
-    def multi_task(name: str, script: str, run: str, *needed: str, **own: Any) -> None:
-        suffix = f"{own['source_experts_num']}|{own['target_experts_num']}" if "alpha" in own else own["experts_num"]
-        constants = own | {"current_case_name": run}
-        result, work = pickles / f"{run}_[{suffix}].json", Path(c.MODEL_SAVE_PATH) / f"{run}_[{suffix}].run"
-        add(name, script, constants, result, *needed, work=work)
+    def multi_task(script: str, case: str, sizes: tuple[int, ...], *needed: str, **own: Any) -> None:
+        names = ("experts_num",) if len(sizes) == 1 else ("source_experts_num", "target_experts_num")
+        constants = dict(zip(names, sizes, strict=True)) | own | {"current_case_name": case}
+        run = run_name(case, *sizes)
+        work = Path(c.MODEL_SAVE_PATH) / f"{run}.run"
+        add(run_label(run), script, constants, pickles / f"{run}.json", *needed, work=work)
 
     # For the audit: what the test scores would have chosen. At paper scale a look at them costs hours.
     every_epoch = {"test_each_epoch": c.test_each_epoch or c.scale != "paper"}
     for experts in (n, m):
-        own = {"experts_num": experts} | (every_epoch if experts == n else {})
-        multi_task(f"Baseline-{experts}", one, "Baseline", *singles[experts], f"reference-{experts}", **own)
-    for name, run, source, target, own in (
-        (f"CAEM-{n}", "CAEM", n, n, every_epoch),
-        (f"CAEM-{n}-to-{m}", "CAEM", n, m, {}),
-        (f"CAEM-{m}", "CAEM", m, m, {}),
-        (f"CAEM-{n}-Avg", "CAEM-Avg", n, n, {"alpha": 0.0}),
-        (f"CAEM-{m}-Avg", "CAEM-Avg", m, m, {"alpha": 0.0}),
-        (f"Average-{n}", "Average", n, n, {"merging": "average"}),
-        (f"CAEM-{n}-projection", "CAEM-projection", n, n, {"reading": "paper+projection"}),
-        (f"CAEM-{n}-counts", "CAEM-counts", n, n, {"reading": "paper+counts"}),
+        own = every_epoch if experts == n else {}
+        multi_task(one, "Baseline", (experts,), *singles[experts], f"reference-{experts}", **own)
+    for case, source, target, own in (
+        ("CAEM", n, n, every_epoch),
+        ("CAEM", n, m, {}),
+        ("CAEM", m, m, {}),
+        ("CAEM-Avg", n, n, {"alpha": 0.0}),
+        ("CAEM-Avg", m, m, {"alpha": 0.0}),
+        ("Average", n, n, {"merging": "average"}),
+        ("CAEM-projection", n, n, {"reading": "paper+projection"}),
+        ("CAEM-counts", n, n, {"reading": "paper+counts"}),
     ):
-        own = {"source_experts_num": source, "target_experts_num": target, "alpha": 1.0, "merging": "caem"} | own
         needed = (*singles[source], *singles[target], *(["usage"] if "reading" in own else []))
-        multi_task(name, "CAEM_multi_task_finetune.py", run, *needed, **own)
-    multi_task(
-        f"Baseline-{n}-same-compute", one, "Baseline-same-compute", *singles[n], f"reference-{n}",
-        experts_num=n, same_compute=True,
-    )  # fmt: skip
+        own = {"alpha": 1.0, "merging": "caem"} | own
+        multi_task("CAEM_multi_task_finetune.py", case, (source, target), *needed, **own)
+    multi_task(one, "Baseline-same-compute", (n,), *singles[n], f"reference-{n}", same_compute=True)
 
     own = {"experts_num": n, "methods": MERGING, "current_case_name": "Merging"}
     for method in MERGING:
-        result = pickles / f"Merging-{method}_[{n}].json"
+        result = pickles / f"{run_name(f'Merging-{method}', n)}.json"
         add(f"merging-{n} {method}", "neighbours/WEMoE_multi_task_merging.py", own, result, *singles[n])
 
     folder = Path(c.SOURCE_PICKLE_PATH.format(experts=n))
@@ -139,7 +138,7 @@ def grid(c: SimpleNamespace) -> Grid:
         first, second = name.split(" + ")
         runs = [steps[one].result.stem for one in (first, second)]
         measures = [measure for measure in ("soup", "line", "cka") if _measured(measure, pattern)]
-        result = pickles / "pairs" / f"{runs[0]}__{runs[1]}.json"
+        result = pickles / "pairs" / f"{pair_name(*runs)}.json"
         own = {"first": runs[0], "second": runs[1], "measures": tuple(measures)}
         add(name, "tools/compare_models.py", own, result, first, second, work=result.with_suffix(".run.json"))
     # Usage is counted before the runs that merge by it.

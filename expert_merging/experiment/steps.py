@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 import global_config
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_json
+from expert_merging.run import results
 from expert_merging.run.constants import shared_arguments
 from expert_merging.run.provenance import ROOT
 
@@ -40,11 +41,10 @@ class Step:
         """Whether the result is there and notes the same constants. What differs, the script itself will say."""
         if not self.result.exists() or self.work and self.work.exists() or self.also and not self.also.exists():
             return False
-        content = read_json(self.result)
-        noted, wanted = content.get("identity") or content.get("asked") or {}, {**vars(shared), **self.constants}
-        return all(
-            value == wanted[name] or _as_list(wanted[name]) == value for name, value in noted.items() if name in wanted
-        )
+        noted = results.made_with(read_json(self.result))
+        wanted = results.identity(SimpleNamespace(**{**vars(shared), **self.constants}))
+        both = noted.keys() & wanted.keys()
+        return not results.changes({name: noted[name] for name in both}, {name: wanted[name] for name in both})
 
     def words(self, shared: SimpleNamespace) -> list[str]:
         """The command line after `python`."""
@@ -53,11 +53,6 @@ class Step:
             if not hasattr(global_config, name):  # the script's own
                 words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
         return words
-
-
-def _as_list(value: Any) -> Any:
-    """JSON has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -72,13 +67,13 @@ class Job:
 
 def missing(jobs: list[Job]) -> list[Job]:
     """The jobs whose result is not there; of several with the same command or the same result the first."""
-    left, commands, results = [], [], set()
+    left, commands, files = [], [], set()
     for job in jobs:
         words = job.step.words(job.shared)
-        if words not in commands and job.step.result not in results and not job.step.is_done(job.shared):
+        if words not in commands and job.step.result not in files and not job.step.is_done(job.shared):
             left.append(job)
             commands.append(words)
-        results.add(job.step.result)
+        files.add(job.step.result)
     return left
 
 

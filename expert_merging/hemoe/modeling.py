@@ -238,8 +238,3 @@ def activated_share(routing: tuple[torch.Tensor, ...], config: HEMoEConfig) -> t
     """The share of an FFN's neurons that each token used: [batch, tokens, MoE layers], from a `HEMoEOutput.routing`."""
     sizes = config.sizes().to(routing[0].device) / config.dense["intermediate_size"]
     return torch.stack([fired.float() @ share for fired, share in zip(routing, sizes, strict=True)], dim=-1)
-
-
-def moe_parameters(config: HEMoEConfig) -> int:
-    """How many parameters the dense model has in the FFNs that became mixtures."""
-    return len(config.moe_layers) * 3 * config.dense["hidden_size"] * config.dense["intermediate_size"]

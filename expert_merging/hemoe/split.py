@@ -183,9 +183,3 @@ _PER_LAYER = ("objective", "bound", "gap", "seconds")
 def experts_from_labels(labels: np.ndarray, n: int) -> list[np.ndarray]:
     """The ascending neurons of each of n experts, from the expert [N] of each neuron."""
     return [np.flatnonzero(labels == expert) for expert in range(n)]
-
-
-def sparsity(share: float, moe_parameters: int, all_parameters: int) -> float:
-    """What is switched off for a token, of all parameters: 1 - P_moe / P_all (1 - r) is what the authors record, the
-    activated part; embeddings count, routers do not. `share` is r, the activated share of the experts' neurons."""
-    return 1 - moe_parameters / all_parameters * (1 - share)

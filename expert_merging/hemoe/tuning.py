@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
@@ -150,6 +151,7 @@ def _last_whole(folder: Path) -> str | None:
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
+        interrupts.check()  # then it may well be whole
         shutil.rmtree(path)
     return None
 

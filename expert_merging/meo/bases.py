@@ -6,10 +6,13 @@ The tokenizer is that of the small Switch (BASE_MODEL_PATH), with a token to beg
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 
+from expert_merging.core.files import new_folder, read_json
+from expert_merging.run import results
 from expert_merging.switch.span_corruption import corrupt_spans
 
 
@@ -93,18 +96,46 @@ def corrupted(family: str, blocks: np.ndarray, tokenizer, rng: np.random.Generat
     return {"input_ids": torch.tensor(inputs), "labels": torch.tensor(labels)}
 
 
+def pretrain_once(c: SimpleNamespace, accelerator, folder: Path) -> str:
+    """`pretrain` on docstrings, unless it has been done; returns the path of `folder`.
+
+    Raises UserError where a model with other constants lies there.
+    """
+    from expert_merging.data import docstring_reader
+    from expert_merging.meo import recipes
+    from expert_merging.switch import models
+
+    record = folder / "pretraining.json"
+    if record.exists():
+        noted, wanted = results.made_with(read_json(record)), _identity(c, c.family)
+        remedy = "restore them, remove the folder, or choose another MEO_DIR"
+        both = noted.keys() & wanted.keys()  # the record says of the text what only reading it tells
+        results.refuse(folder, {name: noted[name] for name in both}, {name: wanted[name] for name in both}, remedy)
+    elif not folder.is_dir():
+        tokenizer = new_tokenizer(models.base_tokenizer(c, 8))
+        texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+        blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
+        pretrain(c, accelerator, c.family, tokenizer, blocks, folder)
+    return str(folder)
+
+
+def _identity(c: SimpleNamespace, family: str) -> dict[str, Any]:
+    """The constants that a pre-trained model follows from."""
+    constants = results.identity(c, ("seed", "d_model", "d_ff", "num_layers", "num_heads", "precision"))
+    return constants | {
+        "steps": c.pretraining_steps, "batch": c.pretraining_batch, "lr": c.pretraining_lr,
+        "length": c.pretraining_length, "family": family,
+    }  # fmt: skip
+
+
 def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: list[np.ndarray], folder: Path) -> None:
     """Pre-train a new model for `pretraining_steps` steps and write it with its tokenizer and record into `folder`."""
-    from expert_merging.core.files import new_folder, write_json
-    from expert_merging.run import provenance
     from expert_merging.training import checkpoints, loop
 
     stack = np.stack(blocks)
     order = np.random.default_rng(0).permutation(len(stack))
     heldout, kept = stack[order[:128]], stack[order[128:]]
-    identity = {name: getattr(c, name) for name in ("seed", "d_model", "d_ff", "num_layers", "num_heads")}
-    identity |= {"steps": c.pretraining_steps, "batch": c.pretraining_batch, "lr": c.pretraining_lr, "family": family}
-    identity |= {"blocks": len(kept), "tokens": int(kept.size)}
+    identity = _identity(c, family) | {"blocks": len(kept), "tokens": int(kept.size)}
     work = Path(f"{folder}.run")
     checkpoints.claim(work, identity)
     model = new_model(family, tokenizer, c)
@@ -142,10 +173,8 @@ def pretrain(c: SimpleNamespace, accelerator, family: str, tokenizer, blocks: li
         with new_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            about = {"command": provenance.command(), "versions": provenance.versions(), "identity": identity}
-            write_json(
-                temporary / "pretraining.json", about | {"history": history, "parameters": model.num_parameters()}
-            )
+            record = {"history": history, "parameters": model.num_parameters()}
+            results.save(temporary / "pretraining.json", identity, record)
         checkpoints.release(work)
     accelerator.wait_for_everyone()
     accelerator.free_memory()

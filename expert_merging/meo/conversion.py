@@ -45,7 +45,7 @@ class TaskDescriptions(nn.Module):
 def convert(
     model: nn.Module, *, n: int, k: int, level: str = "sequence", mode: str = "meo", pattern: str | None = None,
     prompt_gate: bool = False, descriptions: Sequence[Sequence[int]] | None = None, description_size: int = 128,
-    gate_size: int = 8, balance: float = 0.01, drop_bias: bool = False,
+    gate_size: int = 8, balance: float = 0.01,
 ) -> nn.Module:  # fmt: skip
     """Replace, in place, each FFN linear of a transformers model by n copies of it and a gate (MEO, section 3).
 
@@ -58,7 +58,6 @@ def convert(
         prompt_gate: let the gate of a decoder alone (GPT-2) read the prompt; without it such a gate is refused.
         descriptions: for level "task": the token ids of each task's description; set_task says whose turn it is.
         gate_size: for level "task": the size that descriptions are projected to for the gate.
-        drop_bias: forget the linears' biases; only to emulate what the released code does to BERT and BART.
     Raises UserError for what cannot be.
     """
     _check(model, n, k, level, mode, descriptions)
@@ -73,7 +72,7 @@ def convert(
         raise UserError(f"no linear layer of this {kind} model has a name that ends like {pattern or PATTERNS[kind]}")
     settings = dict(
         n=n, k=k, level=level, mode=mode, pattern=pattern, prompt_gate=prompt_gate, descriptions=descriptions,
-        description_size=description_size, gate_size=gate_size, balance=balance, drop_bias=drop_bias,
+        description_size=description_size, gate_size=gate_size, balance=balance,
     )  # fmt: skip
     tasks = None
     if level == "task":
@@ -88,7 +87,7 @@ def convert(
         own_input = linear.weight.shape[1] if isinstance(linear, nn.Linear) else linear.weight.shape[0]
         by_encoder = stack.kind == "decoder" and (level, mode) != ("token", "moe")
         read_size = gate_size if level == "task" else _encoder_size(model) if by_encoder else own_input
-        stacked = StackedLinear(linear, n, k, level, mode, stack, name, read_size, description_size, not drop_bias)
+        stacked = StackedLinear(linear, n, k, level, mode, stack, name, read_size, description_size)
         stacked.train(linear.training)
         setattr(model.get_submodule(parent), own, stacked)
     model.meo_settings = settings

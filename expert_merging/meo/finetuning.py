@@ -21,6 +21,7 @@ from expert_merging.core.hub import first_line
 from expert_merging.data.batches import epoch_examples, length_grouped
 from expert_merging.meo.bases import mask_tokens
 from expert_merging.meo.recipes import Recipe, classification_scores
+from expert_merging.run import results
 from expert_merging.training import checkpoints, loop
 
 _IGNORED = -100
@@ -196,6 +197,25 @@ def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) 
 
 
 # ---------------------------------------------------------------- a run
+
+
+def run_variant(
+    c: SimpleNamespace, accelerator, variant: Variant, base: str, tokenizer, path: Path, identity: dict[str, Any],
+    recipe: Recipe, rows: dict[str, list[dict]], labels: list[str] | None,
+) -> None:  # fmt: skip
+    """`train_variant`, with checkpoints in `path`.run meanwhile, and the record in `path`.json."""
+    work = Path(f"{path}.run")
+    checkpoints.claim(work, identity)
+    record = train_variant(
+        c, accelerator, variant, family=c.family, task=c.task, recipe=recipe, base=base, tokenizer=tokenizer, rows=rows,
+        labels=labels, seed=identity["seed"], work=work,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        results.save(f"{path}.json", identity, record)
+        checkpoints.release(work)
+    accelerator.wait_for_everyone()
+    score = record["scores"]["test"][recipe.main_score]
+    accelerator.print(f"seed {identity['seed']}, {variant.name}: {recipe.main_score} {score:.2f}")
 
 
 def train_variant(

@@ -40,13 +40,12 @@ class StackedLinear(nn.Module):
 
     def __init__(
         self, linear: nn.Module, n: int, k: int, level: str, mode: str, stack: Stack, name: str, read_size: int,
-        description_size: int | None = None, bias: bool = True,
+        description_size: int | None = None,
     ):  # fmt: skip
         """
         Args:
             linear: nn.Linear, or transformers' Conv1D, whose weight is transposed.
             read_size: d of what the gate reads; at task level the descriptions are projected to it.
-            bias: False drops the linear's bias, which only emulates the released code.
         """
         super().__init__()
         self.n, self.k, self.level, self.mode, self.stack, self.name = n, k, level, mode, stack, name
@@ -56,7 +55,7 @@ class StackedLinear(nn.Module):
         new = {"dtype": weight.dtype, "device": weight.device}
         self.weight = nn.Parameter(weight.expand(n, -1, -1).clone(memory_format=torch.contiguous_format))
         self.bias = None
-        if bias and linear.bias is not None:
+        if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach().expand(n, -1).clone())
         self.w_gate = nn.Parameter(torch.zeros(read_size, n, **new))
         self.w_noise = nn.Parameter(torch.zeros(read_size, n, **new))

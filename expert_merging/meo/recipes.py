@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from expert_merging.core.errors import UserError
+from expert_merging.core.hub import local_folder, offline_if_unreachable
 
 SPLITS = ("train", "validation", "test")
 KINDS = {  # what a family does here
@@ -101,6 +102,26 @@ RECIPES = {
 }  # fmt: skip
 
 
+def chosen(c: SimpleNamespace) -> Recipe:
+    """The recipe of `c.task` with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
+    recipe = recipe_of(c.task, c.family)
+    own = {"lr": c.learning_rate, "epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
+    if negative := [name for name, value in own.items() if value < 0]:
+        raise UserError(f"the {negative[0]} given is {own[negative[0]]}; it must be above 0, or 0 for the task's own")
+    if not c.seeds:
+        raise UserError("seeds is empty; give one at least")
+    return replace(recipe, **{name: value for name, value in own.items() if value})
+
+
+def published_model(c: SimpleNamespace, recipe: Recipe) -> str:
+    """Folder or hub name of the model to start from; "" where the task has none and none is given. To be called before
+    transformers is imported, which decides then whether to try the hub."""
+    path = c.MODEL_PATH or recipe.model
+    if path and local_folder(path, "MODEL_PATH") is None:
+        offline_if_unreachable()
+    return path
+
+
 def recipe_of(task: str, family: str) -> Recipe:
     """Raises UserError for an unknown task or family, or a task that the family does not do."""
     if family not in KINDS:
@@ -151,7 +172,7 @@ def _first(examples, limit: int):
 
 def _published(path: str, constant: str, name: str, columns: tuple[str, ...], validation: str = "validation") -> dict:
     """A data set of the hub, or the folder `path`/`name` with train, validation and test as JSON lines, CSV or parquet."""
-    from expert_merging.core.hub import first_line, local_folder, offline_if_unreachable
+    from expert_merging.core.hub import first_line
 
     folder = local_folder(path, constant)
     if folder is None:

@@ -35,6 +35,7 @@ def load(folder: str | Path) -> nn.Module:
 
     folder = Path(folder)
     settings = read_json(folder / "meo.json")
+    settings.pop("drop_bias", None)  # of an earlier version, which could emulate the released code's loss of biases
     dtype, attention = getattr(torch, settings.pop("dtype")), settings.pop("attention")
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0])._from_config(config, attn_implementation=attention)

@@ -9,7 +9,6 @@ import argparse
 import ast
 import io
 import os
-import signal
 import sys
 import tokenize
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.host_memory import keep_freed_memory
 from expert_merging.run.deviations import deviates
@@ -97,30 +97,35 @@ def shared_arguments(constants: SimpleNamespace) -> list[str]:
 def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoReturn:
     """Read the constants, call `main` with them, and leave with 0, with 2 and one line for a user's mistake, or with
     130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has died."""
-    name = Path(script["__file__"]).name
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
+        interrupts.watch()
         constants = read_constants(script)
         become_several()
         keep_freed_memory()
         main(constants)
-    except UserError as error:
-        _close_bars()
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        _close_bars()
-        print(f"\n{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(words in str(error) for words in _OF_A_LOST_PEER):
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = _ending(Path(script["__file__"]).name, error)
+        if not status:
             raise
-        print(
-            f"{name}: another process of this run has ended; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        _close_bars()
+        print(line, file=sys.stderr)
+        sys.exit(status)
     sys.exit(0)
+
+
+def _ending(name: str, error: BaseException) -> tuple[int, str]:
+    """The exit status of the script `name` after `error`, and its last line; 0 for what is a bug of ours.
+
+    Whatever surfaces after an interrupt comes of it: what was being read then looks damaged.
+    """
+    if isinstance(error, KeyboardInterrupt) or interrupts.came():
+        return 130, f"\n{name}: interrupted; the same command goes on from the last checkpoint"
+    if isinstance(error, UserError):
+        return 2, f"{name}: {error}"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if isinstance(error, RuntimeError) and several and any(words in str(error) for words in _OF_A_LOST_PEER):
+        return 1, f"{name}: another process of this run has ended; the same command goes on from the last checkpoint"
+    return 0, ""
 
 
 _OF_A_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -131,11 +136,6 @@ def _close_bars() -> None:
     if "tqdm" in sys.modules:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()
-
-
-def _interrupt(*_) -> NoReturn:
-    """Clusters send SIGTERM before they kill: it ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):

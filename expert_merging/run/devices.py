@@ -23,8 +23,7 @@ def make_accelerator(constants: SimpleNamespace, can_shard: bool = False):
 
     if constants.device not in ("cuda", "cpu", "auto"):
         raise UserError(f"device is {constants.device!r}; it must be cuda, cpu or auto")
-    if constants.precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision is {constants.precision!r}; it must be auto, bf16 or fp32")
+    precision = precision_of(constants)
     if constants.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"scale {constants.scale} needs a CUDA device and torch sees none; "
@@ -38,17 +37,26 @@ def make_accelerator(constants: SimpleNamespace, can_shard: bool = False):
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # or accelerate would shard by itself, and transformers load in parts
     # At every checkpoint it would say that tied weights are written once, which is meant.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    on_cpu = constants.device == "cpu" or not torch.cuda.is_available()
-    bf16 = {"auto": not on_cpu and torch.cuda.is_bf16_supported(), "bf16": True, "fp32": False}[constants.precision]
     set_seed(constants.seed)
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if bf16 else "no",
+        cpu=constants.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bf16" else "no",
         # An expert that received no token in any process has no gradient; the others must not wait for it.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     accelerator.shards = shards
     return accelerator
+
+
+def precision_of(constants: SimpleNamespace) -> str:
+    """In what a run with these constants computes on this machine: bf16 or fp32. Raises UserError for neither nor auto."""
+    if constants.precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision is {constants.precision!r}; it must be auto, bf16 or fp32")
+    if constants.precision != "auto" or constants.device == "cpu":
+        return constants.precision.replace("auto", "fp32")
+    import torch
+
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def become_several() -> None:

@@ -1,91 +1,171 @@
-"""What a run leaves to read: `{name}.json`, and the same as `{name}.pkl` under the released code's keys.
+"""The protocol of a run: what its result depends on, whether it is done, who may do it, and what it leaves to read.
+
+A result is a JSON file that says under "identity" what it depends on. One that was made with another identity is refused
+by name: it is neither overwritten nor taken for what was asked. Parts on the way to it, such as the scores of a merged
+model, belong to the run that holds the result; one with another identity is made again.
 
 Only the JSON is ever read back: a pickle from elsewhere can run code.
 """
 
+import os
 import pickle
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import hold, read_json, write_atomic, write_json
+from expert_merging.run import devices, provenance
 
-# Where things lie and how often they are saved does not change a result.
+# Where things lie, how often they are saved, and what only the use of memory depends on does not change a result.
 _WITHOUT_EFFECT = (
-    "RUN_DIR",
-    "DATA_DIR",
-    "PICKLE_PATH",
-    "MODEL_SAVE_PATH",
-    "SOURCE_MODEL_WEIGHT_PATH",
-    "SOURCE_PICKLE_PATH",
-)
-_WITHOUT_EFFECT += (
-    "BASE_MODEL_PATH",
-    "AG_NEWS_PATH",
-    "SQUAD_PATH",
-    "XSUM_PATH",
-    "checkpoint_minutes",
-    "eval_batch_size",
-)
-_WITHOUT_EFFECT += ("device", "precision", "gradient_checkpointing", "merge_only", "test_each_epoch")
+    "RUN_DIR", "DATA_DIR", "PICKLE_PATH", "MODEL_SAVE_PATH", "SOURCE_MODEL_WEIGHT_PATH", "SOURCE_PICKLE_PATH",
+    "BASE_MODEL_PATH", "AG_NEWS_PATH", "SQUAD_PATH", "XSUM_PATH", "checkpoint_minutes", "eval_batch_size", "device",
+    "gradient_checkpointing", "merge_only", "test_each_epoch",
+)  # fmt: skip
+_KEYS = ("identity", "asked", "constants")  # under which an identity stands; the second and third in older records
+_BEFORE = {"precision": "fp32"}  # entries that older records lack
 
 
-def save(folder: str | Path, name: str, history: dict[str, Any]) -> None:
-    """Write `name`.pkl and `name`.json into `folder`; the JSON last, so that its being there means both are."""
-    write_atomic(Path(folder) / f"{name}.pkl", pickle.dumps(history))
-    write_json(Path(folder) / f"{name}.json", history)
+# ---------------------------------------------------------------- names
 
 
-def load(folder: str | Path, name: str, remedy: str) -> dict[str, Any]:
-    """Read a history. Raises UserError where it is absent (`remedy` is the command that makes it) or damaged."""
-    path = Path(folder) / f"{name}.json"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; run: {remedy}")
-    return read_json(path)
+def run_name(case: str, experts: int, target: int | None = None) -> str:
+    """A run's name in its files and its record, as in the released code: Baseline_[8], CAEM_[8|16] (from 8 to 16)."""
+    return f"{case}_[{experts}]" if target is None else f"{case}_[{experts}|{target}]"
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """A history with its place ("file": folder and name) noted in it, for tables that say where a number comes from."""
-    path = Path(path)
-    return {**read_json(path), "file": f"{path.parent.name}/{path.name}"}
+def parse_run_name(name: str) -> tuple[str, int, int | None]:
+    """(case, experts, target) of a `run_name`. Raises UserError for any other text."""
+    parts = re.fullmatch(r"([^/]+)_\[(\d+)(?:\|(\d+))?\]", name)
+    if parts is None:
+        raise UserError(f"{name!r} is not the name of a run, which reads like CAEM_[8|8] or Baseline_[8]")
+    return parts[1], int(parts[2]), int(parts[3]) if parts[3] else None
 
 
-def identity(constants: SimpleNamespace, **more: Any) -> dict[str, Any]:
-    """What a run's result depends on, as JSON: the constants but for paths, and what else is given (hashes, say)."""
-    values = {name: value for name, value in vars(constants).items() if name not in _WITHOUT_EFFECT} | more
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def run_label(name: str) -> str:
+    """The same run in tables and on the command line of reproduce_tables.py, as in the paper: Baseline-8, CAEM-8-to-16,
+    CAEM-8-Avg (the case CAEM-Avg)."""
+    case, experts, target = parse_run_name(name)
+    method, dash, variant = case.partition("-")
+    size = f"{experts}" if target in (None, experts) else f"{experts}-to-{target}"
+    return f"{method}-{size}{dash}{variant}"
+
+
+def pair_name(first: str, second: str) -> str:
+    """The name of a comparison of two runs, in its file."""
+    return f"{first}__{second}"
+
+
+# ---------------------------------------------------------------- what a result depends on
+
+
+def identity(constants: SimpleNamespace, only: Iterable[str] | None = None, **more: Any) -> dict[str, Any]:
+    """What a run's result depends on, as JSON: the constants but for paths, and what else is given (hashes, say).
+
+    `precision` is what it comes to on this machine. `only` names the constants that count, where it is not all.
+    """
+    values = {name: value for name, value in vars(constants).items() if name not in _WITHOUT_EFFECT}
+    if only is not None:
+        values = {name: getattr(constants, name) for name in only}
+    if "precision" in values:
+        values["precision"] = devices.precision_of(constants)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in (values | more).items()}
+
+
+def made_with(record: dict[str, Any]) -> dict[str, Any]:
+    """The identity that a record notes, also one of an older version, in which precision stood beside it."""
+    noted = next((record[key] for key in _KEYS if key in record), {})
+    return {"precision": "bf16"} | noted if record.get("precision") == "bf16" else noted
 
 
 def changes(was: dict[str, Any], now: dict[str, Any]) -> str:
     """The entries in which two identities differ, in words; empty when they are the same."""
+    was, now = _BEFORE | was, _BEFORE | now
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     return ", ".join(f"{name} was {_short(was.get(name))}, is now {_short(now.get(name))}" for name in names)
 
 
-def finished(folder: str | Path, name: str, wanted: dict[str, Any], work: Path | None = None) -> bool:
-    """Whether the run `name` has been done; if not, this process is now the only one that may do it.
+def refuse(place: str | Path, was: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+    """Raises UserError, naming `place`, the changes and the `remedy`, where what lies there has another identity."""
+    if difference := changes(was, now):
+        raise UserError(f"{place} was made with other constants ({difference}); {remedy}")
+
+
+def refuse_others(paths: Iterable[Path], wanted: dict[str, Any], elsewhere: str, but: tuple[str, ...] = ()) -> None:
+    """Raises UserError where one of the records `paths`, beside which a new one would stand in a table, was made with
+    another identity, the entries `but` aside. `elsewhere` names the constant that says where the records lie."""
+    now = {name: value for name, value in wanted.items() if name not in but}
+    for path in paths:
+        was = {name: value for name, value in made_with(read_json(path)).items() if name not in but}
+        refuse(path, was, now, f"one table would show both: restore them, or choose another {elsewhere}")
+
+
+# ---------------------------------------------------------------- whether it is done
+
+
+def is_done(
+    path: str | Path, wanted: dict[str, Any], work: Path | None = None, *, claim: Path | None = None,
+    elsewhere: str = "current_case_name or RUN_DIR", again: str = "",
+) -> bool:  # fmt: skip
+    """Whether the result `path` is there; if not, this process is now the only one that may make it.
 
     Args:
+        wanted: its identity.
         work: the folder or file of its checkpoints, removed where a kill came between the result and its removal.
+        claim: what is written as a whole, where that is not `path` but the folder it lies in.
+        elsewhere: the constants that would put another result beside it.
+        again: a verb; where the result is there, say so, and that its removal lets one do that again.
 
-    Raises UserError where it was done with other constants, or another process is at it.
+    Raises UserError where it was made with another identity, or another process is at it.
     """
-    path = Path(folder) / f"{name}.json"
+    path = Path(path)
     if not path.exists():
-        hold(path)
+        hold(claim or path)
     if not path.exists():
         return False
-    if difference := changes(read_json(path)["identity"], wanted):
-        raise UserError(
-            f"{path} was made with other constants or data ({difference}); remove it, or choose another "
-            "current_case_name or RUN_DIR"
-        )
+    refuse(path, made_with(read_json(path)), wanted, f"restore them, remove it, or choose another {elsewhere}")
     if work is not None and work.exists():
-        hold(path)
+        hold(claim or path)
         shutil.rmtree(work, ignore_errors=True) if work.is_dir() else work.unlink(missing_ok=True)
+    if again and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{path} is there already; remove it to {again} again")
     return True
+
+
+def part(path: str | Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What `save` wrote on the way to a result, without the notes of its making; None where it is not there or was made
+    with another identity, and is to be made again."""
+    record = read_json(path) if Path(path).exists() else None
+    if record is None or changes(made_with(record), wanted):
+        return None
+    return {name: value for name, value in record.items() if name not in (*_KEYS, "command", "versions")}
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def save(path: str | Path, identity: dict[str, Any], record: dict[str, Any], pickled: bool = False) -> dict[str, Any]:
+    """Write a result with its identity, the command and the versions, and return all of it; an entry of `record` wins.
+
+    `pickled`: also as .pkl, for users of the released code. The JSON comes last: its being there means that both are.
+    """
+    path = Path(path)
+    content = {"command": provenance.command(), "versions": provenance.versions(), "identity": identity, **record}
+    if pickled:
+        write_atomic(path.with_name(f"{path.stem}.pkl"), pickle.dumps(content))
+    write_json(path, content)
+    return content
+
+
+def load(path: str | Path, remedy: str) -> dict[str, Any]:
+    """Read a result. Raises UserError where it is absent (`remedy` is the command that makes it) or damaged."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; run: {remedy}")
+    return read_json(path)
 
 
 def _short(value: Any) -> str:

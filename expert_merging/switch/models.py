@@ -2,12 +2,30 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, replacing
 from expert_merging.core.hub import first_line, load_tokenizer, local_folder, offline_if_unreachable
+from expert_merging.data.tasks import get_task
+
+
+def preflight(constants: SimpleNamespace, tasks: Iterable[str], experts: int | None = None) -> dict[str, Any]:
+    """What can be found wrong before anything slow, transformers too, is imported; returns {name: task}.
+
+    Args:
+        experts: of the pre-trained model, where the script reads one.
+
+    Raises UserError for an unknown task, without the patch, and where BASE_MODEL_PATH is a folder that does not exist.
+    """
+    found = {task: get_task(task) for task in tasks}
+    require_patch()
+    if experts is not None:
+        find_base(constants, experts)
+    return found
 
 
 def require_patch() -> None:
@@ -23,8 +41,8 @@ def require_patch() -> None:
 
 
 def find_base(constants: SimpleNamespace, experts: int) -> None:
-    """Look for the pre-trained model before anything slow. To be called before transformers is imported, which decides
-    then whether to try the hub. Raises UserError where BASE_MODEL_PATH is a folder that does not exist."""
+    """Look for the pre-trained model. To be called before transformers is imported, which decides then whether to try the
+    hub. Raises UserError where BASE_MODEL_PATH is a folder that does not exist."""
     if local_folder(constants.BASE_MODEL_PATH.format(experts=experts), "BASE_MODEL_PATH") is None:
         offline_if_unreachable()
 

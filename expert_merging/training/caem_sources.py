@@ -14,7 +14,7 @@ from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily, merged_config
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, read_json, write_json
+from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.merging.average import average_lazily
@@ -112,7 +112,7 @@ def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int)
 def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]:
     """What tools/count_expert_usage.py left for a single-task model. Raises UserError where it did not run."""
     remedy = f"python tools/count_expert_usage.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
-    return results.load(c.SOURCE_PICKLE_PATH.format(experts=experts), f"expert_usage_{task}", remedy)
+    return results.load(f"{c.SOURCE_PICKLE_PATH.format(experts=experts)}/expert_usage_{task}.json", remedy)
 
 
 def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:
@@ -124,12 +124,8 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
 
     Raises UserError where the sources' tensors do not fit together.
     """
-    asked = {
-        "sources": {source.task: source.weights_sha256 for source in sources},
-        "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
-    }  # fmt: skip
-    path = folder / "merging.json"
-    if accelerator.is_main_process and not (path.exists() and read_json(path)["asked"] == asked):
+    identity, path = merging_identity(c, sources), folder / "merging.json"
+    if accelerator.is_main_process and results.part(path, identity) is None:
         weights = [SafetensorsFolder(source.folder) for source in sources]
         with new_folder(folder) as temporary:
             try:
@@ -146,9 +142,20 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
                 raise UserError(f"these models cannot be merged: {error}") from error
             merged_config(sources[0].config, c.target_experts_num, projection).save_pretrained(temporary)
             sources[0].tokenizer.save_pretrained(temporary)
-            write_json(temporary / "merging.json", {"asked": asked, **record})
+            results.save(temporary / "merging.json", identity, record)
     accelerator.wait_for_everyone()
-    return read_json(path)
+    record = results.part(path, identity)
+    if c.merging == "caem":
+        accelerator.print(allocation_lines(record, tuple(source.task for source in sources)))
+    return record
+
+
+def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any]:
+    """What the merged model depends on."""
+    return {
+        "sources": {source.task: source.weights_sha256 for source in sources},
+        "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
+    }  # fmt: skip
 
 
 def _warn_of_no_entropy(record: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils.other import load as load_weights_only
 from safetensors import SafetensorError, safe_open
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import hold, new_folder, read_json, sha256, write_json
+from expert_merging.core.hub import first_line
 from expert_merging.run import provenance, results, sharding
 
 _DESCRIBED = "run.json"  # what the run depends on, in its working folder
@@ -34,10 +36,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # one process writes
             write_json(described, identity)
         return
-    if difference := results.changes(read_json(described), identity):
-        raise UserError(
-            f"{folder} holds a run begun with other constants or data ({difference}); restore them or remove the folder"
-        )
+    results.refuse(folder, read_json(described), identity, "it holds a run that was begun: restore them or remove it")
 
 
 def release(folder: Path) -> None:
@@ -137,7 +136,8 @@ def load_newest(accelerator: Accelerator, model, optimizer, paths: list[Path]) -
         except _Unfit as error:
             raise UserError(str(error)) from error
         except Exception as error:  # a file cut short surfaces as whatever its reader raises
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            interrupts.check()
+            first = first_line(error)
             if path == paths[0]:
                 raise UserError(f"{path} is damaged ({first}); remove {path.parent} to begin this run again") from error
             warnings.warn(f"{path} is damaged ({first}); going on from the one before", stacklevel=2)

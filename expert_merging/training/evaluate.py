@@ -4,12 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.core.files import read_json, write_json
 from expert_merging.data.tasks import get_task
-from expert_merging.run import sharding
+from expert_merging.run import results, sharding
 from expert_merging.switch import decoding
 from expert_merging.switch.cross_entropy import task_loss
 from expert_merging.training.overall import overall
+
+SCORED_WITH = (
+    "max_input_length", "max_decoder_length", "validation_examples", "test_examples", "num_beams", "repetition_penalty",
+    "no_repeat_ngram_size", "length_penalty", "precision",
+)  # fmt: skip
 
 
 def shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:
@@ -24,12 +28,20 @@ def shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[
     ]
 
 
-def test_once(c: SimpleNamespace, accelerator, model, tokenizer, data, goals, path: Path) -> dict[str, Any]:
-    """Scores of `model` as it is; noted in `path`, and read from there when they are there.
+def scoring_identity(c: SimpleNamespace, data: dict[str, str], goals: dict | None, **model: Any) -> dict[str, Any]:
+    """What the scores of a model depend on: the constants `SCORED_WITH`, the data (each task's hash), what Overall divides
+    by, and the `model`, by whatever tells it from others."""
+    return results.identity(c, SCORED_WITH, data=data, goals=goals, **model)
+
+
+def test_once(
+    c: SimpleNamespace, accelerator, model, tokenizer, data, goals, path: Path, identity: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of `model` as it is; noted in `path`, and read from there when they are there and have this identity.
 
     {"validation": {task: scores}, "test": ..., "overall": {"validation": number, "test": ...}}
     """
-    if not path.exists():
+    if results.part(path, identity) is None:
         model = sharding.place(accelerator, model)
         result: dict[str, Any] = {"overall": {}}
         for split in ("validation", "test"):
@@ -42,6 +54,6 @@ def test_once(c: SimpleNamespace, accelerator, model, tokenizer, data, goals, pa
                 result[split][task] = scores
             result["overall"][split] = goals and overall(result[split], goals[split])
         if accelerator.is_main_process:
-            write_json(path, result)
+            results.save(path, identity, result)
         accelerator.wait_for_everyone()
-    return read_json(path)
+    return results.part(path, identity)

@@ -19,13 +19,13 @@ from expert_merging.core.files import read_json
 from expert_merging.data.batches import MicroBatches, epoch_examples, length_grouped
 from expert_merging.data.features import collate, folder_of, padded_lengths
 from expert_merging.data.tasks import get_task
-from expert_merging.run import provenance, results, sharding
+from expert_merging.run import results, sharding
 from expert_merging.run.deviations import deviates, of_method
 from expert_merging.switch import decoding, models, usage
 from expert_merging.switch.cross_entropy import task_loss
 from expert_merging.training import checkpoints, loop
 from expert_merging.training.evaluate import shown
-from expert_merging.training.overall import overall, selection_split
+from expert_merging.training.overall import overall, selection_split, summary
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def finetune(
     c: SimpleNamespace, accelerator, model, tokenizer, data: dict[str, Any], *,
     name: str, save_as: str, work: Path, identity: dict[str, Any], goals: dict[str, dict[str, float]] | None = None,
     more: dict[str, Any] | None = None, models_folder: Path, histories_folder: Path, num_epochs: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> None:  # fmt: skip
     """Fine-tune `model` on the tasks of `data`, keep the best epoch, test it, and write weights and history.
 
     Args:
@@ -61,9 +61,6 @@ def finetune(
         goals: {"validation": {task: score of the single-task model}, "test": ...}, by which Overall is measured.
         more: further entries of the history.
         num_epochs: other than the constant of that name.
-
-    Returns:
-        The history (see README, "What a history holds").
     """
     checkpoints.claim(work, identity)
     model = sharding.place(accelerator, model)
@@ -140,11 +137,11 @@ def finetune(
     result = epochs[best]["test"] or evaluate("test", "testing")
 
     history = {
-        "name": name, "command": provenance.command(), "started": started, "versions": provenance.versions(),
+        "name": name, "started": started,
         "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision, "sharded": sharding.is_sharded(model),
         "seconds": sum(epoch["seconds"] for epoch in epochs),
-        "identity": identity, "parameters": model.num_parameters(),
+        "parameters": model.num_parameters(),
         "experts_num": model.config.num_experts, "tasks": list(data),
         "train_loss": [epoch["train_loss"] for epoch in epochs],
         "epoch_seconds": [epoch["seconds"] for epoch in epochs],
@@ -171,10 +168,10 @@ def finetune(
     if accelerator.is_main_process:
         models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
         models.save_model(model, tokenizer, models_folder / name)
-        results.save(histories_folder, name, history)
+        results.save(histories_folder / f"{name}.json", identity, history, pickled=True)
         checkpoints.release(work)
     accelerator.wait_for_everyone()
-    return history
+    accelerator.print(summary(history))
 
 
 def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, reading: str) -> torch.Tensor:
@@ -232,4 +229,3 @@ def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
 def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:
     step = Size(len(group), int(inputs[group].sum()), int(targets[group].sum()))
     return [Pass(task, group[i : i + batch_size], step) for i in range(0, len(group), batch_size)]
-

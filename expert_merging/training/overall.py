@@ -50,7 +50,7 @@ def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace
     remedy = (
         f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
     )
-    return results.load(folder, f"single_task_{task}", remedy)
+    return results.load(f"{folder}/single_task_{task}.json", remedy)
 
 
 def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import replacing
+from expert_merging.run import results
 
 GUARDS = ("warn", "rollback", "off")
 SAVE_EVERY = 50  # steps
@@ -42,6 +43,14 @@ def batch_at(step: int, examples: int, batch_size: int, seed: int) -> list[int]:
     return order[number * batch_size : (number + 1) * batch_size].tolist()
 
 
+def check_guard(guard: str, floor: float = 0.5) -> None:
+    """Raises UserError for an unknown guard, and for a floor that is no share."""
+    if guard not in GUARDS:
+        raise UserError(f"the guard is {guard!r}; it must be one of {', '.join(GUARDS)}")
+    if not 0 <= floor <= 1:
+        raise UserError(f"the guard's floor is {floor}; it is a share, between 0 and 1")
+
+
 def adapt(
     parameters: Iterable[torch.nn.Parameter],
     tasks: Sequence[str],
@@ -51,8 +60,8 @@ def adapt(
     guard: str = "warn",
     floor: float = 0.5,
     window: int = 20,
-    after_step: Callable[[], None] | None = None,
     checkpoint: Path | None = None,
+    identity: dict[str, Any] | None = None,
     title: str = "adapting",
 ) -> dict[str, Any]:
     """Minimise the sum over tasks of `loss` by Adam at a constant rate; changes `parameters` in place.
@@ -68,31 +77,33 @@ def adapt(
         parameters: those to train; they need gradients.
         loss: (task, step) -> (scalar in nats, mean prediction [C] for the guard, or None). The step is what the batch
             depends on; see `batch_at`.
-        after_step: called after every step of the optimizer, to clamp or clip.
         checkpoint: a file from which an interrupted adaptation goes on; removed at the end.
+        identity: what the result depends on beside these arguments; it is refused to go on from another's checkpoint.
 
     Returns:
         A record: losses by task and step, entropy of the mean prediction by task and window (share of log C), what the
         guard saw, seconds.
 
-    Raises UserError for an unknown guard or floor, ValueError where there is nothing to train or a loss is no number.
+    Raises UserError for an unknown guard or floor and another's checkpoint, ValueError where there is nothing to train or a
+    loss is no number.
     """
     parameters = list(parameters)
-    if guard not in GUARDS:
-        raise UserError(f"the guard is {guard!r}; it must be one of {', '.join(GUARDS)}")
-    if not 0 <= floor <= 1:
-        raise UserError(f"the guard's floor is {floor}; it is a share, between 0 and 1")
+    check_guard(guard, floor)
     if not parameters or not all(parameter.requires_grad for parameter in parameters):
         raise ValueError("there is no parameter to adapt, or one without gradients")
     optimizer = torch.optim.Adam(parameters, lr=lr)
+    settings = {"steps": steps, "lr": lr, "guard": guard, "floor": floor, "window": window}
+    identity = {"tasks": list(tasks), **settings, **(identity or {})}
     record = {
-        "steps": steps, "lr": lr, "guard": guard, "floor": floor, "window": window, "seconds": 0.0, "steps_done": 0,
+        **settings, "seconds": 0.0, "steps_done": 0,
         "loss": {task: [] for task in tasks}, "marginal_entropy": {task: [] for task in tasks}, "collapsed": [],
     }  # fmt: skip
     predictions: dict[str, list[torch.Tensor]] = {task: [] for task in tasks}
     healthy = _copies(parameters)
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        remedy = "it holds an adaptation that was begun: restore them or remove it"
+        results.refuse(checkpoint, results.made_with(saved), identity, remedy)
         record, predictions, healthy = saved["record"], saved["predictions"], saved["healthy"]
         optimizer.load_state_dict(saved["optimizer"])
         _restore(parameters, saved["parameters"])
@@ -109,8 +120,6 @@ def adapt(
             if prediction is not None:
                 predictions[task].append(prediction.detach().cpu())
         optimizer.step()
-        if after_step is not None:
-            after_step()
         record["steps_done"], record["seconds"] = step + 1, time.monotonic() - started
         bar.set_postfix(loss=f"{sum(values[-1] for values in record['loss'].values()):.3f}", refresh=False)
         if (step + 1) % window == 0 and guard != "off":
@@ -130,7 +139,7 @@ def adapt(
                 break
         if checkpoint is not None and (step + 1) % SAVE_EVERY == 0:
             with replacing(checkpoint) as temporary:
-                saved = {"record": record, "predictions": predictions, "healthy": healthy}
+                saved = {"identity": identity, "record": record, "predictions": predictions, "healthy": healthy}
                 torch.save(saved | {"optimizer": optimizer.state_dict(), "parameters": _copies(parameters)}, temporary)
     optimizer.zero_grad(set_to_none=True)
     if checkpoint is not None:

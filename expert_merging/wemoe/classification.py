@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from expert_merging import merging
-from expert_merging.core.errors import UserError
+from expert_merging.core.errors import UserError, at_least
 from expert_merging.merging.adamerging import AdaMerged
-from expert_merging.wemoe.adaptation import adapt, batch_at, entropy_loss
+from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
 from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.vectors import held_bytes
 
@@ -58,6 +59,21 @@ class Settings:
     guard_floor: float = 0.5
     seed: int = 0
     layers: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, c: SimpleNamespace, **more: Any) -> "Settings":
+        """From the constants of a script; `more` gives what no constant of both scripts does."""
+        return cls(
+            lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
+            guard_floor=c.guard_floor, adapt_batch_size=c.adapt_batch_size, **more,
+        )  # fmt: skip
+
+
+def check_adaptation(c: SimpleNamespace) -> None:
+    """Raises UserError for constants of the adaptation that cannot be."""
+    at_least(c, 1, "adapt_steps", "adapt_batch_size")
+    at_least(c, 0, "images_per_task")
+    check_guard(c.guard, c.guard_floor)
 
 
 def check_method(method: str) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line, local_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
@@ -166,6 +167,7 @@ def has_split(path: str, name: str, split: str) -> bool:
     try:
         _open(datasets, path, folder, name, split)
     except (OSError, ValueError, KeyError):
+        interrupts.check()
         return False
     return True
 

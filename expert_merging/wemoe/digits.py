@@ -6,6 +6,7 @@ frozen "text" embeddings of its classes, here random. So merging goes by the sam
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,41 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import replacing
-from expert_merging.wemoe.classification import Task, embed
+from expert_merging.wemoe.classification import Task, check_adaptation, embed
 
 TRAIN, EMBEDDING, LOGIT_SCALE = 1200, 24, 20.0
+DEPENDS_ON = (
+    "lam",
+    "adapt_lr",
+    "adapt_steps",
+    "adapt_batch_size",
+    "adamerging_lr",
+    "guard",
+    "guard_floor",
+    "pretrain_examples",
+    "pretrain_steps",
+    "finetune_steps",
+    "training_lr",
+    "images_per_task",
+)  # the constants that a record follows from
 TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": lambda x: x,
     "rotated": lambda x: x.rot90(1, (2, 3)),
     "mirrored_negative": lambda x: 1 - x.flip(3),
     "permuted": lambda x: x.flatten(2)[..., torch.randperm(64, generator=torch.Generator().manual_seed(7))].view_as(x),
 }
+
+
+def check_constants(c: SimpleNamespace) -> None:
+    """Raises UserError for constants that cannot be."""
+    check_adaptation(c)
+    at_least(c, 0, "pretrain_steps", "finetune_steps", "seeds")
+    if not 1 <= c.pretrain_examples <= TRAIN:
+        raise UserError(
+            f"pretrain_examples is {c.pretrain_examples}; give 1 to {TRAIN}: the other images are the test's"
+        )
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:

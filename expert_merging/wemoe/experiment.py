@@ -4,8 +4,6 @@ The methods are in `merging/` and `wemoe/`; neighbours/WEMoE_multi_task_merging.
 """
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, read_json, write_json
+from expert_merging.core.errors import UserError, at_least
+from expert_merging.core.files import new_folder
 from expert_merging.core.hub import first_line, load_tokenizer, local_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.data.features import collate
@@ -25,12 +23,12 @@ from expert_merging.data.tasks import get_task
 from expert_merging.merging.adamerging import AdaMerged
 from expert_merging.merging.fisher import diagonal_fisher
 from expert_merging.merging.regmean import gram_matrices
-from expert_merging.run import provenance, results
+from expert_merging.run import results
 from expert_merging.switch import decoding, models
 from expert_merging.switch.cross_entropy import task_loss
 from expert_merging.training import evaluate, finetuning, overall
 from expert_merging.wemoe import checkpoints, seq2seq
-from expert_merging.wemoe.adaptation import adapt
+from expert_merging.wemoe.adaptation import adapt, check_guard
 from expert_merging.wemoe.ffn import ensembles, routers
 from expert_merging.wemoe.seq2seq_losses import AnswerLoss, first_tokens
 
@@ -59,7 +57,8 @@ class Sources:
     tokenizer: Any
     goals: dict[str, dict[str, float]] | None
     data: dict[str, Any] = field(default_factory=dict)
-    checkpoint: Path | None = None  # of the adaptation under way
+    checkpoint: Path | None = None  # of the adaptation under way, and what it depends on
+    identity: dict[str, Any] | None = None
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
@@ -147,9 +146,19 @@ class Sources:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         record = adapt(
             parameters, self.tasks, loss, self.c.adapt_steps, lr, self.c.adapt_guard, window=self.c.adapt_window,
-            checkpoint=self.checkpoint, title="adapting",
+            checkpoint=self.checkpoint, identity=self.identity, title="adapting",
         )  # fmt: skip
         return {"losses": loss.kinds, "batch_size": self.c.adapt_batch_size, **record}
+
+
+def check_constants(c: SimpleNamespace) -> None:
+    """Raises UserError for constants that cannot be, before any model is read."""
+    if len(c.task_types) < 2:
+        raise UserError(f"task_types names {len(c.task_types)} task; merging needs two or more")
+    if len(c.adapt_losses) != len(c.task_types):
+        raise UserError(f"adapt_losses names {len(c.adapt_losses)} losses for {len(c.task_types)} tasks; one each")
+    at_least(c, 1, "adapt_steps", "adapt_batch_size", "adapt_tokens", "adapt_window", "statistics_examples")
+    check_guard(c.adapt_guard)
 
 
 def open_sources(c: SimpleNamespace) -> Sources:
@@ -157,10 +166,6 @@ def open_sources(c: SimpleNamespace) -> Sources:
 
     Raises UserError where one is missing or damaged, of another shape or, as far as histories tell, another ancestor.
     """
-    if len(c.task_types) < 2:
-        raise UserError(f"task_types names {len(c.task_types)} task; merging needs two or more")
-    if len(c.adapt_losses) != len(c.task_types):
-        raise UserError(f"adapt_losses names {len(c.adapt_losses)} losses for {len(c.task_types)} tasks; one each")
     folders = [
         Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=c.experts_num)) / f"single_task_{task}" for task in c.task_types
     ]
@@ -205,13 +210,10 @@ def make_once(sources: Sources, folder: Path, identity: dict[str, Any], make: Ca
     """Make what `make` makes into `folder`, unless it is there with this identity. Returns its record, with the numbers
     of parameters and the bytes that its weights take on disk (of a WEMoE the pre-trained model's, which it builds on, too).
     """
-    path = folder / "merging.json"
-    if path.exists() and read_json(path)["asked"] == identity:
-        return read_json(path)
+    if (record := results.part(folder / "merging.json", identity)) is not None:
+        return record
     started = time.perf_counter()
-    # An interrupted adaptation goes on only with the same constants, models and data.
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    sources.checkpoint = folder.with_name(f"{folder.name}.{digest[:12]}.adapting")
+    sources.checkpoint, sources.identity = folder.with_name(f"{folder.name}.adapting"), identity
     try:
         made = make()
         with new_folder(folder) as temporary:
@@ -227,9 +229,9 @@ def make_once(sources: Sources, folder: Path, identity: dict[str, Any], make: Ca
                 held += sum(t.numel() * t.element_size() for t in sources.base.values())
             sources.model.config.save_pretrained(temporary)
             sources.tokenizer.save_pretrained(temporary)
-            record = {"asked": identity, "parameters": parameters, "bytes": held, "trainable": 0, **made.record}
+            record = {"parameters": parameters, "bytes": held, "trainable": 0, **made.record}
             record.setdefault("seconds_to_merge", time.perf_counter() - started)
-            write_json(temporary / "merging.json", record)
+            results.save(temporary / "merging.json", identity, record)
     except ValueError as error:
         raise UserError(f"these models cannot be merged: {error}") from error
     return record
@@ -248,19 +250,20 @@ def load_made(sources: Sources, folder: Path) -> nn.Module:
     return load_seq2seq(folder, "MODEL_SAVE_PATH").eval()
 
 
-def test_once(sources: Sources, accelerator, folder: Path) -> dict[str, Any]:
+def test_once(sources: Sources, accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Scores of the model in `folder` on test as the other scripts have them, in batches of one task; of a WEMoE also in
-    batches of all tasks together, and its routing. Noted in `folder`, and read from there when they are there.
+    batches of all tasks together, and its routing. Noted in `folder`, and read from there when they are there with this
+    identity.
 
     {"test": {task: scores}, "overall": {"test": number}, "seconds_to_test"} and of a WEMoE "mixed", "overall"."mixed",
     "routing": {layer: {task: mean weights}}.
     """
     path = folder / "test.json"
-    if path.exists():
-        return read_json(path)
+    if (result := results.part(path, identity)) is not None:
+        return result
     c, tokenizer = sources.c, sources.tokenizer
     model = load_made(sources, folder).to(accelerator.device)
-    result: dict[str, Any] = {"test": {}, "examples": {}, "overall": {}}
+    result = {"test": {}, "examples": {}, "overall": {}}
     started = time.perf_counter()
     for task, features in sources.data.items():
         scores, predictions = decoding.evaluate_task(
@@ -277,7 +280,7 @@ def test_once(sources: Sources, accelerator, folder: Path) -> dict[str, Any]:
     for kind in ("test", "mixed"):
         if kind in result and sources.goals:
             result["overall"][kind] = overall.overall(result[kind], sources.goals["test"])
-    write_json(path, result)
+    results.save(path, identity, result)
     return result
 
 
@@ -338,12 +341,11 @@ def identity_of(sources: Sources, method: str, own: Iterable[str]) -> dict[str, 
     c = sources.c
     shared = (
         "scale", "task_types", "max_input_length", "max_decoder_length", "test_examples", "num_beams", "repetition_penalty",
-        "no_repeat_ngram_size", "length_penalty", "experts_num",
+        "no_repeat_ngram_size", "length_penalty", "precision", "experts_num",
     )  # fmt: skip
-    chosen = SimpleNamespace(**{name: getattr(c, name) for name in (*shared, *own)})
     digests = dict(zip(sources.tasks, (one.sha256() for one in sources.tuned), strict=True))
     return results.identity(
-        chosen, method=method, ancestor=sources.ancestor, sources=digests, goals=sources.goals,
+        c, (*shared, *own), method=method, ancestor=sources.ancestor, sources=digests, goals=sources.goals,
         data=finetuning.data_hashes(c, list(sources.tasks)),
     )  # fmt: skip
 
@@ -355,11 +357,10 @@ def finish(
     """Write a method's history, and of a WEMoE the heat map of its routing; returns what it says in a line."""
     c = sources.c
     history = {
-        "name": name, "method": method, "command": provenance.command(), "started": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": provenance.versions(), "device": str(accelerator.device.type), "processes": 1,
-        "threads": torch.get_num_threads(), "identity": identity, "experts_num": c.experts_num,
-        "tasks": list(sources.tasks),
-        **{key: value for key, value in made.items() if key != "asked"},
+        "name": name, "method": method, "started": time.strftime("%Y-%m-%d %H:%M"),
+        "device": str(accelerator.device.type), "processes": 1, "threads": torch.get_num_threads(),
+        "experts_num": c.experts_num, "tasks": list(sources.tasks),
+        **made,
         **{
             f"{task}_data": {
                 "main_score": get_task(task).main_score, "test": tested["test"][task],
@@ -373,5 +374,5 @@ def finish(
         from expert_merging.report import figures
 
         figures.routing(history, Path(c.PICKLE_PATH) / f"{name}_routing.png")
-    results.save(c.PICKLE_PATH, name, history)
+    results.save(f"{c.PICKLE_PATH}/{name}.json", identity, history, pickled=True)
     return f"{method}: " + overall.scores_line(tested["test"], tested["overall"].get("test"))

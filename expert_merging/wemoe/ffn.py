@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from expert_merging.wemoe.linear import EnsembledLinear, LostSamples, ensemble, merged, unensemble
+from expert_merging.wemoe.linear import EnsembledLinear, LostSamples, ensemble, merged
 from expert_merging.wemoe.router import Router
 from expert_merging.wemoe.vectors import DenseVectors, SparseVectors, prune_magnitude
 
@@ -133,16 +133,6 @@ class WeightEnsemblingFFN(nn.Module):
                 with _Routed(expert, weights[rows[0]], None):
                     made = made.index_put(rows, expert(states[rows]).to(made.dtype))
         return top_prob * made, (logits, assigned.argmax(dim=-1))
-
-    def plain(self, weights: torch.Tensor) -> nn.Module:
-        """An ordinary layer of the base's class with the weights merged by `weights` [T]."""
-        ffn = copy.deepcopy(self.base, {id(vectors): None for vectors in self.vectors})  # without the task vectors
-        for module in ffn.modules():
-            if isinstance(module, EnsembledLinear):
-                unensemble(module)
-        with torch.no_grad():
-            ffn.load_state_dict(self.merged_parameters(weights), strict=False)
-        return ffn
 
 
 class _Routed:
@@ -294,23 +284,3 @@ def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
         if tensor.numel() and not tensor.is_meta:
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def export_static(model: nn.Module, weights: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> nn.Module:
-    """A copy of `model` as an ordinary model: every weight-ensembling layer merged for good.
-
-    Args:
-        weights: of each layer by name, or of all, [T]; None takes the constants of routers of depth 0.
-
-    Raises ValueError when `weights` is None and a router looks at its input.
-    """
-    plain: dict[int, Any] = {}
-    for name, layer in ensembles(model):
-        if weights is None and layer.gate.depth > 0:
-            raise ValueError(f"{name} is routed by its input; give the weights to merge it by")
-        own = layer.gate.bias if weights is None else weights[name] if isinstance(weights, Mapping) else weights
-        plain[id(layer)] = layer.plain(own.detach())
-    made = copy.deepcopy(model, plain)
-    if hasattr(made, "wemoe"):
-        del made.wemoe
-    return made

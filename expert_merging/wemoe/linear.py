@@ -46,12 +46,6 @@ def ensemble(layer: nn.Linear, deltas: dict[str, nn.Module]) -> None:
     layer.__class__ = EnsembledLinear
 
 
-def unensemble(layer: EnsembledLinear) -> None:
-    """The reverse of `ensemble`."""
-    layer.__class__ = layer.plain
-    del layer.plain, layer.deltas, layer.routing, layer.product
-
-
 def merged(base: torch.Tensor, weights: torch.Tensor, vectors: nn.Module) -> torch.Tensor:
     """base + sum_t weights[t] tau_t in the dtype of `base`, for weights [T]; differentiable in them."""
     return _Merge.apply(weights, base, vectors)

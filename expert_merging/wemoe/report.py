@@ -9,40 +9,15 @@ python -m expert_merging.wemoe.report results/wemoe/digits runs/tiny/wemoe_digit
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from expert_merging.core.files import read_json, write_json
 from expert_merging.report import publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import every, source
 from expert_merging.report.records import read as read_groups
 from expert_merging.report.tables import Table, stat
-from expert_merging.run.provenance import command, versions
 
 MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "seconds", "files")
-
-
-def identity(c: SimpleNamespace, prefixes: Sequence[str]) -> dict[str, Any]:
-    """The constants that begin with one of `prefixes`: what a record depends on."""
-    return {name: value for name, value in sorted(vars(c).items()) if name.startswith(tuple(prefixes))}
-
-
-def missing(folder: Path, group: str, methods: Sequence[str], identity: dict[str, Any]) -> list[str]:
-    """The methods without a record, or whose record was made with other constants."""
-    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
-
-    def there(method: str) -> bool:
-        path = _path(folder, group, method)
-        return path.exists() and read_json(path)["constants"] == identity
-
-    return [method for method in methods if not there(method)]
-
-
-def add(folder: Path, group: str, method: str, found: dict[str, Any], seed: int, identity: dict[str, Any]) -> None:
-    """Write a record, with where it comes from."""
-    more = {"method": method, "group": group, "seed": seed, "constants": identity}
-    write_json(_path(folder, group, method), found | more | {"command": command(), "versions": versions()})
 
 
 def seen_and_unseen(found: dict[str, Any], tasks: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
@@ -60,10 +35,6 @@ def line(found: dict[str, Any]) -> str:
     parts += [f"{100 * found[key]['average_accuracy']:.2f} {label}" for key, label in
               (("mixed", "in mixed batches"), ("sample_wise", "sample by sample")) if key in found]  # fmt: skip
     return ", ".join(parts)
-
-
-def _path(folder: Path, group: str, method: str) -> Path:
-    return Path(folder) / "records" / group / f"{method}.json"
 
 
 def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -44,16 +44,6 @@ def route(model: nn.Module) -> nn.Module:
     return model
 
 
-def export(model: nn.Module, weights: Mapping[str, torch.Tensor] | torch.Tensor | None = None) -> nn.Module:
-    """`ffn.export_static`, as an ordinary model that saves and loads."""
-    made = ffn.export_static(model, weights)
-    for stack in (made.get_encoder(), made.get_decoder()):
-        for key, hook in list(stack._forward_pre_hooks.items()):
-            if isinstance(hook, (_RouteEncoder, _RouteDecoder)):
-                del stack._forward_pre_hooks[key], stack._forward_pre_hooks_with_kwargs[key]
-    return made
-
-
 def routing_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """{layer: weights [batch, T]} of the last pass."""
     return {name: layer.last_weights for name, layer in ffn.ensembles(model)}

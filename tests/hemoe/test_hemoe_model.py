@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import moe_parameters, sparsity
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -26,9 +27,7 @@ from expert_merging.hemoe.modeling import (
     HEMoEForCausalLM,
     activated_share,
     balance_loss,
-    moe_parameters,
 )
-from expert_merging.hemoe.split import sparsity
 
 D, N = 16, 24
 KINDS = {

@@ -234,6 +234,42 @@ def test_other_constants_are_refused(place, done, step, constants, said):
         call_main(SCRIPT, words(place, steps=(step,), **constants))
 
 
+def test_another_base_of_the_same_shape_is_refused_at_the_small_scales_too(place, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    steps = ("domains", "scores", "partition")
+    at_tiny = words(place, scale="tiny", steps=steps, methods=("HEMoE",), HEMOE_DIR=tmp_path / "hemoe")
+    call_main(SCRIPT, at_tiny)
+    call_main(SCRIPT, at_tiny)
+    shutil.copytree(place / "base", tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    split = tmp_path / "hemoe/seed0/HEMoE/split.json"
+    before = split.read_bytes()
+    for step in steps:
+        with pytest.raises(UserError, match="made with other constants .base_model was .*another HEMOE_DIR") as error:
+            call_main(SCRIPT, [*at_tiny, "--steps", step, "--base_model", str(tmp_path / "other")])
+        assert "\n" not in str(error.value)
+    assert split.read_bytes() == before
+    # Where a model lies does not matter: moved, it is the same; and our own is told by the constants that make it.
+    shutil.copytree(place / "base", tmp_path / "moved")
+    call_main(SCRIPT, [*at_tiny, "--base_model", str(tmp_path / "moved")])
+
+
+def test_our_own_base_is_told_by_the_constants_that_make_it(place):
+    from expert_merging.hemoe import pipeline
+    from expert_merging.run.constants import read_constants
+    from neighbours import HEMoE_moe_construction as script
+
+    own = read_constants(vars(script), ["--scale", "tiny", "--device", "cpu", "--HEMOE_DIR", str(place / "runs")])
+    assert "base_model" not in pipeline.identity(own, "split") and "base_steps" in pipeline.identity(own, "split")
+    assert (
+        "precision" not in pipeline.identity(own, "split") and pipeline.identity(own, "tuning")["precision"] == "fp32"
+    )
+
+
 def test_damaged_files_are_one_line(place, done, tmp_path):
     target = tmp_path / "runs/hemoe/seed0"
     shutil.copytree(place / "runs/hemoe/seed0", target)

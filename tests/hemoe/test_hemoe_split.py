@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import sparsity
 
 from expert_merging.core.errors import UserError
 from expert_merging.hemoe.clusters import balanced_clusters
 from expert_merging.hemoe.importance import processed
 from expert_merging.hemoe.partition import METHODS, Settings, partition
 from expert_merging.hemoe.solver import objective
-from expert_merging.hemoe.split import Split, experts_from_labels, sparsity
+from expert_merging.hemoe.split import Split, experts_from_labels
 
 
 def raw_scores(depth=2, neurons=96, domains=4, seed=0):

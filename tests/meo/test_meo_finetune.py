@@ -123,7 +123,9 @@ def test_it_repeats_and_goes_on(done, folder):
     ],
 )
 def test_other_families_and_tasks(folder, family, task, levels, score):
-    call_main("neighbours/MEO_finetune.py", words(folder, "others", family, task, levels=levels, epochs=1, input_length=12))
+    call_main(
+        "neighbours/MEO_finetune.py", words(folder, "others", family, task, levels=levels, epochs=1, input_length=12)
+    )
     found = records(folder, "others", f"{family}_{task}")
     assert {"dense", "block"} < set(found) and len(found) == 2 + 2 * len(levels.split()) - (family == "gpt2")
     for record in found.values():
@@ -165,13 +167,20 @@ def test_pretraining_learns(tmp_path):
     blocks = recipes.blocks_of(sentences(400), tokenizer, 16)
     c = SimpleNamespace(
         seed=0, device="cpu", precision="auto", scale="tiny", d_model=16, d_ff=32, num_layers=1, num_heads=2,
-        pretraining_steps=40, pretraining_batch=8, pretraining_lr=0.01, checkpoint_minutes=5,
+        pretraining_steps=40, pretraining_batch=8, pretraining_lr=0.01, pretraining_length=16, checkpoint_minutes=5,
     )  # fmt: skip
     for family in ("bert", "t5", "bart"):
         bases.pretrain(c, make_accelerator(c), family, tokenizer, blocks, tmp_path / family)
         record = json.loads((tmp_path / family / "pretraining.json").read_text())
         assert record["history"][0]["heldout_loss"] < 0.85 * math.log(len(tokenizer))
         assert not (tmp_path / f"{family}.run").exists()
+        c.family = family
+        assert bases.pretrain_once(c, None, tmp_path / family) == str(tmp_path / family)  # is there already
+    other = SimpleNamespace(**vars(c) | {"d_model": 32})
+    with pytest.raises(
+        UserError, match="bart was made with other constants .d_model was 16, is now 32.*another MEO_DIR"
+    ):
+        bases.pretrain_once(other, None, tmp_path / "bart")
 
 
 def test_masking():

@@ -172,6 +172,49 @@ def test_it_goes_on_where_it_was_and_ends_the_same(world, merged, monkeypatch):
     assert again["adaptation"]["loss"] == first["adaptation"]["loss"]
 
 
+def test_scores_of_a_merged_model_are_not_those_of_another_decoding(world, merged):
+    """As the refusal advises: the history is removed, and the same command given with another constant."""
+    words = {**SMALL, "methods": "average", "current_case_name": "Beams"}
+    call_main(SCRIPT, world.words("merged", **words))
+    history = merged / "seed0" / "histories" / "Beams-average_[4].json"
+    tested = merged / "seed0" / "models" / "Beams-average_[4]" / "test.json"
+    spoilt = json.loads(tested.read_text())
+    spoilt["test"]["squad"]["exact_match"] = 77.0
+    tested.write_text(json.dumps(spoilt))
+    history.unlink()
+    call_main(SCRIPT, world.words("merged", **words))  # the same constants: taken up
+    assert json.loads(history.read_text())["squad_data"]["test"]["exact_match"] == 77.0
+    history.unlink()
+    call_main(SCRIPT, world.words("merged", **{**words, "num_beams": 1}))
+    again = json.loads(history.read_text())
+    assert again["squad_data"]["test"]["exact_match"] != 77.0 and again["identity"]["num_beams"] == 1
+    assert json.loads(tested.read_text())["identity"]["num_beams"] == 1
+
+
+def test_an_adaptation_begun_with_other_constants_is_refused(world, merged, monkeypatch):
+    from expert_merging.wemoe import adaptation, experiment
+
+    monkeypatch.setattr(adaptation, "SAVE_EVERY", 1)
+    words = {**SMALL, "methods": "wemoe", "current_case_name": "Begun"}
+    call = experiment.AnswerLoss.__call__
+
+    def interrupted(loss, task, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return call(loss, task, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.AnswerLoss, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call_main(SCRIPT, world.words("merged", **words))
+    with pytest.raises(
+        UserError, match=r"Begun-wemoe_\[4\].adapting was made with other constants .lam was 0.3, is now 0.9"
+    ):
+        call_main(SCRIPT, world.words("merged", **words, lam=0.9))
+    call_main(SCRIPT, world.words("merged", **words))
+    assert not list((merged / "seed0" / "models").glob("*.adapting"))
+
+
 def test_t5_folders(world, merged):
     folder = world.folder / "t5-runs"
     words = world.words(
@@ -195,6 +238,12 @@ def test_t5_folders(world, merged):
         ({"methods": "wemoe", "router_depth": 3}, "depth of a router is 3"),
         ({"BASE_MODEL_PATH": "nowhere/at/all"}, "BASE_MODEL_PATH: there is no folder"),
         ({"experts_num": 6}, "holds no model.safetensors"),
+        ({"experts_num": 6, "methods": "average sum"}, "there is no method 'sum'"),  # before any model is looked for
+        ({"experts_num": 6, "adapt_steps": 0}, "adapt_steps is 0; it must be 1 or more"),
+        ({"experts_num": 6, "adapt_batch_size": 0}, "adapt_batch_size is 0"),
+        ({"experts_num": 6, "adapt_window": 0}, "adapt_window is 0"),
+        ({"experts_num": 6, "statistics_examples": 0}, "statistics_examples is 0"),
+        ({"experts_num": 6, "adapt_guard": "hope"}, "the guard is 'hope'"),
     ],
 )
 def test_mistakes_are_said_in_a_line(world, merged, constants, said):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from static_wemoe import export_static
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -25,7 +26,6 @@ from expert_merging.wemoe import checkpoints
 from expert_merging.wemoe.ffn import (
     WeightEnsemblingFFN,
     ensembles,
-    export_static,
     routers,
     upscale,
 )

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, call_main
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from expert_merging.core.errors import UserError
 from expert_merging.report import folders
@@ -105,10 +106,12 @@ def test_gradients_task_by_task_are_those_of_the_sum(small):
     sum(loss_of(joint, inputs, heads)(task, 0)[0] for task in "ab").backward()
     grads = {}
 
-    def keep():
+    def keep(*_):
         grads.update({name: p.grad.clone() for name, p in apart.named_parameters() if p.requires_grad})
 
-    adapt(trained(apart), ["a", "b"], loss_of(apart, inputs, heads), steps=1, after_step=keep)
+    hook = register_optimizer_step_post_hook(keep)
+    adapt(trained(apart), ["a", "b"], loss_of(apart, inputs, heads), steps=1)
+    hook.remove()
     for name, gradient in grads.items():
         torch.testing.assert_close(gradient, joint.get_parameter(name).grad, atol=1e-6, rtol=1e-5)
     assert len(grads) == len(trained(joint))
@@ -139,6 +142,29 @@ def test_an_interrupted_adaptation_goes_on_as_if_it_had_not_been(small, tmp_path
     assert {**record, "seconds": 0} == {**expected, "seconds": 0}
     assert all(torch.equal(a, b) for a, b in zip(trained(second), trained(whole), strict=True))
     assert not (tmp_path / "adapting").exists()
+
+
+@pytest.mark.parametrize("changed", [{"lr": 1e-3}, {"steps": 30}, {"identity": {"lam": 0.9}}])
+def test_an_adaptation_with_other_constants_does_not_go_on_from_it(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr("expert_merging.wemoe.adaptation.SAVE_EVERY", 5)
+    parameter, checkpoint = torch.nn.Parameter(torch.tensor(1.0)), tmp_path / "wemoe.adapting"
+
+    def loss(task, step):
+        if step == 13:
+            raise KeyboardInterrupt
+        return parameter.square(), None
+
+    settings = {"steps": 24, "lr": 1e-2, "checkpoint": checkpoint, "identity": {"lam": 0.3}}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            adapt([parameter], ["a"], loss, **settings)
+    name = next(iter(changed.get("identity", changed)))
+    before = checkpoint.read_bytes()
+    with pytest.raises(
+        UserError, match=f"wemoe.adapting was made with other constants .{name} was .*remove it"
+    ) as error:
+        adapt([parameter], ["a"], loss, **settings | changed)
+    assert "\n" not in str(error.value) and checkpoint.read_bytes() == before
 
 
 ANSWERS = 2 * torch.eye(4)
@@ -223,7 +249,7 @@ def test_digits_at_its_smallest(tmp_path):
         tasks = report.tasks_of(records)
         mean = sum(record[task]["accuracy"] for task in tasks) / 4
         assert record["average_accuracy"] == pytest.approx(mean) and len(tasks) == 4
-        assert record["versions"]["torch"] and record["seed"] == 0 and record["constants"]["adapt_steps"] == 4
+        assert record["versions"]["torch"] and record["seed"] == 0 and record["identity"]["adapt_steps"] == 4
         assert all(0 <= record[task]["accuracy"] <= 1 and record[task]["loss"] > 0 for task in tasks)
     wemoe, pruned, batch = (records[name]["seed0"] for name in ("wemoe", "ewemoe_90", "wemoe_batch"))
     # Four layers, four task vectors; routed sample by sample, so that it does not matter how batches are mixed.
@@ -256,6 +282,51 @@ def test_digits_at_its_smallest(tmp_path):
     again = json.loads((tmp_path / "again" / "records" / "seed0" / "wemoe.json").read_text())
     for key in ("plain", "permuted", "routing_weights", "mixed"):
         assert again[key] == wemoe[key]
+
+
+def test_digits_of_other_constants_stand_in_no_table_together(tmp_path):
+    folder = tmp_path / "digits"
+    words = [*SMALLEST, "--WEMOE_DIR", str(folder), "--methods"]
+    call_main("neighbours/WEMoE_digits.py", [*words, "task_arithmetic", "average"])
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    for methods in (["task_arithmetic"], ["wemoe"]):  # one that is there, and one that is not
+        with pytest.raises(UserError, match="lam was 0.3, is now 0.9.*choose another WEMOE_DIR") as error:
+            call_main("neighbours/WEMoE_digits.py", [*words, *methods, "--lam", "0.9"])
+        assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.json")}
+    assert [path.name for path in (folder / "pools").glob("base*")] == ["base_seed0_500_8_3_0.001.safetensors"]
+
+
+def test_a_record_that_notes_its_constants_as_they_once_stood_is_taken_up(tmp_path):
+    words = [*SMALLEST, "--WEMOE_DIR", str(tmp_path), "--methods", "average"]
+    call_main("neighbours/WEMoE_digits.py", words)
+    path = tmp_path / "records" / "seed0" / "average.json"
+    record = json.loads(path.read_text())
+    record["constants"] = record.pop("identity")
+    path.write_text(json.dumps(record))
+    before = path.read_bytes()
+    call_main("neighbours/WEMoE_digits.py", words)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--adapt_steps", "0"], "adapt_steps is 0; it must be 1 or more"),
+        (["--adapt_batch_size", "0"], "adapt_batch_size is 0"),
+        (["--pretrain_examples", "5000"], "pretrain_examples is 5000; give 1 to 1200"),
+        (["--pretrain_examples", "1201"], "the other images are the test's"),
+        (["--pretrain_examples", "0"], "pretrain_examples is 0"),
+        (["--guard", "hope"], "the guard is 'hope'"),
+        (["--guard_floor", "50"], "floor is 50"),
+        (["--images_per_task", "-1"], "images_per_task is -1"),
+        (["--tables_only"], "has no records"),
+    ],
+)
+def test_mistakes_about_digits_are_one_line(tmp_path, wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        call_main("neighbours/WEMoE_digits.py", [*SMALLEST, "--WEMOE_DIR", str(tmp_path / "digits"), *wrong])
+    assert "\n" not in str(error.value) and not (tmp_path / "digits").exists()
 
 
 @pytest.fixture(scope="module")

@@ -46,12 +46,16 @@ def test_multi_task_with_every_kind_of_method(place, tmp_path):
     assert wemoe["model_info"]["trainable_params"] == 2 * (16 * 16 + 16 + 16 * 3 + 3)
     assert (tmp_path / "r" / "models" / "seed0_wemoe.routers.safetensors").exists()
     assert pruned["files"]["task_vectors.safetensors"] < 0.4 * wemoe["files"]["task_vectors.safetensors"]
-    # Nothing to do the second time; with another constant the records are made again.
+    # Nothing to do the second time; another constant is refused, by name, and makes its records in another folder.
     before = (tmp_path / "r" / "records" / "seed0" / "wemoe.json").read_bytes()
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="wemoe"))
     assert (tmp_path / "r" / "records" / "seed0" / "wemoe.json").read_bytes() == before
-    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="wemoe", first_layer=1))
-    again = read_json(tmp_path / "r" / "records" / "seed0" / "wemoe.json")
+    for methods in ("wemoe", "average", "ewemoe_50"):  # there, there, and new
+        with pytest.raises(UserError, match="first_layer was 0, is now 1.*choose another WEMOE_CLIP_DIR"):
+            call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods=methods, first_layer=1))
+    assert (tmp_path / "r" / "records" / "seed0" / "wemoe.json").read_bytes() == before
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "s", methods="wemoe", first_layer=1))
+    again = read_json(tmp_path / "s" / "records" / "seed0" / "wemoe.json")
     assert list(again["routing_weights"]) == ["vision_model.encoder.layers.1.mlp"]
 
 
@@ -79,6 +83,19 @@ def test_robustness_takes_the_data_sets_own_corruption_or_makes_it(place, tmp_pa
     base, text, tokenizer, processor = clip.load_clip(str(place / "base"), "CLIP_PATH")
     own = clip.Images(f"{place}/data/mnist", "", "contrast", "DATASET_PATH")
     assert own.load(0).tobytes() != clip.Images(f"{place}/data/mnist", "", "test", "DATASET_PATH").load(0).tobytes()
+
+
+def test_another_seed_is_another_row_of_the_table_but_another_clip_is_not(place, tmp_path):
+    import shutil
+
+    small = {"methods": "average", "clip_tasks": "mnist"}
+    for seed in (0, 1):
+        call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", seed=seed, **small))
+    assert set(report.read(tmp_path / "r")["average"]) == {"seed0", "seed1"}
+    shutil.copytree(place / "base", tmp_path / "larger")
+    with pytest.raises(UserError, match="CLIP_PATH was .*choose another WEMOE_CLIP_DIR"):
+        words_ = words(place, tmp_path / "r", seed=2, CLIP_PATH=tmp_path / "larger", **small)
+        call_main("neighbours/WEMoE_clip.py", words_)
 
 
 def test_a_head_is_the_mean_of_unit_text_embeddings(place):
@@ -138,6 +155,13 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
         ({"EXPERT_PATH": "/nowhere/*"}, "EXPERT_PATH: there is no folder '/nowhere/mnist'"),
         ({"DATASET_PATH": "/nowhere/*"}, "DATASET_PATH: there is no folder"),
         ({"experiment": "robustness", "corruptions": "rain"}, "no corruption 'rain'"),
+        ({"first_layer": 9}, "first_layer is 9; .*/base has layers 0 to 1"),
+        ({"first_layer": -1}, "first_layer is -1"),
+        ({"adapt_steps": 0}, "adapt_steps is 0; it must be 1 or more"),
+        ({"adapt_batch_size": 0}, "adapt_batch_size is 0"),
+        ({"images_per_batch": 0}, "images_per_batch is 0"),
+        ({"guard": "hope"}, "the guard is 'hope'"),
+        ({"tables_only": "true"}, "has no records"),
     ],
 )
 def test_mistakes_are_one_line(place, tmp_path, wrong, said):

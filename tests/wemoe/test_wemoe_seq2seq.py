@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from static_wemoe import export_seq2seq
 from transformers import (
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
@@ -131,7 +132,7 @@ def test_generation_with_beams_is_that_of_the_merged_model_of_each_sample(kind):
     for row in range(3):
         logits(model, ids[row : row + 1], ids[row : row + 1], mask[row : row + 1])
         own = {name: weights[0] for name, weights in seq2seq.routing_weights(model).items()}
-        plain = seq2seq.export(model, own)
+        plain = export_seq2seq(model, own)
         one = plain.generate(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], **settings)
         assert torch.equal(one[0], together[row])
 
@@ -165,7 +166,7 @@ def test_constant_routers_are_task_arithmetic_and_can_be_exported(kind, tmp_path
     for sources in (experts, folders[1:]):
         model = seq2seq.upscale(base, sources, depth=0, routing="static").eval()
         torch.testing.assert_close(logits(model, ids, targets), logits(plain, ids, targets), rtol=1e-5, atol=1e-5)
-        exported = seq2seq.export(model)
+        exported = export_seq2seq(model)
         torch.testing.assert_close(logits(exported, ids, targets), logits(model, ids, targets), rtol=0, atol=1e-6)
         exported.save_pretrained(tmp_path / "exported")
         again = type(base).from_pretrained(tmp_path / "exported").eval()

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM end a run as an interrupt, whatever the code that they meet makes of them.
+
+C code that reads a file may lose the KeyboardInterrupt and raise an error of its own, which reads like a damaged file. So
+the handler notes that an interrupt came. Code that goes on after an error of a reader calls `check` first.
+"""
+
+import signal
+from typing import NoReturn
+
+_came = False
+
+
+def watch() -> None:
+    """From now on note interrupts; also let SIGTERM, which clusters send before they kill, end a run as Ctrl-C does.
+
+    Where Ctrl-C is ignored, as in a job that a shell has put into the background, it stays so.
+    """
+    global _came
+    _came = False
+    signal.signal(signal.SIGTERM, _note)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _note)
+
+
+def came() -> bool:
+    """Whether an interrupt has come since `watch`."""
+    return _came
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt where an interrupt has come."""
+    if _came:
+        raise KeyboardInterrupt
+
+
+def _note(*_) -> NoReturn:
+    global _came
+    _came = True
+    raise KeyboardInterrupt

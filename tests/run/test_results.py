@@ -1,0 +1,162 @@
+"""The protocol of a run: what a result depends on, whether it is done, what is taken up, and what runs are called."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import call_main, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json, write_json
+from expert_merging.experiment.steps import Step
+from expert_merging.run import results
+
+
+def constants(**more):
+    shared = {"RUN_DIR": "runs", "lr": 0.1, "task_types": ("a", "b"), "eval_batch_size": 4}
+    return SimpleNamespace(**shared | {"device": "cpu", "precision": "auto"} | more)
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_paths_do_not_count_and_precision_does():
+    was = results.identity(constants())
+    assert was == {"lr": 0.1, "task_types": ["a", "b"], "precision": "fp32"}
+    assert was == results.identity(constants(RUN_DIR="elsewhere", eval_batch_size=8, precision="fp32"))
+    changed = results.changes(was, results.identity(constants(precision="bf16")))
+    assert changed == "precision was 'fp32', is now 'bf16'"
+
+
+def test_auto_is_what_it_comes_to_on_this_machine(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert results.identity(constants(device="cuda"))["precision"] == "bf16"
+    assert results.identity(constants(device="auto"))["precision"] == "bf16"
+    assert results.identity(constants(device="cpu"))["precision"] == "fp32"
+    assert results.identity(constants(device="cuda", precision="fp32"))["precision"] == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert results.identity(constants(device="cuda"))["precision"] == "fp32"
+    with pytest.raises(UserError, match="precision is 'half'"):
+        results.identity(constants(precision="half"))
+
+
+@pytest.mark.parametrize("key", ["identity", "asked", "constants"])
+def test_records_of_earlier_versions_are_read_alike(tmp_path, key):
+    """They say neither "identity" nor a precision; a history notes the precision beside it."""
+    now = results.identity(constants())
+    noted = {name: value for name, value in now.items() if name != "precision"}
+    write_json(tmp_path / "old.json", {key: noted, "loss": 1.5})
+    assert results.is_done(tmp_path / "old.json", now)
+    assert results.part(tmp_path / "old.json", now) == {"loss": 1.5}
+    for precision, same in (("no", True), ("bf16", False)):
+        write_json(tmp_path / "history.json", {key: noted, "precision": precision})
+        assert (results.changes(results.made_with(read_json(tmp_path / "history.json")), now) == "") == same
+
+
+# ---------------------------------------------------------------- done, taken up, refused
+
+
+def test_a_result_is_made_once_and_anothers_is_refused(tmp_path, capsys):
+    path, work = tmp_path / "seed0" / "one.json", tmp_path / "one.run"
+    now, other = results.identity(constants()), results.identity(constants(lr=0.2))
+    assert not results.is_done(path, now, work)
+    work.mkdir()
+    saved = results.save(path, now, {"score": 3}, pickled=True)
+    assert saved == read_json(path) and saved["identity"] == now and {"command", "versions"} <= saved.keys()
+    assert path.with_suffix(".pkl").exists()
+    assert results.is_done(path, now, work, again="train") and not work.exists()
+    assert capsys.readouterr().out == f"{path} is there already; remove it to train again\n"
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError, match=r"one.json was made with other constants \(lr was 0.1, is now 0.2\); .*remove it"
+    ) as e:
+        results.is_done(path, other)
+    assert "\n" not in str(e.value) and path.read_bytes() == before
+    path.write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        results.is_done(path, now)
+
+
+def test_a_part_of_another_is_made_again_and_says_nothing_of_its_making(tmp_path):
+    now, other = results.identity(constants()), results.identity(constants(lr=0.2))
+    assert results.part(tmp_path / "test.json", now) is None
+    results.save(tmp_path / "test.json", now, {"score": 3})
+    assert results.part(tmp_path / "test.json", now) == {"score": 3}
+    assert results.part(tmp_path / "test.json", other) is None
+
+
+def test_no_table_shows_rows_of_several_constants(tmp_path):
+    now = results.identity(constants(seed=1))
+    results.save(tmp_path / "a.json", results.identity(constants(seed=0)), {})
+    results.refuse_others(tmp_path.glob("*.json"), now, "MEO_DIR", but=("seed",))
+    with pytest.raises(UserError, match="a.json was made with other constants .seed was 0, is now 1.*another MEO_DIR"):
+        results.refuse_others(tmp_path.glob("*.json"), now, "MEO_DIR")
+
+
+def test_what_is_absent_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="one.json does not exist; run: python it.py"):
+        results.load(tmp_path / "one.json", "python it.py")
+
+
+def test_a_step_in_another_precision_is_not_done(tmp_path):
+    path = tmp_path / "one.json"
+    results.save(path, results.identity(constants()), {})
+    step = Step("one.py", {"task_types": ("a", "b")}, path)
+    assert step.is_done(constants()) and step.is_done(constants(precision="fp32"))
+    assert not step.is_done(constants(precision="bf16")) and not step.is_done(constants(lr=0.2))
+
+
+def test_a_run_in_another_precision_is_refused(world):
+    """As a user meets it; nothing is trained."""
+    words = [*world.words("precision", num_epochs=1), "--num_expert", "4"]
+    call_main("datasets_preprocessing.py", words)
+    words += ["--task_type", "squad"]
+    call_main("single_task_finetune.py", words)
+    call_main("single_task_finetune.py", [*words, "--precision", "fp32"])  # what auto is on a CPU
+    refused = run_script("single_task_finetune.py", [*words, "--precision", "bf16"])
+    assert refused.returncode == 2 and "(precision was 'fp32', is now 'bf16')" in refused.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- names
+
+
+@given(
+    st.sampled_from(["Baseline", "CAEM-Avg", "Baseline-same-compute", "x y"]), st.integers(1, 99), st.integers(0, 99)
+)
+def test_names_are_read_back(case, experts, target):
+    assert results.parse_run_name(results.run_name(case, experts, target or None)) == (case, experts, target or None)
+
+
+def test_the_same_run_in_files_and_in_tables():
+    assert results.run_name("CAEM", 8, 16) + "_ep{epoch}.pt" == "CAEM_[8|16]_ep{epoch}.pt"  # the released name
+    labels = {
+        "Baseline_[8]": "Baseline-8", "CAEM_[8|8]": "CAEM-8", "CAEM_[8|16]": "CAEM-8-to-16", "CAEM-Avg_[16|16]": "CAEM-16-Avg",
+        "Average_[8|8]": "Average-8", "Baseline-same-compute_[8]": "Baseline-8-same-compute",
+    }  # fmt: skip
+    assert {name: results.run_label(name) for name in labels} == labels
+    for wrong in ("CAEM", "CAEM_8", "../CAEM_[8]", "CAEM_[8|]", "CAEM_[8|8]_merged"):
+        with pytest.raises(UserError, match="is not the name of a run"):
+            results.run_label(wrong)
+
+
+def test_the_grid_calls_runs_as_their_files_are_called():
+    import reproduce_tables
+    from expert_merging.experiment import grid
+    from expert_merging.run.constants import read_constants
+
+    steps = grid.grid(read_constants(vars(reproduce_tables), ["--scale", "tiny"])).steps
+    runs = {name: step for name, step in steps.items() if "multi_task_finetune" in step.script}
+    assert len(runs) == 11 and {"CAEM-8", "CAEM-8-to-16", "CAEM-16-Avg", "Baseline-8-same-compute"} <= runs.keys()
+    assert all(results.run_label(step.result.stem) == name for name, step in runs.items())
+    for pattern in (name for name in steps if " + " in name):
+        first, second = pattern.split(" + ")
+        assert steps[pattern].result.stem == results.pair_name(runs[first].result.stem, runs[second].result.stem)
+
+
+def test_json_has_no_tuples():
+    assert json.loads(json.dumps(results.identity(constants()))) == results.identity(constants())
