@@ -32,7 +32,7 @@ def main(c):
     import torch
 
     from expert_merging.core.files import new_folder, write_json
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
     from expert_merging.report import figures
     from expert_merging.run import provenance
     from expert_merging.run.devices import make_accelerator
@@ -49,7 +49,7 @@ def main(c):
     accelerator = make_accelerator(c)
     identity = {name: value for name, value in vars(c).items() if name in globals() or name in ("seed", "scale")}
 
-    texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+    texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())
     order = np.random.default_rng(c.seed).permutation(len(texts))
     heldout, kept = [texts[i] for i in order[: c.heldout_texts]], [texts[i] for i in order[c.heldout_texts :]]
     identity["text_sha256"] = docstring_reader.corpus_hash(texts)
