@@ -3,7 +3,7 @@
 A script's own constants stand at its top. `by_scale(paper, small, tiny)` holds one value for each scale.
 """
 
-from expert_merging.run.constants import by_scale
+from expert_merging.core.scales import by_scale
 
 scale = "paper"  # paper (Switch-Base on a GPU) | small (one GPU, under an hour) | tiny (a laptop, minutes)
 seed = 0  # of everything random but the data splits

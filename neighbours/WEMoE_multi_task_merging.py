@@ -12,7 +12,8 @@ its routers on the answers of the test examples: a bound for what routing could 
 adapt on the inputs of the test examples, as their papers do.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 experts_num = 8  # experts in each sparse layer of the single-task models
 methods = (

@@ -6,7 +6,8 @@ Writes  BASE_MODEL_PATH: a Switch Transformer pre-trained on span corruption, wi
 Takes   at tiny about twenty minutes on 2 CPU cores. The tiny bases come with the repository: you need not run this.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 num_expert = 8  # experts in each sparse layer
 vocab_size = by_scale(paper=32000, small=16000, tiny=8192)  # without T5's 100 sentinels

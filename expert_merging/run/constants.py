@@ -12,7 +12,6 @@ import os
 import sys
 import tokenize
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -20,24 +19,9 @@ from typing import Any, NoReturn
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.host_memory import keep_freed_memory
+from expert_merging.core.scales import SCALES, ByScale
 from expert_merging.run.deviations import deviates
 from expert_merging.run.devices import become_several
-
-SCALES = ("paper", "small", "tiny")
-
-
-@dataclass(frozen=True)
-class ByScale:
-    """One value for each scale; made by `by_scale`."""
-
-    paper: Any
-    small: Any
-    tiny: Any
-
-
-def by_scale(paper: Any, small: Any, tiny: Any) -> Any:
-    """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales."""
-    return ByScale(paper, small, tiny)
 
 
 def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -> SimpleNamespace:

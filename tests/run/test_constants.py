@@ -3,7 +3,8 @@
 import pytest
 
 from expert_merging.core.errors import UserError
-from expert_merging.run.constants import by_scale, read_constants, run, shared_arguments
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import read_constants, run, shared_arguments
 
 SCRIPTS = (
     "datasets_preprocessing.py", "single_task_finetune.py", "Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py",
