@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from expert_merging import merging
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.merging.adamerging import AdaMerged
 from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
@@ -148,7 +148,7 @@ def evaluate(
     right, loss, count = ({task.name: 0.0 for task in tasks} for _ in range(3))
     weights = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
     batches = list(_batches(tasks, s, mixed))
-    for batch in tqdm(batches, title, mininterval=1, leave=False):
+    for batch in progress_bar(batches, title, leave=False):
         embedded = embed(model, torch.cat([task.pixels(indices) for task, indices in batch]))
         routing = {name: layer.last_weights.expand(len(embedded), -1) for name, layer in layers.items()}
         start = 0
