@@ -233,7 +233,9 @@ def read_few_texts() -> None:
     from expert_merging.data import docstring_reader, docstring_splits
 
     few = tuple(
-        docstring_reader.Docstring("p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}.")
+        docstring_reader.Docstring(
+            "p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}."
+        )
         for i, w in ((i, ("sum", "mean", "name", "size", "place")[i % 5]) for i in range(300))
     )
     docstring_reader.read_docstrings = lambda *_: list(few)

@@ -180,4 +180,3 @@ def _gradients(
         f"out of memory: passes of {one.task} in parts of {(len(one.rows) + 1) // 2} examples from here on"
     )
     return None
-

@@ -81,7 +81,9 @@ def test_text_does_not_depend_on_where_packages_lie_or_on_line_ends(tmp_path, mo
             patch.syspath_prepend(tmp_path / folder)
             found.append(read((written(tmp_path / folder, module=module),)))
     assert found[0] == found[1] and found[0]
-    assert docstring_reader.corpus_hash([d.text for d in found[0]]) == docstring_reader.corpus_hash([d.text for d in found[1]])
+    assert docstring_reader.corpus_hash([d.text for d in found[0]]) == docstring_reader.corpus_hash(
+        [d.text for d in found[1]]
+    )
 
 
 def test_a_missing_package_is_named():
