@@ -30,10 +30,13 @@ def iso_c(
             deficient.append(f"{name} ({len(s)} of {min(total.shape)})")
         return s.sum() / min(total.shape) * u @ v.T
 
-    yield from by_matrix(base, models, scale, averaged, isotropic)
-    if deficient:
-        warnings.warn(
-            f"Iso-C: {len(deficient)} summed task vectors are of less than full rank, the first {deficient[0]}; directions "
-            "that they lack stay as they are",
-            stacklevel=2,
-        )
+    def warning_last(merged: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from merged
+        if deficient:
+            warnings.warn(
+                f"Iso-C: {len(deficient)} sums of task vectors are of less than full rank, the first {deficient[0]}; "
+                "directions that they lack are not filled in",
+                stacklevel=2,
+            )
+
+    return warning_last(by_matrix(base, models, scale, averaged, isotropic))

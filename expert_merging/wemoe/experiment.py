@@ -34,7 +34,9 @@ from expert_merging.wemoe.ffn import ensembles, routers
 from expert_merging.wemoe.seq2seq_losses import AnswerLoss, first_tokens
 
 # What the results of methods that adapt depend on besides the constants of their rows.
-_ADAPTATION = ("lam", "seed", "adapt_losses", "adapt_tokens", "adapt_steps", "adapt_batch_size", "adapt_guard", "adapt_window")
+_ADAPTATION = (
+    "lam", "seed", "adapt_losses", "adapt_tokens", "adapt_steps", "adapt_batch_size", "adapt_guard", "adapt_window",
+)  # fmt: skip
 DEPENDS_ON = {
     "coefficients": (*_ADAPTATION, "coefficient_lr"),
     "routers": (*_ADAPTATION, "router_lr", "router_depth"),
