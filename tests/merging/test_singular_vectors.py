@@ -1,7 +1,5 @@
 """Iso-C and TSV-M: worked examples, a plain NumPy reading of the formulas, what must not matter, and fusion-bench."""
 
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
