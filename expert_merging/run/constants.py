@@ -13,6 +13,7 @@ import os
 import sys
 import tokenize
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
