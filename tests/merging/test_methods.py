@@ -360,7 +360,9 @@ def test_folders_give_what_state_dicts_give_tensor_by_tensor(name, tmp_path):
     assert all(torch.equal(SafetensorsFolder(tmp_path / "merged")[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("name", ["simple_average", "task_arithmetic", "iso_c", "tsv_m", "adamerging", "fisher", "regmean"])
+@pytest.mark.parametrize(
+    "name", ["simple_average", "task_arithmetic", "iso_c", "tsv_m", "adamerging", "fisher", "regmean"]
+)
 def test_a_tensor_is_read_when_it_is_asked_for(name):
     base, models = world(8)
 

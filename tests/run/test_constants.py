@@ -38,7 +38,9 @@ def test_command_line_beats_scale_beats_line(script):
 
 def test_a_constant_of_the_library_is_an_option_with_its_comment(script, capsys):
     script["depth"] = Constant("depth", by_scale(paper=3, small=2, tiny=1), "how deep")
-    assert read_constants(script, ["--scale", "tiny"]).depth == 1 and read_constants(script, ["--depth", "7"]).depth == 7
+    assert (
+        read_constants(script, ["--scale", "tiny"]).depth == 1 and read_constants(script, ["--depth", "7"]).depth == 7
+    )
     with pytest.raises(SystemExit):
         read_constants(script, ["--help"])
     assert "how deep [paper 3, small 2, tiny 1]" in capsys.readouterr().out

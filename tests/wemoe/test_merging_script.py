@@ -150,7 +150,9 @@ def test_iso_c_and_tsv_m_average_the_routers_and_leave_one_weight_embedding(merg
         routers = [name for name in made if "router" in name]
         for name in ("shared.weight", *routers):
             torch.testing.assert_close(made[name], average[name])
-        assert routers and all(not torch.allclose(made[n], average[n]) for n in made if ".wi." in n or ".SelfAttention.q" in n)
+        assert routers and all(
+            not torch.allclose(made[n], average[n]) for n in made if ".wi." in n or ".SelfAttention.q" in n
+        )
 
 
 def test_a_second_call_does_nothing_and_other_constants_are_refused(world, merged, capsys):
