@@ -12,9 +12,7 @@ What adapts sees the test images without their labels, as in the papers (arXiv 2
 from expert_merging.merging.registry import FROM_WEIGHTS, constants
 from expert_merging.run.constants import run
 
-globals().update(
-    constants(FROM_WEIGHTS.values())
-)  # of the methods: lam, ties_keep ..; with their defaults in the registry
+globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 experiment = "multi_task"  # or generalization: unseen_tasks only tested; or robustness: robust_tasks, corrupted
 CLIP_PATH = "openai/clip-vit-base-patch32"  # the pre-trained CLIP with its text tower: hub name or folder
 EXPERT_PATH = "tanganke/clip-vit-base-patch32_*"  # fine-tuned vision towers, * standing for the task

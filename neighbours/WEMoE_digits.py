@@ -11,9 +11,7 @@ on all, fine-tuned on each, and the four are merged; what adapts sees the test i
 from expert_merging.merging.registry import FROM_WEIGHTS, constants
 from expert_merging.run.constants import run
 
-globals().update(
-    constants(FROM_WEIGHTS.values())
-)  # of the methods: lam, ties_keep ..; with their defaults in the registry
+globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 seeds = (0, 1, 2)
 # fmt: off
 methods = (

@@ -16,7 +16,7 @@ from expert_merging.core.scales import by_scale
 from expert_merging.merging.registry import METHODS, constants
 from expert_merging.run.constants import run
 
-globals().update(constants(METHODS.values()))  # of the methods: lam, ties_keep ..; with their defaults in the registry
+globals().update(constants(METHODS.values()))  # lam, ties_keep ..: those of the registry
 experts_num = 8  # experts in each sparse layer of the single-task models
 methods = tuple(METHODS)  # the rows of expert_merging/merging/registry.py
 statistics_examples = by_scale(paper=256, small=256, tiny=64)  # training examples a task for Fisher and RegMean

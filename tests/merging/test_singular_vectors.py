@@ -1,5 +1,8 @@
 """Iso-C and TSV-M: worked examples, a plain NumPy reading of the formulas, what must not matter, and fusion-bench."""
 
+import sys
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 import torch
@@ -193,37 +196,34 @@ def test_float32_and_weights_that_are_no_numbers(method):
 # ---------------------------------------------------------------- fusion-bench
 
 
-def theirs(path, monkeypatch):
-    from unittest.mock import MagicMock
-
+def alone(path, monkeypatch):
     for name in ("fusion_bench.utils", "fusion_bench.utils.type"):
-        monkeypatch.setitem(__import__("sys").modules, name, MagicMock())  # timers, and names of types
+        monkeypatch.setitem(sys.modules, name, MagicMock())  # timers, and names of types
     return fusion_bench_file(path, monkeypatch)
 
 
+def few_tensors(seed):
+    """(a base of zeros, three task vectors): two matrices and a vector."""
+    matrices = zip(random(seed, 3, 9, 7), random(seed + 1, 3, 8, 6), strict=True)
+    vectors = [{"m": torch.as_tensor(m), "router": torch.as_tensor(r), "v": torch.as_tensor(r[0])} for m, r in matrices]
+    return {name: torch.zeros_like(tensor) for name, tensor in vectors[0].items()}, vectors
+
+
 def test_iso_c_is_fusion_benchs(monkeypatch):
-    module = theirs("method/isotropic_merging/iso_utils.py", monkeypatch)
+    theirs = alone("method/isotropic_merging/iso_utils.py", monkeypatch)
     for seed in range(10):
-        vectors = [
-            {"m": torch.as_tensor(m), "router": torch.as_tensor(r), "v": torch.as_tensor(r[0])}
-            for m, r in zip(random(seed, 3, 9, 7), random(seed + 1, 3, 8, 6), strict=True)
-        ]
-        base = {name: torch.zeros_like(tensor) for name, tensor in vectors[0].items()}
-        wanted = module.iso_c(vectors, accelerator="cpu", exclude_keys=["router"])
+        base, vectors = few_tensors(seed)
+        wanted = theirs.iso_c(vectors, accelerator="cpu", exclude_keys=["router"])
         merged = dict(iso_c(base, vectors, averaged=("router",)))
         for name in base:
             near(merged[name], wanted[name])
 
 
 def test_tsv_m_is_fusion_benchs(monkeypatch):
-    module = theirs("method/task_singular_vector/utils/TSVM_utils.py", monkeypatch)
+    theirs = alone("method/task_singular_vector/utils/TSVM_utils.py", monkeypatch)
     for seed in range(10):
-        vectors = [
-            {"m": torch.as_tensor(m), "router": torch.as_tensor(r), "v": torch.as_tensor(r[0])}
-            for m, r in zip(random(seed, 3, 9, 7), random(seed + 1, 3, 8, 6), strict=True)
-        ]
-        base = {name: torch.zeros_like(tensor) for name, tensor in vectors[0].items()}
-        wanted = module.compute_and_sum_svd_mem_reduction(vectors, exclude_keys=["router"], accelerator="cpu")
+        base, vectors = few_tensors(seed)
+        wanted = theirs.compute_and_sum_svd_mem_reduction(vectors, exclude_keys=["router"], accelerator="cpu")
         merged = dict(tsv_m(base, vectors, averaged=("router",)))
         for name in base:
             near(merged[name], wanted[name])
