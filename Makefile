@@ -43,3 +43,4 @@ bench: setup
 
 lint: setup
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .

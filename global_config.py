@@ -3,11 +3,11 @@
 A script's own constants stand at its top. `by_scale(paper, small, tiny)` holds one value for each scale.
 """
 
-from expert_merging.run.constants import by_scale
+from expert_merging.core.scales import by_scale
 
 scale = "paper"  # paper (Switch-Base on a GPU) | small (one GPU, under an hour) | tiny (a laptop, minutes)
 seed = 0  # of everything random but the data splits
-reading = "paper"  # paper: Algorithm 1 as printed | released: the authors' code | paper+counts: but for that (README)
+reading = "paper"  # paper: Algorithm 1 as printed | released: the authors' code | paper+counts: see docs/audit.md
 device = by_scale(paper="cuda", small="cuda", tiny="auto")  # cuda | cpu | auto
 
 # -- where things are read from and written to; {name} stands for another constant, {experts} for experts a layer

@@ -36,10 +36,10 @@ def make_examples(number: int) -> dict[str, list[dict]]:
     """Raw examples of each task, in the fields that the tasks read."""
     import numpy as np
 
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
 
     random = np.random.default_rng(0)
-    texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+    texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())
     random.shuffle(texts)
     words = itertools.cycle([word for text in texts for word in text.split()])
 

@@ -23,7 +23,8 @@ def main() -> None:
     from expert_merging.core.files import write_json
     from expert_merging.run.provenance import versions
 
-    scripts = [path.name for path in sorted(ROOT.glob("*.py")) if path.name != "global_config.py"]
+    paths = [path for folder in ("*.py", "neighbours/*.py", "tools/*.py") for path in sorted(ROOT.glob(folder))]
+    scripts = [str(path.relative_to(ROOT)) for path in paths if path.name != "global_config.py"]
     rows = []
     for script in scripts:
         seconds = []

@@ -1,4 +1,4 @@
-"""What the benchmarks found, as one Markdown table in benchmarks/results/table.md, and from there in the README.
+"""What the benchmarks found, as one Markdown table in benchmarks/results/table.md, and from there in docs/speed.md.
 
 python benchmarks/table.py
 """
@@ -31,8 +31,8 @@ def main() -> None:
                 "reached": reached, "from": f"benchmarks/results/{path.name}",
             })  # fmt: skip
     write_atomic(ROOT / "benchmarks" / "results" / "table.md", table.markdown())
-    readme = ROOT / "README.md"
-    write_atomic(readme, filled(readme.read_text(encoding="utf-8"), ROOT))
+    page = ROOT / "docs" / "speed.md"
+    write_atomic(page, filled(page.read_text(encoding="utf-8"), ROOT))
     print(table.markdown())
 
 

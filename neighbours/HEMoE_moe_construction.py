@@ -7,7 +7,8 @@ Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `method
 Takes   at tiny about ten minutes a seed on one CPU core. Interrupted, it goes on. Steps run alone: --steps partition report.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 steps = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 methods = (

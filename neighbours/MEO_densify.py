@@ -7,7 +7,8 @@ Writes  MODEL_SAVE_PATH/{source}_{densify}: a T5ForConditionalGeneration that st
 Takes   at tiny 4 minutes on one CPU core, without `compare` seconds. Interrupted, it goes on.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 densify = "doc_topic"  # the task that the dense model is for
 source = "CAEM_[8|8]"  # a finished run in MODEL_SAVE_PATH

@@ -8,7 +8,8 @@ Takes   at tiny about half a minute a run on one CPU core, and pre-training thre
         has been run is not run again.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 family = "bert"  # bert | gpt2 | t5 | bart
 task = by_scale(  # GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa, doc_summary

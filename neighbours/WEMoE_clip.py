@@ -9,8 +9,10 @@ Takes   for ViT-B/32, eight tasks and 1000 steps: the authors name 15 to 20 minu
 What adapts sees the test images without their labels, as in the papers (arXiv 2402.00433, 2410.21804; docs/wemoe.md).
 """
 
+from expert_merging.merging.registry import FROM_WEIGHTS, constants
 from expert_merging.run.constants import run
 
+globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 experiment = "multi_task"  # or generalization: unseen_tasks only tested; or robustness: robust_tasks, corrupted
 CLIP_PATH = "openai/clip-vit-base-patch32"  # the pre-trained CLIP with its text tower: hub name or folder
 EXPERT_PATH = "tanganke/clip-vit-base-patch32_*"  # fine-tuned vision towers, * standing for the task
@@ -26,9 +28,8 @@ corruptions = (
 methods = (
     "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
     "wemoe", "wemoe_batch", "ewemoe_90", "ewemoe_90_batch",
-)  # see expert_merging/wemoe/classification.py
+)  # or others of those in expert_merging/wemoe/classification.py, to which belongs all that merges weights in the registry
 # fmt: on
-lam = 0.3  # coefficient of the task vectors outside the feed-forward layers, and of all at first
 first_layer = 0  # layers before it are merged once and for all: shallow routers hardly tell tasks apart
 adapt_lr = 1e-4  # of routers
 adamerging_lr = 1e-3  # of coefficients

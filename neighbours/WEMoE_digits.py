@@ -8,20 +8,21 @@ Four tasks share the images: as they are, rotated, mirrored as a negative, with 
 on all, fine-tuned on each, and the four are merged; what adapts sees the test images without labels (docs/wemoe.md).
 """
 
+from expert_merging.merging.registry import FROM_WEIGHTS, constants
 from expert_merging.run.constants import run
 
+globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 seeds = (0, 1, 2)
 # fmt: off
 methods = (
     "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
     "wemoe", "wemoe_depth0", "wemoe_batch", "ewemoe_0", "ewemoe_90", "ewemoe_100",
-)  # see expert_merging/wemoe/classification.py
+)  # or others of those in expert_merging/wemoe/classification.py, to which belongs all that merges weights in the registry
 # fmt: on
 pretrain_examples = 500  # of the 1200 training images; few, or there is nothing left for fine-tuning to add
 pretrain_steps = 400  # of 64 images; the tasks in turn
 finetune_steps = 300  # of 64 images, for each task
 training_lr = 1e-3
-lam = 0.3  # coefficient of the task vectors outside the feed-forward layers, and of all at first
 adapt_lr = 1e-3  # of routers; 1e-4 at CLIP's size
 adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 200
@@ -46,13 +47,13 @@ def main(c):
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.wemoe import digits, records
-    from expert_merging.wemoe.classification import Settings, check_method, run_method
+    from expert_merging.wemoe.classification import Settings, changed, check_method, run_method
 
     digits.check_constants(c)
     for method in c.methods:
         check_method(method)
     device = make_accelerator(c).device
-    identity = results.identity(c, digits.DEPENDS_ON)
+    identity = results.identity(c, (*digits.DEPENDS_ON, *changed(c)))
     for seed in c.seeds:
         missing = records.missing(folder, f"seed{seed}", c.methods, identity, "WEMOE_DIR")
         if not missing:

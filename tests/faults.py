@@ -230,14 +230,16 @@ def count_changes(kill_at: int):
 
 def read_few_texts() -> None:
     """Three hundred short docstrings in the place of all."""
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
 
     few = tuple(
-        docstring_reader.Docstring("p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}.")
+        docstring_reader.Docstring(
+            "p", f"p/f{i}.py", f"p.f{i}", "", f"Return the {w} of item {i}.\n\nMore about the {w}."
+        )
         for i, w in ((i, ("sum", "mean", "name", "size", "place")[i % 5]) for i in range(300))
     )
     docstring_reader.read_docstrings = lambda *_: list(few)
-    docstring_reader.pretraining_texts = lambda docs: [doc.text for doc in docs]
+    docstring_splits.pretraining_texts = lambda docs: [doc.text for doc in docs]
 
 
 # ---------------------------------------------------------------- comparing
@@ -457,7 +459,7 @@ def import_all() -> None:
 
     import global_config  # noqa: F401
     from expert_merging.analysis import soups_and_lines  # noqa: F401
-    from expert_merging.data import features  # noqa: F401
+    from expert_merging.data import docstring_splits, features  # noqa: F401
     from expert_merging.report import caem_tables  # noqa: F401
     from expert_merging.switch import decoding  # noqa: F401
     from expert_merging.training import caem_sources, finetuning  # noqa: F401

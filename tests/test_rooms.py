@@ -47,3 +47,7 @@ def test_no_file_changes_the_import_path():
     folders = ("*.py", "neighbours/*.py", "tools/*.py", "benchmarks/*.py", "tests/**/*.py", "expert_merging/**/*.py")
     guilty = [path for folder in folders for path in ROOT.glob(folder) if needle in path.read_text(encoding="utf-8")]
     assert guilty == []
+
+
+def test_global_config_imports_no_room_that_reads_it():
+    assert imported_rooms((ROOT / "global_config.py").read_text(encoding="utf-8")) == {"core"}

@@ -6,7 +6,8 @@ Writes  SOURCE_PICKLE_PATH/expert_usage_{task_type}.json: for each length and wa
 Takes   at tiny about a minute on 2 CPU cores.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 task_type = "squad"  # ag_news | squad | xsum | doc_topic | doc_qa | doc_summary
 num_expert = 8  # experts in each sparse layer

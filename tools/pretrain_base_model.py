@@ -6,7 +6,8 @@ Writes  BASE_MODEL_PATH: a Switch Transformer pre-trained on span corruption, wi
 Takes   at tiny about twenty minutes on 2 CPU cores. The tiny bases come with the repository: you need not run this.
 """
 
-from expert_merging.run.constants import by_scale, run
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import run
 
 num_expert = 8  # experts in each sparse layer
 vocab_size = by_scale(paper=32000, small=16000, tiny=8192)  # without T5's 100 sentinels
@@ -32,7 +33,7 @@ def main(c):
     import torch
 
     from expert_merging.core.files import new_folder, write_json
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
     from expert_merging.report import figures
     from expert_merging.run import provenance
     from expert_merging.run.devices import make_accelerator
@@ -49,7 +50,7 @@ def main(c):
     accelerator = make_accelerator(c)
     identity = {name: value for name, value in vars(c).items() if name in globals() or name in ("seed", "scale")}
 
-    texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+    texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())
     order = np.random.default_rng(c.seed).permutation(len(texts))
     heldout, kept = [texts[i] for i in order[: c.heldout_texts]], [texts[i] for i in order[c.heldout_texts :]]
     identity["text_sha256"] = docstring_reader.corpus_hash(texts)

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import torch
-from tqdm.auto import tqdm
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.switch.cross_entropy import teacher_forced
 from expert_merging.switch.usage import STACKS
 
@@ -86,8 +86,8 @@ def layerwise_cka(
     was_training = first.training, second.training
     first.eval()
     second.eval()
-    bar = tqdm(
-        total=len(dataset), desc=label, unit="example", dynamic_ncols=True, leave=False, mininterval=1.0,
+    bar = progress_bar(
+        total=len(dataset), desc=label, unit="example", leave=False,
         disable=not label,
     )  # fmt: skip
     with torch.inference_mode(), bar:

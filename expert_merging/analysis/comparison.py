@@ -7,8 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.run import results
@@ -82,9 +81,9 @@ def measure(c: SimpleNamespace, accelerator, pair: Pair, work: Path) -> dict[str
     kept = results.part(work, pair.identity) or {"found": {}, "seconds": 0.0}
     found, seconds = kept["found"], kept["seconds"]
     rounds = {"soup": 1, "line": c.line_points + 2, "cka": 2}
-    with tqdm(
+    with progress_bar(
         total=len(pair.data) * sum(rounds[name] for name in set(c.measures) - set(found)),
-        desc=f"{c.first} and {c.second}", unit="task", dynamic_ncols=True, disable=not accelerator.is_main_process,
+        desc=f"{c.first} and {c.second}", unit="task", disable=not accelerator.is_main_process,
     ) as bar:  # fmt: skip
         for name in c.measures:
             if name in found:

@@ -212,14 +212,15 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
-    from tqdm.auto import tqdm
+
+    from expert_merging.core.bars import bar as progress_bar
 
     task = get_task(task_name)
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
     token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
     tables, lengths, odd = [], {"input": [], "target": []}, 0
-    bar = tqdm(total=len(order), desc=f"{task_name} {split}", unit="example", dynamic_ncols=True, leave=False)
+    bar = progress_bar(total=len(order), desc=f"{task_name} {split}", unit="example", leave=False)
     for start in range(0, len(order), _BATCH):
         batch = [examples[i] for i in order[start : start + _BATCH]]
         prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]

@@ -7,6 +7,7 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.experiment.steps import Step
+from expert_merging.merging.registry import METHODS
 from expert_merging.run.results import pair_name, run_label, run_name
 
 # Of which runs a part consists; what those need comes by itself. {n} and {m}: few and many experts (8 and 16).
@@ -25,11 +26,6 @@ PARTS = {
     "audit": ("usage", "CAEM-{n}-counts", "CAEM-{n}-projection"),
     "merging": ("Baseline-{n}", "CAEM-{n}", "merging-{n}"),
 }  # fmt: skip
-# What neighbours/WEMoE_multi_task_merging.py makes, all by one command.
-MERGING = (
-    "average", "task_arithmetic", "ties", "ties_sum", "dare", "dare_ties", "fisher", "regmean", "adamerging_task",
-    "adamerging_layer", "adamerging_plus", "wemoe", "ewemoe", "wemoe_batch", "wemoe_oracle",
-)  # fmt: skip
 # Pairs whose hidden states are compared (figures 2 and 4); of other sizes or not.
 _CKA = (
     "CAEM-{n} + Baseline-{n}",
@@ -116,8 +112,9 @@ def grid(c: SimpleNamespace) -> Grid:
         multi_task("CAEM_multi_task_finetune.py", case, (source, target), *needed, **own)
     multi_task(one, "Baseline-same-compute", (n,), *singles[n], f"reference-{n}", same_compute=True)
 
-    own = {"experts_num": n, "methods": MERGING, "current_case_name": "Merging"}
-    for method in MERGING:
+    # All by one command.
+    own = {"experts_num": n, "methods": tuple(METHODS), "current_case_name": "Merging"}
+    for method in METHODS:
         result = pickles / f"{run_name(f'Merging-{method}', n)}.json"
         add(f"merging-{n} {method}", "neighbours/WEMoE_multi_task_merging.py", own, result, *singles[n])
 
@@ -161,7 +158,7 @@ def names_of(part: str, c: SimpleNamespace, grid: Grid) -> list[str]:
 
 def _expanded(name: str, tasks: tuple[str, ...]) -> list[str]:
     if name.startswith("merging-") and " " not in name:
-        return [f"{name} {method}" for method in MERGING]
+        return [f"{name} {method}" for method in METHODS]
     return [f"usage {task}" for task in tasks] if name == "usage" else [name]
 
 

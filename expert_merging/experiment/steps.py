@@ -13,9 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm.auto import tqdm
-
 import global_config
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_json
 from expert_merging.run import results
@@ -121,12 +120,12 @@ def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path) -> None
     """
     weights = [expected(job.kind, times, guesses) or 60.0 for job in jobs]
     shape = "{desc} |{bar}| {percentage:3.0f}% {postfix}"
-    bar = tqdm(total=round(sum(weights)), unit="s", dynamic_ncols=True, bar_format=shape)
+    bar = progress_bar(total=round(sum(weights)), unit="s", bar_format=shape)
     for number, (job, weight) in enumerate(zip(jobs, weights, strict=True)):
         words, before = job.step.words(job.shared), sum(weights[:number])
         log = logs / f"{job.name.replace(' ', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        bar.set_description_str(f"[{number + 1}/{len(jobs)}] {job.name}")
+        bar.set_description_str(f"[{number + 1}/{len(jobs)}] {job.name}", refresh=False)
         began, energy = time.monotonic(), Energy()
         with log.open("a") as output:
             output.write(f"\n$ python {' '.join(words)}\n")
@@ -137,9 +136,9 @@ def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path) -> None
             try:
                 while process.poll() is None:
                     elapsed = time.monotonic() - began
-                    bar.n = round(before + min(elapsed, 0.98 * weight))
                     left = max(sum(weights[number:]) - elapsed, 0)
-                    bar.set_postfix_str(f"about {minutes(left)} left; {_last_line(log)}"[:110], refresh=True)
+                    bar.set_postfix_str(f"about {minutes(left)} left; {_last_line(log)}"[:110], refresh=False)
+                    bar.update(round(before + min(elapsed, 0.98 * weight)) - bar.n)
                     energy.sample()
                     time.sleep(0.2 if elapsed < 5 else 1.0)
             except KeyboardInterrupt:

@@ -15,7 +15,7 @@ def base(c: SimpleNamespace) -> None:
     """Instruction data and tasks from docstrings, then a small Llama trained on both and on the docstrings' text."""
     if c.scale == "paper":
         return  # the dense model and the data are the user's
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
     from expert_merging.hemoe import doc_choice, small_llama, tuning
 
     data, folder = Path(c.HEMOE_DIR) / "data", seed_folder(c) / "base"
@@ -24,8 +24,8 @@ def base(c: SimpleNamespace) -> None:
         docs = docstring_reader.read_docstrings()
         found = doc_choice.examples(docs, c.doc_train_examples, c.doc_test_examples)
         doc_choice.write(found, data / "train", data / "eval")
-        texts = docstring_reader.pretraining_texts(docs)
-        random.Random(docstring_reader.DATA_SEED).shuffle(texts)
+        texts = docstring_splits.pretraining_texts(docs)
+        random.Random(docstring_splits.DATA_SEED).shuffle(texts)
         write_json(data / "texts.json", texts[: 2 * c.doc_train_examples])
         pipeline.save(c, data / "complete.json", wanted, {"texts_sha256": docstring_reader.corpus_hash(texts)})
     wanted, work = pipeline.identity(c, "base"), folder.with_suffix(".run")

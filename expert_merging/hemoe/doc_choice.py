@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from expert_merging.core.files import write_atomic, write_json
-from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import Candidate, Docstring
+from expert_merging.data import docstring_splits
+from expert_merging.data.docstring_reader import Docstring
+from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.tasks import doc_qa, doc_summary, doc_topic
 
 CHOICES = 4  # but for `topic`, which has a choice a library
@@ -39,9 +40,9 @@ def examples(docs: Iterable[Docstring], train: int, test: int) -> dict[str, dict
     sizes = {"train": train, "validation": 1, "test": test}
     result = {}
     for task, (candidates, most_common, wrong) in _TASKS.items():
-        found = docstring_reader.split_examples(docs, candidates(docs), sizes, most_common)
+        found = docstring_splits.split_examples(docs, candidates(docs), sizes, most_common)
         answers = [answer for answer, _ in Counter(e["output"] for e in found["train"]).most_common(COMMON)]
-        rng = random.Random(f"{docstring_reader.DATA_SEED} {task}")
+        rng = random.Random(f"{docstring_splits.DATA_SEED} {task}")
         for one in (*found["train"], *found["test"]):
             one["task"] = task
         for one in found["test"]:
@@ -91,7 +92,7 @@ def _parameters(what: str) -> Callable[[list[Docstring]], Iterator[Candidate]]:
         for doc in docs:
             for parameter in [p for section in doc_qa.parameters(doc.text) for p in section][:4]:
                 answer = doc_qa.type_and_default(parameter)[what == "default"]
-                sentence = next(iter(docstring_reader.sentences([parameter.description])), "")
+                sentence = next(iter(docstring_splits.sentences([parameter.description])), "")
                 shown = " ".join(sentence.split()[:DESCRIPTION])
                 if 0 < len(answer.split()) <= 4 and len(shown.split()) > 2 and answer.lower() not in shown.lower():
                     yield _candidate(doc, f"{parameter.name} is {shown} {what.title()}:", answer)
@@ -109,7 +110,7 @@ def _summaries(docs: list[Docstring]) -> Iterator[Candidate]:
 def _sentences(lengths: range, cut: bool) -> Callable[[list[Docstring]], Iterator[Candidate]]:
     def candidates(docs: list[Docstring]) -> Iterator[Candidate]:
         for doc in docs:
-            long = [s for s in docstring_reader.sentences(doc.blocks) if len(s.split()) in lengths and _is_prose(s)]
+            long = [s for s in docstring_splits.sentences(doc.blocks) if len(s.split()) in lengths and _is_prose(s)]
             for sentence in long[:1]:
                 words = sentence.split()
                 start = len(words) * 3 // 5 if cut else 0

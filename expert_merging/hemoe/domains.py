@@ -99,8 +99,9 @@ def _tfidf(texts: Sequence[str], seed: int) -> np.ndarray:
 
 def _encoded(texts: Sequence[str], folder: Path, batch_size: int = 32) -> np.ndarray:
     import torch
-    from tqdm.auto import tqdm
     from transformers import AutoModel, AutoTokenizer
+
+    from expert_merging.core.bars import bar as progress_bar
 
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no folder of an encoder (it has no config.json); give one, or tfidf")
@@ -112,9 +113,7 @@ def _encoded(texts: Sequence[str], folder: Path, batch_size: int = 32) -> np.nda
     model = getattr(model, "encoder", model) if model.config.is_encoder_decoder else model
     longest = min(512, getattr(model.config, "max_position_embeddings", 512))
     vectors = []
-    for start in tqdm(
-        range(0, len(texts), batch_size), desc="embedding", unit="batch", dynamic_ncols=True, leave=False
-    ):
+    for start in progress_bar(range(0, len(texts), batch_size), desc="embedding", unit="batch", leave=False):
         batch = list(texts[start : start + batch_size])
         inputs = tokenizer(batch, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

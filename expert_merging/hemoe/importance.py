@@ -59,13 +59,14 @@ def score(model, batches: Mapping[str, Iterable[dict]], accumulate: str = "float
     Raises UserError for a model without gated FFNs, a sequence without a target token and a domain without sequences.
     """
     import torch
-    from tqdm.auto import tqdm
+
+    from expert_merging.core.bars import bar as progress_bar
 
     dtype = getattr(torch, accumulate)
     values, sequences = [], []
     for domain, its_batches in batches.items():
         total, count = 0, 0
-        bar = tqdm(its_batches, desc=f"importance, {domain}", unit="batch", dynamic_ncols=True, leave=False)
+        bar = progress_bar(its_batches, desc=f"importance, {domain}", unit="batch", leave=False)
         for batch in bar:
             of_each = sequence_scores(model, batch).abs()  # [batch, L, N]
             if dtype == torch.bfloat16:  # one sequence after another, as there

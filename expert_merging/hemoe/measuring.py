@@ -42,7 +42,7 @@ def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[
 
     Which numbers k are asked for does not change what is found: the constants that count are those up to `follows`.
     """
-    from tqdm.auto import tqdm
+    from expert_merging.core.bars import bar as progress_bar
 
     function = None
     for method in (*pipeline.DENSE, *c.methods):
@@ -63,7 +63,7 @@ def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[
         else:
             model, tokenizer = load_mixture(folder / "tuned"), tokenizer_of(c)
         model = model.to(make_accelerator(c).device)
-        for k in tqdm(left, desc=f"{step}, {method}", unit="k", dynamic_ncols=True):
+        for k in progress_bar(left, desc=f"{step}, {method}", unit="k"):
             if k:
                 model.config.k = k
             record["k"][str(k)] = function(model, tokenizer)

@@ -207,9 +207,9 @@ def _at_random(given: Given, sizes: Sequence[Sequence[int]]) -> dict:
 
 
 def _progress(depth: int, name: str) -> Iterator[int]:
-    from tqdm.auto import tqdm
+    from expert_merging.core.bars import bar as progress_bar
 
-    return tqdm(range(depth), desc=f"partition, {name}", unit="layer", dynamic_ncols=True, leave=False)
+    return progress_bar(range(depth), desc=f"partition, {name}", unit="layer", leave=False)
 
 
 # name: (how, what of `partition`'s arguments it needs)

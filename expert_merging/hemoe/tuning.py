@@ -158,17 +158,18 @@ def _last_whole(folder: Path) -> str | None:
 
 def _one_bar(trainer: Trainer, label: str):
     """A bar with a name and the loss takes the place of the Trainer's printing; it says whether training has `begun`."""
-    from tqdm.auto import tqdm
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    from expert_merging.core.bars import bar as progress_bar
 
     class Bar(TrainerCallback):
         begun = False
 
         def on_train_begin(self, args, state, control, **more):
             self.begun = True
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=label, unit="step", dynamic_ncols=True,
-                mininterval=1.0, disable=not state.is_world_process_zero,
+            self.bar = progress_bar(
+                total=state.max_steps, initial=state.global_step, desc=label, unit="step",
+                disable=not state.is_world_process_zero,
             )  # fmt: skip
 
         def on_step_end(self, args, state, control, **more):

@@ -101,7 +101,7 @@ def pretrain_once(c: SimpleNamespace, accelerator, folder: Path) -> str:
 
     Raises UserError where a model with other constants lies there.
     """
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
     from expert_merging.meo import recipes
     from expert_merging.switch import models
 
@@ -113,7 +113,7 @@ def pretrain_once(c: SimpleNamespace, accelerator, folder: Path) -> str:
         results.refuse(folder, {name: noted[name] for name in both}, {name: wanted[name] for name in both}, remedy)
     elif not folder.is_dir():
         tokenizer = new_tokenizer(models.base_tokenizer(c, 8))
-        texts = docstring_reader.pretraining_texts(docstring_reader.read_docstrings())
+        texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())
         blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
         pretrain(c, accelerator, c.family, tokenizer, blocks, folder)
     return str(folder)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import read_json
 from expert_merging.data.tasks import get_task
@@ -147,7 +147,7 @@ def compare(
     once("Switch", of_switch)
     once("sizes", lambda: fidelity.sizes(models))
     once("latency", lambda: fidelity.latency({name: model for name, (model, _) in models.items()}, test, tokenizer, c))
-    for label in (bar := tqdm(wanted, desc=name, unit="variant", dynamic_ncols=True)):
+    for label in (bar := progress_bar(wanted, desc=name, unit="variant")):
         once(label, lambda label=label: {**wanted[label], **of_variant(**wanted[label])})
         bar.set_postfix_str(f"{label}: agreement {found[label]['agreement']:.3f}", refresh=False)
     return {

@@ -197,10 +197,10 @@ def _published(path: str, constant: str, name: str, columns: tuple[str, ...], va
 def _embedded(task: str, c: SimpleNamespace) -> dict[str, list[dict]]:
     """The docstring tasks, read once and kept in `MEO_DIR`/data."""
     from expert_merging.core.files import read_json, write_json
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_splits
     from expert_merging.data.tasks import get_task
 
-    sizes = docstring_reader.sizes_of(c)
+    sizes = docstring_splits.sizes_of(c)
     kept = Path(c.MEO_DIR) / "data" / f"{task}_{'_'.join(map(str, sizes.values()))}.json"
     if not kept.exists():
         if task == "doc_lm":
@@ -213,17 +213,17 @@ def _embedded(task: str, c: SimpleNamespace) -> dict[str, list[dict]]:
 
 def _documentation(sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Texts of each split; of the small splits only paragraphs that training does not have."""
-    from expert_merging.data import docstring_reader
+    from expert_merging.data import docstring_reader, docstring_splits
 
     docs = docstring_reader.read_docstrings()
-    train = [doc for doc in docs if docstring_reader.split_of(doc.file) == "train"]
+    train = [doc for doc in docs if docstring_splits.split_of(doc.file) == "train"]
     seen = {docstring_reader.normalized(block) for doc in train for block in doc.blocks}
-    texts = {"train": docstring_reader.pretraining_texts(docs)}
+    texts = {"train": docstring_splits.pretraining_texts(docs)}
     for split in ("validation", "test"):
         of_split = [
             " ".join(b for b in doc.blocks if docstring_reader.normalized(b) not in seen)
             for doc in docs
-            if docstring_reader.split_of(doc.file) == split
+            if docstring_splits.split_of(doc.file) == split
         ]
         texts[split] = [text for text in dict.fromkeys(of_split) if len(text) > 100]
     return {split: [{"text": text} for text in _first(texts[split], sizes[split])] for split in SPLITS}

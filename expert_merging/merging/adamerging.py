@@ -1,47 +1,13 @@
 """AdaMerging (Yang et al. 2024, section 3): task arithmetic whose coefficients are learnt from unlabelled test inputs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from expert_merging.merging.named import Computed, Tensors, added, rebuilt, task_vectors, tied_names, wide
+from expert_merging.merging.named import Tensors, rebuilt, task_vectors, tied_names, wide
 from expert_merging.merging.ties import elected_task_vectors
-
-Coefficients = Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
-
-
-def adamerging(
-    base: Tensors, models: Sequence[Tensors], coefficients: Coefficients
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """theta_0 + sum_i c_i tau_i, task-wise, or with coefficients of its own for each tensor, layer-wise.
-
-    Args:
-        coefficients: one a model, or {name of a tensor: one a model}; `AdaMerged` learns them.
-
-    Raises ValueError where the models do not fit together or there is not one coefficient a model.
-    """
-    return _weighted(base, task_vectors(base, models), coefficients)
-
-
-def adamerging_plus(
-    base: Tensors, models: Sequence[Tensors], coefficients: Coefficients, keep: float = 0.2
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """AdaMerging++: the same of task vectors trimmed and freed of what is against the elected sign, as by TIES."""
-    return _weighted(base, elected_task_vectors(task_vectors(base, models), keep), coefficients)
-
-
-def _weighted(
-    base: Tensors, vectors: Sequence[Computed], coefficients: Coefficients
-) -> Iterator[tuple[str, torch.Tensor]]:
-    def change(name: str) -> torch.Tensor:
-        own = coefficients[name] if isinstance(coefficients, Mapping) else coefficients
-        if len(own) != len(vectors):
-            raise ValueError(f"there are {len(vectors)} models and {len(own)} coefficients")
-        return sum(float(c) * vector[name] for c, vector in zip(own, vectors, strict=True))
-
-    return added(base, change)
 
 
 class AdaMerged(nn.Module):
@@ -56,17 +22,16 @@ class AdaMerged(nn.Module):
         layer_wise: a coefficient for each task and tensor in place of one a task.
         keep: None is AdaMerging; a share is AdaMerging++, which trims to it.
         initial: every coefficient at first.
-        clamp: keep coefficients in [0, 1] in what is computed, as the paper's code can.
 
     Raises ValueError where the models do not fit together.
     """
 
     def __init__(
         self, model: nn.Module, models: Sequence[Tensors], layer_wise: bool = True, keep: float | None = None,
-        initial: float = 0.3, clamp: bool = False,
+        initial: float = 0.3,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.clamp = model.requires_grad_(False), clamp
+        self.model = model.requires_grad_(False)
         base = dict(model.state_dict())
         ties = tied_names(base)
         own = {name: base[name] for name in ties}
@@ -86,11 +51,10 @@ class AdaMerged(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """{name: merged tensor}, differentiable in the coefficients."""
-        coefficients = self.coefficients.clamp(0, 1) if self.clamp else self.coefficients
         base = self.model.state_dict()
         made = {}
         for i, name in enumerate(self.names):
-            own = coefficients[:, i] if coefficients.dim() == 2 else coefficients
+            own = self.coefficients[:, i] if self.coefficients.dim() == 2 else self.coefficients
             change = torch.tensordot(own, getattr(self, f"vectors_{i}"), dims=1)
             made[name] = (wide(base[name]) + change).to(base[name].dtype)
         return made
@@ -102,9 +66,8 @@ class AdaMerged(nn.Module):
         return functional_call(self.model, made, args, kwargs, tie_weights=False)
 
     def learnt(self) -> dict[str, torch.Tensor]:
-        """{name: coefficients [T]}, as `adamerging` takes them."""
+        """{name: coefficients [T]} of every tensor."""
         found = self.coefficients.detach()
-        found = found.clamp(0, 1) if self.clamp else found
         return {name: found[:, i] if found.dim() == 2 else found for i, name in enumerate(self.names)}
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """DARE (Yu et al. 2024, section 3): drop entries of the task vectors at random and scale up the rest, then merge."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -9,32 +9,28 @@ from expert_merging.merging.ties import ties_of
 
 
 def dare_task_arithmetic(
-    base: Tensors, models: Sequence[Tensors], scale: float = 0.3, drop: float = 0.5, seed: int = 0,
-    only: Collection[str] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    base: Tensors, models: Sequence[Tensors], scale: float = 0.3, drop: float = 0.5, seed: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
     """theta_0 + scale * sum_i (dropped task vectors).
 
     Args:
         drop: probability with which an entry of a task vector is dropped; those that stay are divided by 1 - drop.
-        only: names of the tensors that lose entries; None is all.
 
     Raises ValueError where the models do not fit together or `drop` is not in [0, 1).
     """
-    vectors = dropped(base, task_vectors(base, models), drop, seed, only)
+    vectors = dropped(base, task_vectors(base, models), drop, seed)
     return added(base, lambda name: scale * sum(vector[name] for vector in vectors))
 
 
 def dare_ties(
     base: Tensors, models: Sequence[Tensors], scale: float = 0.3, drop: float = 0.5, seed: int = 0, keep: float = 0.2,
-    merge: str = "mean", only: Collection[str] | None = None,
+    merge: str = "mean",
 ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """TIES of the dropped task vectors; arguments as of `dare_task_arithmetic` and `ties`."""
-    return ties_of(base, dropped(base, task_vectors(base, models), drop, seed, only), scale, keep, merge)
+    return ties_of(base, dropped(base, task_vectors(base, models), drop, seed), scale, keep, merge)
 
 
-def dropped(
-    base: Tensors, vectors: Sequence[Computed], drop: float, seed: int, only: Collection[str] | None = None
-) -> list[Computed]:
+def dropped(base: Tensors, vectors: Sequence[Computed], drop: float, seed: int) -> list[Computed]:
     """The task vectors after dropping. An entry loses or keeps its value at every access alike.
 
     One generator runs over all tensors of the first task, then of the second, as if all were in memory: the state in
@@ -43,18 +39,15 @@ def dropped(
     if not 0 <= drop < 1:
         raise ValueError(f"drop is {drop}; it must be at least 0 and below 1")
     generator = torch.Generator().manual_seed(seed)
-    names = [name for name in vectors[0] if only is None or name in only]
     states: dict[tuple[int, str], torch.Tensor] = {}
     for i in range(len(vectors)):
-        for name in names:
+        for name in vectors[0]:
             states[i, name] = generator.get_state()
             torch.rand(base[name].shape, generator=generator)
 
     def of(i: int) -> Callable[[str], torch.Tensor]:
         def compute(name: str) -> torch.Tensor:
             vector = vectors[i][name]
-            if (i, name) not in states:
-                return vector
             drawn = torch.rand(vector.shape, generator=torch.Generator().set_state(states[i, name]))
             return vector * (drawn > drop).to(vector.device) / (1 - drop)
 

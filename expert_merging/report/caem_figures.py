@@ -4,8 +4,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from expert_merging.merging.registry import METHODS
 from expert_merging.report import figures
-from expert_merging.report.caem_scores import MERGING, merging
+from expert_merging.report.caem_scores import merging
 from expert_merging.report.evidence import STACKS, Evidence, start_and_epochs
 from expert_merging.report.records import by_stack
 
@@ -88,11 +89,11 @@ def draw(e: Evidence, folder: Path) -> dict[str, str]:
         if values:
             caption = "Overall on test of every way to merge the single-task models, a dot a seed; the bar is the mean."
             drawn("merging", caption, figures.overall_by_method, values)
-    for method, (label, _) in MERGING.items():
-        record = e.records[first].get(f"merging-{e.n} {method}", {})
+    for method in METHODS.values():
+        record = e.records[first].get(f"merging-{e.n} {method.name}", {})
         if "routing" in record:
-            caption = f"Mean routing weights of {label} on each task's test inputs, seed {first}."
-            drawn(f"routing_{method}", caption, figures.routing, record)
+            caption = f"Mean routing weights of {method.label} on each task's test inputs, seed {first}."
+            drawn(f"routing_{method.name}", caption, figures.routing, record)
     for name in names:
         if name not in e.records[first]:
             continue

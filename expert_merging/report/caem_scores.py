@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from expert_merging.merging.registry import METHODS
 from expert_merging.report.evidence import Evidence, mean_loss, start_name, starts
 from expert_merging.report.tables import Table, stat
 
@@ -12,16 +13,6 @@ PAPER_SCORES = {
     "CAEM-8": (1.0056, 94.57, 76.51, 31.26), "CAEM-8-to-16": (1.0012, 94.37, 76.90, 31.02),
     "CAEM-16": (1.0007, 94.03, 77.15, 30.98), "CAEM-8-Avg": (0.9986, 94.20, 76.59, 30.68),
     "CAEM-16-Avg": (0.9990, 94.39, 76.58, 30.94),
-}  # fmt: skip
-# Methods of neighbours/WEMoE_multi_task_merging.py as the table names them, and what they look at besides the models.
-MERGING = {
-    "average": ("average", ""), "task_arithmetic": ("task arithmetic", ""), "ties": ("TIES", ""),
-    "ties_sum": ("TIES, sum", ""), "dare": ("DARE", ""), "dare_ties": ("DARE, TIES", ""),
-    "fisher": ("Fisher", "training examples"), "regmean": ("RegMean", "training examples"),
-    "adamerging_task": ("AdaMerging, task-wise", "test inputs"), "adamerging_layer": ("AdaMerging", "test inputs"),
-    "adamerging_plus": ("AdaMerging++", "test inputs"), "wemoe": ("WEMoE", "test inputs"),
-    "ewemoe": ("E-WEMoE", "test inputs"), "wemoe_batch": ("WEMoE, routed by batch", "test inputs"),
-    "wemoe_oracle": ("WEMoE, oracle", "test answers"),
 }  # fmt: skip
 
 
@@ -109,8 +100,8 @@ def merging(e: Evidence) -> Table:
         row |= {"mixed": None, "parameters": f"{records[0]['parameters'] / 1e6:.2f}M", "MB": None}
         table.rows.append(row | {"s to merge": None, "s to adapt": None} | own | {"from": e.source(name)})
 
-    for method, (label, sees) in MERGING.items():
-        name = f"merging-{e.n} {method}"
+    for method in METHODS.values():
+        name = f"merging-{e.n} {method.name}"
         if records := [one for (one,) in e.get(name)]:
             more = {"MB": stat([one["bytes"] / 1e6 for one in records], 1)}
             more["s to merge"] = stat([one["seconds_to_merge"] for one in records], 1)
@@ -118,7 +109,7 @@ def merging(e: Evidence) -> Table:
                 more["s to adapt"] = stat([one["adaptation"]["seconds"] for one in records], 0)
             if "routing" in records[0]:
                 more["mixed"] = stat([_at(one, "overall", "mixed") for one in records], 4)
-            add(label, sees, name, records, _test_of(e), "overall", **more)
+            add(method.label, method.sees, name, records, _test_of(e), "overall", **more)
     if not table.rows:
         return table
     caem, baseline = f"CAEM-{e.n}", f"Baseline-{e.n}"

@@ -1,7 +1,8 @@
 """Constants: lines you see at the top of a script, each also an option of its command line under its own name.
 
 A script calls `run(main, globals())` last. Constants are the script's own and those of global_config.py: every public
-name bound to a bool, int, float, str, tuple or `by_scale(...)`. The comment behind a constant is its help text.
+name bound to a bool, int, float, str, tuple, `by_scale(...)` or a `Constant` of the library. The comment behind a constant
+is its help text.
 Imports neither torch nor transformers, so that `--help` and a mistyped name answer at once.
 """
 
@@ -20,24 +21,18 @@ from typing import Any, NoReturn
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.host_memory import keep_freed_memory
+from expert_merging.core.scales import SCALES, ByScale
 from expert_merging.run.deviations import deviates
 from expert_merging.run.devices import become_several
 
-SCALES = ("paper", "small", "tiny")
-
 
 @dataclass(frozen=True)
-class ByScale:
-    """One value for each scale; made by `by_scale`."""
+class Constant:
+    """A constant that several scripts take from the library, with the comment that its line would have."""
 
-    paper: Any
-    small: Any
-    tiny: Any
-
-
-def by_scale(paper: Any, small: Any, tiny: Any) -> Any:
-    """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales."""
-    return ByScale(paper, small, tiny)
+    name: str
+    default: Any
+    comment: str
 
 
 def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -> SimpleNamespace:
@@ -55,6 +50,9 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
 
     lines = {**_constants(vars(global_config)), **_constants(script)}
     comments = {**_comments(global_config), **_comments(script)}
+    for name, value in lines.items():
+        if isinstance(value, Constant):
+            lines[name], comments[name] = value.default, value.comment
     parser = _Parser(
         prog=Path(script["__file__"]).name, usage="%(prog)s [--constant value ...]", description=script.get("__doc__"),
         allow_abbrev=False,
@@ -150,7 +148,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _constants(names: dict[str, Any]) -> dict[str, Any]:
-    kinds = (bool, int, float, str, tuple, ByScale)
+    kinds = (bool, int, float, str, tuple, ByScale, Constant)
     return {name: value for name, value in names.items() if not name.startswith("_") and isinstance(value, kinds)}
 
 

@@ -30,7 +30,7 @@ def make_accelerator(constants: SimpleNamespace, can_shard: bool = False):
             "run on a machine with a GPU, or give --device cpu for a trial"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError("DeepSpeed is not supported: launch without it, or with fsdp.yaml (README, Several GPUs)")
+        raise UserError("DeepSpeed is not supported: launch without it, or with fsdp.yaml (docs/paper_scale.md)")
     shards = sharding.asked()
     if shards and not can_shard:
         raise UserError("FSDP is for the fine-tuning of Switch Transformers only: launch this script without it")

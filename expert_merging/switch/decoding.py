@@ -4,9 +4,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers.models.switch_transformers.modeling_switch_transformers import CAEM_PATCH
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.data.features import collate, padded_lengths
 from expert_merging.run import sharding
@@ -55,9 +55,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with sharding.evaluation(model), tqdm(
-            total=sum(map(len, batches)), desc=progress_label, unit="example", dynamic_ncols=True, leave=False,
-            disable=not show_progress, mininterval=1.0,
+        with sharding.evaluation(model), progress_bar(
+            total=sum(map(len, batches)), desc=progress_label, unit="example", leave=False,
+            disable=not show_progress,
         ) as bar:  # fmt: skip
             for batch in batches:
                 examples = [{"input_ids": input_ids[row], "labels": []} for row in batch]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from tqdm.auto import tqdm
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder
 from expert_merging.data.batches import MicroBatches
@@ -72,9 +72,9 @@ def train(
 
     while progress["epoch"] < num_epochs:
         epoch, steps = progress["epoch"], steps_of(progress["epoch"])
-        bar = tqdm(
+        bar = progress_bar(
             total=len(steps), initial=progress["step"], desc=f"{label} epoch {epoch + 1}/{num_epochs}", unit="step",
-            disable=not accelerator.is_main_process, dynamic_ncols=True, mininterval=1.0,
+            disable=not accelerator.is_main_process,
         )  # fmt: skip
         model.train()
         started = saved = time.monotonic()
@@ -180,4 +180,3 @@ def _gradients(
         f"out of memory: passes of {one.task} in parts of {(len(one.rows) + 1) // 2} examples from here on"
     )
     return None
-

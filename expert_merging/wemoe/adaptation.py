@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import replacing
 from expert_merging.run import results
@@ -108,7 +108,7 @@ def adapt(
         optimizer.load_state_dict(saved["optimizer"])
         _restore(parameters, saved["parameters"])
     started = time.monotonic() - record["seconds"]
-    bar = tqdm(range(record["steps_done"], steps), title, initial=record["steps_done"], total=steps, mininterval=1)
+    bar = progress_bar(range(record["steps_done"], steps), title, initial=record["steps_done"], total=steps)
     for step in bar:
         optimizer.zero_grad(set_to_none=True)
         for task in tasks:

@@ -8,26 +8,30 @@ import copy
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from expert_merging import merging
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.merging.adamerging import AdaMerged
+from expert_merging.merging.registry import FROM_WEIGHTS, LAM, constants
 from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
 from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.vectors import held_bytes
 
 _WEMOE = re.compile(r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<batch>_batch)?$")
-STATIC = ("pretrained", "average", "task_arithmetic", "ties_mean", "ties_sum")
+# Merged once and for all: the registry's rows, of which one has an older name in this experiment's records.
+STATIC = {{"ties": "ties_mean"}.get(name, name): method for name, method in FROM_WEIGHTS.items()}
 ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
-METHODS = f"individual, {', '.join(STATIC)}, {', '.join(ADAMERGING)}, wemoe[_depth0|1|2][_batch], ewemoe_PERCENT[...]"
+METHODS = ", ".join(
+    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe_PERCENT[...]")
+)
+CONSTANTS = constants(FROM_WEIGHTS.values())
 
 
 @dataclass
@@ -46,9 +50,9 @@ class Task:
 
 @dataclass
 class Settings:
-    """What the methods share: see the scripts' constants."""
+    """What the methods share: see the scripts' constants; `constants` are those of the registry's methods."""
 
-    lam: float = 0.3
+    lam: float = LAM.default
     lr: float = 1e-4
     adamerging_lr: float = 1e-3
     steps: int = 1000
@@ -59,13 +63,15 @@ class Settings:
     guard_floor: float = 0.5
     seed: int = 0
     layers: Sequence[int] | None = None
+    constants: Mapping[str, Any] = field(default_factory=lambda: {name: x.default for name, x in CONSTANTS.items()})
 
     @classmethod
     def of(cls, c: SimpleNamespace, **more: Any) -> "Settings":
         """From the constants of a script; `more` gives what no constant of both scripts does."""
         return cls(
             lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
-            guard_floor=c.guard_floor, adapt_batch_size=c.adapt_batch_size, **more,
+            guard_floor=c.guard_floor, adapt_batch_size=c.adapt_batch_size,
+            constants={name: getattr(c, name) for name in CONSTANTS}, **more,
         )  # fmt: skip
 
 
@@ -76,9 +82,15 @@ def check_adaptation(c: SimpleNamespace) -> None:
     check_guard(c.guard, c.guard_floor)
 
 
+def changed(c: SimpleNamespace) -> list[str]:
+    """Those constants of the registry that have another value than its: with them the records of an experiment follow from
+    more than without."""
+    return [name for name, constant in CONSTANTS.items() if getattr(c, name) != constant.default]
+
+
 def check_method(method: str) -> None:
     """Raises UserError for a method that there is not."""
-    if method != "individual" and method not in (*STATIC, *ADAMERGING) and not _WEMOE.match(method):
+    if method not in ("individual", "pretrained", *STATIC, *ADAMERGING) and not _WEMOE.match(method):
         raise UserError(f"there is no merging method {method!r}; there are: {METHODS}")
     found = _WEMOE.match(method)
     if found and (bool(found["pruned"]) != bool(found["percent"]) or float((found["percent"] or "_0")[1:]) > 100):
@@ -101,16 +113,12 @@ def build(method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Ten
             routing="batch" if found["batch"] else "sample", seed=s.seed,
         )  # fmt: skip
     model = copy.deepcopy(base).requires_grad_(False)
-    state = base.state_dict()
-    if method == "average":
-        state = dict(merging.simple_average(state, experts))
-    elif method == "task_arithmetic":
-        state = dict(merging.task_arithmetic(state, experts, s.lam))
-    elif method == "ties_mean":  # as in its paper, with its weight for want of validation data
-        state = dict(merging.ties(state, experts, scale=1.0, merge="mean"))
-    elif method == "ties_sum":  # as the papers of AdaMerging and WEMoE compare with
-        state = dict(merging.ties(state, experts, scale=s.lam, merge="sum"))
-    model.load_state_dict(state)
+    if method in STATIC:
+        arguments = STATIC[method].arguments({**s.constants, "lam": s.lam, "seed": s.seed})
+        try:
+            model.load_state_dict(dict(STATIC[method].load()(base.state_dict(), experts, **arguments)))
+        except ValueError as error:
+            raise UserError(f"{method} cannot merge these models: {error}") from error
     return model
 
 
@@ -148,7 +156,7 @@ def evaluate(
     right, loss, count = ({task.name: 0.0 for task in tasks} for _ in range(3))
     weights = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
     batches = list(_batches(tasks, s, mixed))
-    for batch in tqdm(batches, title, mininterval=1, leave=False):
+    for batch in progress_bar(batches, title, leave=False):
         embedded = embed(model, torch.cat([task.pixels(indices) for task, indices in batch]))
         routing = {name: layer.last_weights.expand(len(embedded), -1) for name, layer in layers.items()}
         start = 0

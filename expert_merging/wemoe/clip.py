@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from expert_merging.core import interrupts
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line, local_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
@@ -238,5 +238,5 @@ def heads_of(
     names = {task: class_names(task, own, folder) for task, own in images.items()}
     return {
         task: zero_shot_head(text, tokenizer, own, TEMPLATES.get(task, PLAIN))
-        for task, own in tqdm(names.items(), "zero-shot heads", mininterval=1, leave=False)
+        for task, own in progress_bar(names.items(), "zero-shot heads", leave=False)
     }

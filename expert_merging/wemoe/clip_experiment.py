@@ -12,7 +12,7 @@ from torch import nn
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.run import results
 from expert_merging.wemoe import checkpoints, clip, report
-from expert_merging.wemoe.classification import Settings, Task, check_adaptation, check_method
+from expert_merging.wemoe.classification import Settings, Task, changed, check_adaptation, check_method
 from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
 
 DEPENDS_ON = (
@@ -81,7 +81,7 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
         unseen=c.unseen_tasks if c.experiment == "generalization" else (),
         groups=c.corruptions if robust else (f"seed{c.seed}",),
         apart=() if robust else ("seed",),
-        identity=results.identity(c, DEPENDS_ON),
+        identity=results.identity(c, (*DEPENDS_ON, *changed(c))),
     )
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import replacing
 from expert_merging.wemoe.classification import Task, check_adaptation, embed
@@ -101,7 +101,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
-    for step in tqdm(range(steps), f"training: {', '.join(tasks)}", mininterval=1, leave=False):
+    for step in progress_bar(range(steps), f"training: {', '.join(tasks)}", leave=False):
         task = tasks[step % len(tasks)]
         chosen = torch.randint(examples, (64,), generator=generator)
         logits = LOGIT_SCALE * embed(model, inputs[task][chosen]) @ head[task].t()

@@ -1,6 +1,6 @@
 """Merging single-task models without training them jointly: the models, what methods want to know of them, and the test.
 
-The methods are in `merging/` and `wemoe/`; neighbours/WEMoE_multi_task_merging.py says which there are.
+The methods are the rows of `merging/registry.py`; those that adapt are made here.
 """
 
 import copy
@@ -22,6 +22,7 @@ from expert_merging.data.features import collate
 from expert_merging.data.tasks import get_task
 from expert_merging.merging.adamerging import AdaMerged
 from expert_merging.merging.fisher import diagonal_fisher
+from expert_merging.merging.registry import Method
 from expert_merging.merging.regmean import gram_matrices
 from expert_merging.run import results
 from expert_merging.switch import decoding, models
@@ -31,6 +32,15 @@ from expert_merging.wemoe import checkpoints, seq2seq
 from expert_merging.wemoe.adaptation import adapt, check_guard
 from expert_merging.wemoe.ffn import ensembles, routers
 from expert_merging.wemoe.seq2seq_losses import AnswerLoss, first_tokens
+
+# What the results of methods that adapt depend on besides the constants of their rows.
+_ADAPTATION = (
+    "lam", "seed", "adapt_losses", "adapt_tokens", "adapt_steps", "adapt_batch_size", "adapt_guard", "adapt_window",
+)  # fmt: skip
+DEPENDS_ON = {
+    "coefficients": (*_ADAPTATION, "coefficient_lr"),
+    "routers": (*_ADAPTATION, "router_lr", "router_depth"),
+}
 
 
 @dataclass
@@ -64,6 +74,16 @@ class Sources:
     def base(self) -> dict[str, torch.Tensor]:
         """Only the names that files have too, so that names agree."""
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in self.tuned[0]}
+
+    def merge(self, method: Method) -> Made:
+        """What `method` makes of the models with the constants `c`."""
+        arguments = method.arguments(vars(self.c))
+        if method.adapts:
+            return {"coefficients": self.adamerging, "routers": self.wemoe}[method.adapts](**arguments)
+        if method.statistics:
+            statistics = {"information": self.fisher_information, "grams": self.gram_matrices}
+            arguments[method.statistics] = statistics[method.statistics]()
+        return Made(method.load()(self.base, self.tuned, **arguments))
 
     # -- what Fisher merging and RegMean look at
 
@@ -121,16 +141,16 @@ class Sources:
         }  # fmt: skip
         return Made(((name, merged[name]) for name in self.base), record)
 
-    def wemoe(self, losses: tuple[str, ...] | None = None, **settings) -> Made:
-        """WEMoE with `settings` of `ffn.upscale`, its routers adapted by `losses` (the script's, if None)."""
+    def wemoe(self, loss: str | None = None, **settings) -> Made:
+        """WEMoE with `settings` of `ffn.upscale`, its routers adapted by `loss` for every task (the script's, if None)."""
         started = time.perf_counter()
         made = seq2seq.upscale(
             self.model, self.tuned, lam=self.c.lam, depth=self.c.router_depth, seed=self.c.seed, **settings
         ).eval()
         merging = time.perf_counter() - started
         parameters = [parameter for router in routers(made) for parameter in router.parameters()]
-        loss = self._loss(made, lambda: made, losses or self.c.adapt_losses)
-        adaptation = self._adapt(parameters, loss, self.c.router_lr)
+        losses = (loss,) * len(self.tasks) if loss else self.c.adapt_losses
+        adaptation = self._adapt(parameters, self._loss(made, lambda: made, losses), self.c.router_lr)
         trainable = sum(parameter.numel() for parameter in parameters)
         return Made(made, {"adaptation": adaptation, "trainable": trainable, "seconds_to_merge": merging})
 
@@ -206,8 +226,8 @@ def load_seq2seq(path: str | Path, constant: str) -> nn.Module:
         raise UserError(f"{constant}: {path} is no whole encoder-decoder model ({first_line(error)})") from error
 
 
-def make_once(sources: Sources, folder: Path, identity: dict[str, Any], make: Callable[[], Made]) -> dict[str, Any]:
-    """Make what `make` makes into `folder`, unless it is there with this identity. Returns its record, with the numbers
+def make_once(sources: Sources, folder: Path, identity: dict[str, Any], method: Method) -> dict[str, Any]:
+    """Merge by `method` into `folder`, unless it is there with this identity. Returns its record, with the numbers
     of parameters and the bytes that its weights take on disk (of a WEMoE the pre-trained model's, which it builds on, too).
     """
     if (record := results.part(folder / "merging.json", identity)) is not None:
@@ -215,7 +235,7 @@ def make_once(sources: Sources, folder: Path, identity: dict[str, Any], make: Ca
     started = time.perf_counter()
     sources.checkpoint, sources.identity = folder.with_name(f"{folder.name}.adapting"), identity
     try:
-        made = make()
+        made = sources.merge(method)
         with new_folder(folder) as temporary:
             if isinstance(made.result, nn.Module):
                 checkpoints.save(made.result, temporary / "wemoe")
@@ -335,17 +355,18 @@ def routing(sources: Sources, model: nn.Module, examples: int = 64) -> dict[str,
     return found
 
 
-def identity_of(sources: Sources, method: str, own: Iterable[str]) -> dict[str, Any]:
-    """What a method's result depends on: the shared constants that tests and adaptation see, `own` ones of the script, the
-    models and the data."""
+def identity_of(sources: Sources, method: Method) -> dict[str, Any]:
+    """What a method's result depends on: the constants that the test sees and the method's own, the models and the data."""
     c = sources.c
     shared = (
         "scale", "task_types", "max_input_length", "max_decoder_length", "test_examples", "num_beams", "repetition_penalty",
         "no_repeat_ngram_size", "length_penalty", "precision", "experts_num",
     )  # fmt: skip
+    own = [constant.name for constant in method.constants] + list(DEPENDS_ON.get(method.adapts, ()))
+    own += ["statistics_examples"] if method.statistics else []
     digests = dict(zip(sources.tasks, (one.sha256() for one in sources.tuned), strict=True))
     return results.identity(
-        c, (*shared, *own), method=method, ancestor=sources.ancestor, sources=digests, goals=sources.goals,
+        c, (*shared, *own), method=method.name, ancestor=sources.ancestor, sources=digests, goals=sources.goals,
         data=finetuning.data_hashes(c, list(sources.tasks)),
     )  # fmt: skip
 

@@ -141,9 +141,7 @@ def test_what_the_dead_left_is_removed_and_the_living_keep_theirs(tmp_path):
 
 
 def _other(path, then=""):
-    code = (
-        f"from expert_merging.core import files; files.hold({str(path)!r}, patience=0.2); print('held', flush=True); {then}"
-    )
+    code = f"from expert_merging.core import files; files.hold({str(path)!r}, patience=0.2); print('held', flush=True); {then}"
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

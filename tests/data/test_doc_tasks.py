@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import SPLITS, Docstring, normalized, split_of
+from expert_merging.data.docstring_reader import Docstring, normalized
+from expert_merging.data.docstring_splits import SPLITS, split_of
 from expert_merging.data.tasks import doc_qa, doc_summary, doc_topic
 
 TASKS = {"doc_topic": doc_topic, "doc_qa": doc_qa, "doc_summary": doc_summary}
@@ -43,7 +44,7 @@ def test_no_text_stands_in_two_splits_or_twice(tiny, name):
 def test_held_out_sentences_are_mostly_new(tiny, name):
     """The share of the test inputs' sentences that any training docstring has, used in the task or not."""
     known = {p for doc in docstring_reader.read_docstrings() if split_of(doc.file) == "train" for p in doc.pieces}
-    of_example = [docstring_reader._pieces(TASKS[name].prompt(example)) for example in tiny[name]["test"]]
+    of_example = [docstring_reader.pieces_of_text(TASKS[name].prompt(example)) for example in tiny[name]["test"]]
     shares = [sum(len(p) for p in pieces if p in known) / max(1, sum(map(len, pieces))) for pieces in of_example]
     assert max(shares) <= 0.5 and sum(shares) / len(shares) < 0.1
 

@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
-from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import (
-    Candidate,
-    Docstring,
-    blocks,
-    clean,
-    normalized,
-    split_examples,
-    split_of,
-)
+from expert_merging.data import docstring_reader, docstring_splits
+from expert_merging.data.docstring_reader import Docstring, blocks, clean, normalized
+from expert_merging.data.docstring_splits import Candidate, split_examples, split_of
 
 MODULE = '''
 """The module, which says enough about itself."""
@@ -88,7 +81,9 @@ def test_text_does_not_depend_on_where_packages_lie_or_on_line_ends(tmp_path, mo
             patch.syspath_prepend(tmp_path / folder)
             found.append(read((written(tmp_path / folder, module=module),)))
     assert found[0] == found[1] and found[0]
-    assert docstring_reader.corpus_hash([d.text for d in found[0]]) == docstring_reader.corpus_hash([d.text for d in found[1]])
+    assert docstring_reader.corpus_hash([d.text for d in found[0]]) == docstring_reader.corpus_hash(
+        [d.text for d in found[1]]
+    )
 
 
 def test_a_missing_package_is_named():
@@ -262,7 +257,7 @@ def test_pretraining_texts_are_training_texts_without_repeats():
         doc(file_in("test"), "Test text must not be seen before the test, not in pre-training either."),
         doc(file_in("validation"), "Validation text must not be seen in pre-training either, of course."),
     ]
-    texts = docstring_reader.pretraining_texts(docs)
+    texts = docstring_splits.pretraining_texts(docs)
     assert texts == [f"x: {own[0]} {sentence}", f"x: {own[1]}"]
 
 
@@ -276,7 +271,7 @@ candidate = st.builds(
         label,
         {"text": ". ".join(sentences), "label": label},
     ),
-    st.sampled_from(docstring_reader.SPLITS),
+    st.sampled_from(docstring_splits.SPLITS),
     st.integers(0, 2),
     st.lists(passage, min_size=1, max_size=3),
     st.sampled_from("abc"),
@@ -286,7 +281,7 @@ candidate = st.builds(
 @given(st.lists(candidate, max_size=40), st.integers(0, 12), st.sampled_from([0.34, 0.5, 1.0]))
 def test_split_examples(candidates, size, most_common):
     docs = [doc(c.file, c.text) for c in candidates]
-    sizes = dict.fromkeys(docstring_reader.SPLITS, size)
+    sizes = dict.fromkeys(docstring_splits.SPLITS, size)
     chosen = split_examples(docs, candidates, sizes, most_common)
     assert chosen == split_examples(docs, candidates, sizes, most_common)
 

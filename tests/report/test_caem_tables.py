@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
-from expert_merging.report import caem_scores, claims, evidence, folders, publish
+from expert_merging.report import claims, evidence, folders, publish
 from expert_merging.report.caem_tables import WING
 from expert_merging.report.tables import Stat, Table, stat
 
@@ -229,11 +229,16 @@ def test_merging_methods_stand_beside_caem_and_baseline(without_figures, folder)
     assert [row["method"] for row in rows_of(folder, "merging")][0] == "WEMoE" and check(folder) == []
 
 
-def test_the_grid_names_the_methods_of_the_script():
+def test_the_grid_and_the_script_name_the_methods_of_the_registry():
     from expert_merging.experiment import grid
+    from expert_merging.merging.registry import METHODS
+    from expert_merging.run.constants import read_constants
     from neighbours import WEMoE_multi_task_merging as script
 
-    assert grid.MERGING == script.methods == tuple(caem_scores.MERGING)
+    c = read_constants({"__file__": grid.__file__, "experts_num": 4, "larger_experts_num": 6}, ["--scale", "tiny"])
+    named = [f"merging-4 {method}" for method in METHODS]
+    assert [name for name in grid.grid(c).steps if name.startswith("merging-4 ")] == named
+    assert grid.names_of("merging-4", c, grid.grid(c)) == named and script.methods == tuple(METHODS)
 
 
 def test_one_seed_cannot_tell(without_figures, tmp_path):

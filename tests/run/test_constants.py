@@ -3,11 +3,13 @@
 import pytest
 
 from expert_merging.core.errors import UserError
-from expert_merging.run.constants import by_scale, read_constants, run, shared_arguments
+from expert_merging.core.scales import by_scale
+from expert_merging.run.constants import Constant, read_constants, run, shared_arguments
 
 SCRIPTS = (
     "datasets_preprocessing.py", "single_task_finetune.py", "Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py",
     "tools/pretrain_base_model.py", "tools/reference_scores.py", "reproduce_tables.py",
+    "neighbours/WEMoE_multi_task_merging.py", "neighbours/WEMoE_digits.py", "neighbours/WEMoE_clip.py",
 )  # fmt: skip
 
 
@@ -33,6 +35,16 @@ def test_command_line_beats_scale_beats_line(script):
     assert read_constants(script, ["--scale", "tiny"]).steps == 1
     c = read_constants(script, ["--scale", "tiny", "--steps", "7", "--lr", "1e-4", "--merge_only", "true"])
     assert (c.steps, c.lr, c.merge_only) == (7, 1e-4, True)
+
+
+def test_a_constant_of_the_library_is_an_option_with_its_comment(script, capsys):
+    script["depth"] = Constant("depth", by_scale(paper=3, small=2, tiny=1), "how deep")
+    assert (
+        read_constants(script, ["--scale", "tiny"]).depth == 1 and read_constants(script, ["--depth", "7"]).depth == 7
+    )
+    with pytest.raises(SystemExit):
+        read_constants(script, ["--help"])
+    assert "how deep [paper 3, small 2, tiny 1]" in capsys.readouterr().out
 
 
 def test_references_follow_overrides(script):

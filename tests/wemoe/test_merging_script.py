@@ -142,10 +142,23 @@ def test_models_are_what_the_methods_say(merged):
         torch.testing.assert_close(made["task_arithmetic"][name], wanted)
 
 
+def test_iso_c_and_tsv_m_average_the_routers_and_leave_one_weight_embedding(merged):
+    models = merged / "seed0" / "models"
+    average = SafetensorsFolder(models / "Merging-average_[4]")
+    for method in ("iso_c", "tsv_m"):
+        made = SafetensorsFolder(models / f"Merging-{method}_[4]")
+        routers = [name for name in made if "router" in name]
+        for name in ("shared.weight", *routers):
+            torch.testing.assert_close(made[name], average[name])
+        assert routers and all(
+            not torch.allclose(made[n], average[n]) for n in made if ".wi." in n or ".SelfAttention.q" in n
+        )
+
+
 def test_a_second_call_does_nothing_and_other_constants_are_refused(world, merged, capsys):
     before = {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.is_file()}
     call_main(SCRIPT, world.words("merged", **SMALL))
-    assert capsys.readouterr().out.count("is there already") == 15
+    assert capsys.readouterr().out.count("is there already") == 17
     assert before == {path: path.stat().st_mtime_ns for path in merged.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"Merging-ties_\[4\].json was made with other constants .*ties_keep was 0.2"):
         call_main(SCRIPT, world.words("merged", **SMALL, methods="average ties", ties_keep=0.5))

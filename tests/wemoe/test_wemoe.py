@@ -20,8 +20,8 @@ from transformers import (
     T5Config,
 )
 
-from expert_merging import merging
 from expert_merging.core.errors import UserError
+from expert_merging.merging.task_arithmetic import task_arithmetic
 from expert_merging.wemoe import checkpoints
 from expert_merging.wemoe.ffn import (
     WeightEnsemblingFFN,
@@ -142,7 +142,7 @@ def test_constant_weights_are_task_arithmetic(clip):
     """Invariant 3, of each layer and of the whole model."""
     base, experts, pixels = clip
     expected = copy.deepcopy(base)
-    state = dict(merging.task_arithmetic(base.state_dict(), [expert.state_dict() for expert in experts], 0.3))
+    state = dict(task_arithmetic(base.state_dict(), [expert.state_dict() for expert in experts], 0.3))
     expected.load_state_dict(state)
     made = upscale(base, experts, lam=0.3)
     with torch.no_grad():

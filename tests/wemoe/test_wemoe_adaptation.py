@@ -239,11 +239,11 @@ SMALLEST = [
 
 
 def test_digits_at_its_smallest(tmp_path):
-    methods = "pretrained individual average adamerging_layer wemoe wemoe_batch ewemoe_90".split()
+    methods = "pretrained individual average iso_c tsv_m adamerging_layer wemoe wemoe_batch ewemoe_90".split()
     words = [*SMALLEST, "--WEMOE_DIR", str(tmp_path / "digits"), "--methods", *methods]
     call_main("neighbours/WEMoE_digits.py", words)
     records = report.read(tmp_path / "digits")
-    assert sorted(records) == sorted(methods)
+    assert sorted(records) == sorted(methods) and list(records)[2:5] == ["average", "iso_c", "tsv_m"]
     for of_method in records.values():
         record = of_method["seed0"]
         tasks = report.tasks_of(records)
@@ -293,6 +293,11 @@ def test_digits_of_other_constants_stand_in_no_table_together(tmp_path):
         with pytest.raises(UserError, match="lam was 0.3, is now 0.9.*choose another WEMOE_DIR") as error:
             call_main("neighbours/WEMoE_digits.py", [*words, *methods, "--lam", "0.9"])
         assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="ties_keep was None, is now 0.5.*choose another WEMOE_DIR"):
+            call_main("neighbours/WEMoE_digits.py", [*words, *methods, "--ties_keep", "0.5"])
+    with pytest.raises(UserError, match="ties_sum cannot merge these models: keep is 0.0"):
+        wrong = ["--ties_keep", "0.0", "--WEMOE_DIR", str(tmp_path / "other")]
+        call_main("neighbours/WEMoE_digits.py", [*words, "ties_sum", *wrong])
     assert before == {path: path.read_bytes() for path in folder.rglob("*.json")}
     assert [path.name for path in (folder / "pools").glob("base*")] == ["base_seed0_500_8_3_0.001.safetensors"]
 

@@ -29,7 +29,7 @@ def words(place, results, **more) -> list[str]:
 
 
 def test_multi_task_with_every_kind_of_method(place, tmp_path):
-    methods = "pretrained individual average ties_sum adamerging_task wemoe ewemoe_90_batch"
+    methods = "pretrained individual average ties_sum iso_c tsv_m adamerging_task wemoe ewemoe_90_batch"
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods=methods, save_models="true"))
     records = report.read(tmp_path / "r")
     assert set(records) == set(methods.split())

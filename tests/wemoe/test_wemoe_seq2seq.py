@@ -13,7 +13,7 @@ from transformers import (
 )  # fmt: skip
 
 from expert_merging.core.safetensors_folder import SafetensorsFolder
-from expert_merging.merging import task_arithmetic
+from expert_merging.merging.task_arithmetic import task_arithmetic
 from expert_merging.wemoe import checkpoints, seq2seq
 from expert_merging.wemoe.ffn import ensembles, routers
 

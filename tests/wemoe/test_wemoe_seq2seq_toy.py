@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from expert_merging.merging import task_arithmetic
+from expert_merging.merging.task_arithmetic import task_arithmetic
 from expert_merging.wemoe import seq2seq
 from expert_merging.wemoe.adaptation import adapt
 from expert_merging.wemoe.ffn import routers

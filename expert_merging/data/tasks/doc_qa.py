@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import Candidate, Docstring
+from expert_merging.data import docstring_reader, docstring_splits
+from expert_merging.data.docstring_reader import Docstring
+from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.scores import squad as score
 
 main_score = "exact_match"
@@ -155,7 +156,7 @@ def _shortened(parameter: Parameter, needed: str = "") -> str:
     """The parameter's line with its first sentences, and with the one that says the default if that is asked."""
     kept: list[str] = []
     length = 0
-    for number, sentence in enumerate(docstring_reader.sentences([parameter.description])):
+    for number, sentence in enumerate(docstring_splits.sentences([parameter.description])):
         words = len(sentence.split())
         tells = needed and any(m["value"] == needed for m in _DEFAULT_IN_TEXT.finditer(sentence))
         if tells or (number == len(kept) and length + words <= LONGEST_DESCRIPTION):
@@ -205,7 +206,7 @@ def _questions(section: list[Parameter], rng: random.Random) -> Iterator[tuple[s
 def candidates(docs: Iterable[Docstring]) -> Iterator[Candidate]:
     """At most QUESTIONS_PER_DOCSTRING questions of each docstring."""
     for doc in docs:
-        rng = random.Random(f"{docstring_reader.DATA_SEED} {doc.file} {doc.name}")
+        rng = random.Random(f"{docstring_splits.DATA_SEED} {doc.file} {doc.name}")
         found = [question for section in parameters(doc.text) for question in _questions(section, rng)]
         rng.shuffle(found)
         for line, answer, example in found[:QUESTIONS_PER_DOCSTRING]:
@@ -214,12 +215,12 @@ def candidates(docs: Iterable[Docstring]) -> Iterator[Candidate]:
 
 def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Each split's examples: {"question", "context", "answers"}; the first answer is the one to learn."""
-    return docstring_reader.split_examples(docs, candidates(docs), sizes, MOST_COMMON)
+    return docstring_splits.split_examples(docs, candidates(docs), sizes, MOST_COMMON)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(docstring_reader.read_docstrings(), docstring_reader.sizes_of(constants))
+    return examples(docstring_reader.read_docstrings(), docstring_splits.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:

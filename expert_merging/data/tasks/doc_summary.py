@@ -6,8 +6,9 @@ Only examples whose summary can be had from the input are kept: most of its word
 import re
 from collections.abc import Iterable, Iterator
 
-from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import Candidate, Docstring
+from expert_merging.data import docstring_reader, docstring_splits
+from expert_merging.data.docstring_reader import Docstring
+from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.scores import rouge as score
 
 main_score = "rougeL"
@@ -69,7 +70,7 @@ def title(doc: Docstring) -> str:
 
 def summary_and_body(doc: Docstring) -> tuple[str, str] | None:
     """The summary line and the text after it, cut at LONGEST_BODY words; None where either does not serve."""
-    summary, *rest = docstring_reader.sentences(doc.blocks) or [""]
+    summary, *rest = docstring_splits.sentences(doc.blocks) or [""]
     if not SHORTEST <= len(summary.split()) <= LONGEST or not re.match(r"[A-Z][a-z]", summary) or summary[-1] != ".":
         return None
     if _UNWANTED.search(summary) or len(re.findall(r"[A-Za-z ]", summary)) < 0.85 * len(summary):
@@ -99,12 +100,12 @@ def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list
                 example = {"document": document, "summary": summary}
                 yield Candidate(doc.file, summary, document, summary, example)
 
-    return docstring_reader.split_examples(docs, candidates(), sizes, most_common=1.0)
+    return docstring_splits.split_examples(docs, candidates(), sizes, most_common=1.0)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(docstring_reader.read_docstrings(), docstring_reader.sizes_of(constants))
+    return examples(docstring_reader.read_docstrings(), docstring_splits.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:

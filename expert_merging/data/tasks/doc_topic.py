@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from expert_merging.data import docstring_reader
-from expert_merging.data.docstring_reader import Candidate, Docstring
+from expert_merging.data import docstring_reader, docstring_splits
+from expert_merging.data.docstring_reader import Docstring
+from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.scores import accuracy as score
 
 main_score = "accuracy"
@@ -36,7 +37,7 @@ def passages(doc: Docstring) -> Iterator[str]:
     """Runs of whole sentences of a docstring, SHORTEST..LONGEST words each; section headings are left out."""
     prose = [block for block in doc.blocks if len(block.split()) > 2]
     current: list[str] = []
-    for sentence in docstring_reader.sentences(prose):
+    for sentence in docstring_splits.sentences(prose):
         words = sentence.split()
         if current and len(current) + len(words) > LONGEST:
             yield from _passage(current)
@@ -62,12 +63,12 @@ def examples(docs: Iterable[Docstring], sizes: dict[str, int]) -> dict[str, list
         if doc.package in LABELS
         for text in list(passages(doc))[:PASSAGES_PER_DOCSTRING]
     )
-    return docstring_reader.split_examples(docs, candidates, sizes, MOST_COMMON)
+    return docstring_splits.split_examples(docs, candidates, sizes, MOST_COMMON)
 
 
 def load(constants) -> dict[str, list[dict]]:
     """Raw examples of each split. Raises UserError when a package whose text is read is not installed."""
-    return examples(docstring_reader.read_docstrings(), docstring_reader.sizes_of(constants))
+    return examples(docstring_reader.read_docstrings(), docstring_splits.sizes_of(constants))
 
 
 def prompt(example: dict) -> str:
