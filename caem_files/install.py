@@ -2,14 +2,15 @@
 Put the patched Switch Transformers of this folder into the transformers of the running interpreter.
 
     python caem_files/install.py             apply the patch, keeping the originals
-    python caem_files/install.py --check     say whether it is applied: exit status 0 if so, 1 if not
+    python caem_files/install.py --check     say whether it is applied, byte for byte: exit status 0 if so, 1 if not
     python caem_files/install.py --revert    put the originals back
 
 The originals are kept in `transformers/models/switch_transformers_stock/`, where Python can still import them. Nothing
-of transformers or torch is imported here, so that scripts can ask `patched()` before anything slow.
+of transformers or torch is imported here, so that scripts can ask `problem()` before anything slow.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import re
@@ -61,15 +62,35 @@ def is_ours(path: Path) -> bool:
     return path.is_file() and MARK.search(path.read_bytes()) is not None
 
 
-def patched() -> bool:
+def problem() -> str | None:
     """
-    Whether both files of the installed transformers are the patch; told from their text, in milliseconds.
+    What keeps the installed transformers from being the patched one, in a line; None where all files are those of this
+    folder, byte for byte. Told from their text, in milliseconds.
+    """
+    try:
+        package = find_transformers()
+        check_version(package)
+    except InstallError as error:
+        return f"not patched: {error}"
+    target = target_folder(package)
+    remedy = f"run: python {_shown(HERE / 'install.py')}"
+    if not all(is_ours(target / name) for name in FILES):
+        return f"not patched: {target}; {remedy}"
+    stale = [name for name in FILES if (target / name).read_bytes() != (HERE / name).read_bytes()]
+    return (
+        f"stale patch: {', '.join(stale)} in {target} differs from that in {_shown(HERE)}; {remedy}" if stale else None
+    )
 
-    Raises InstallError if transformers is not installed or of another version.
-    """
-    package = find_transformers()
-    check_version(package)
-    return all(is_ours(target_folder(package) / name) for name in FILES)
+
+def fingerprint() -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the installed files, by which runs note what they ran with."""
+    target = target_folder(find_transformers())
+    return hashlib.sha256(b"".join((target / name).read_bytes() for name in FILES)).hexdigest()[:12]
+
+
+def _shown(path: Path) -> Path:
+    """As seen from the working directory, if it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -104,15 +125,9 @@ def apply() -> str:
 
 
 def check() -> tuple[bool, str]:
-    """Whether the patch is applied, and a line that says so or why not."""
-    try:
-        applied, target = patched(), target_folder(find_transformers())
-    except InstallError as error:
-        return False, f"not patched: {error}"
-    if not applied:
-        return False, f"not patched: {target} (python {Path(__file__)} patches it)"
-    same = all((target / name).read_bytes() == (HERE / name).read_bytes() for name in FILES)
-    return True, f"patched: {target}" + ("" if same else f", with files that differ from those in {HERE}")
+    """Whether the patch is applied as it stands here, and a line that says so or why not."""
+    found = problem()
+    return found is None, found or f"patched: {target_folder(find_transformers())}"
 
 
 def revert() -> str:

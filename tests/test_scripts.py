@@ -308,8 +308,19 @@ def test_half_a_data_folder(copied):
 def test_stock_transformers_is_refused(world, monkeypatch):
     from caem_files import install
 
-    monkeypatch.setattr(install, "patched", lambda: False)
-    with pytest.raises(UserError, match="run: python caem_files/install.py"):
+    monkeypatch.setattr(install, "is_ours", lambda path: False)
+    with pytest.raises(UserError, match="not patched: .*; run: python caem_files/install.py"):
+        call_main("single_task_finetune.py", [*world.words(), "--task_type", "squad"])
+
+
+def test_a_patch_from_another_checkout_is_refused(world, monkeypatch, tmp_path):
+    from caem_files import install
+
+    shutil.copytree(install.HERE, tmp_path / "caem_files")
+    with (tmp_path / "caem_files" / "modeling_switch_transformers.py").open("a") as file:
+        file.write("\n")
+    monkeypatch.setattr(install, "HERE", tmp_path / "caem_files")
+    with pytest.raises(UserError, match="stale patch: modeling_switch_transformers.py .*; run: python .*install.py"):
         call_main("single_task_finetune.py", [*world.words(), "--task_type", "squad"])
 
 

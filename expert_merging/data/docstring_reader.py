@@ -17,7 +17,7 @@ import re
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,10 @@ def source_files(package: str) -> Iterator[tuple[str, Path]]:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"the docstring tasks need the package {package}, which is not installed: run make setup")
         top = Path(list(spec.submodule_search_locations)[0])
+    yield from _python_files(top, package)
+
+
+def _python_files(top: Path, package: str) -> Iterator[tuple[str, Path]]:
     found = []
     for path in top.rglob("*.py"):
         parts = path.relative_to(top).parts
@@ -92,9 +96,17 @@ def read_docstrings(packages: tuple[str, ...] = PACKAGES) -> list[Docstring]:
 
     Takes 45 s on one core, less on more; the last answer is kept in memory. Raises UserError when a package is missing.
     """
-    files = [(package, relative, path) for package in sorted(packages) for relative, path in source_files(package)]
+    return _read((package, *found) for package in sorted(packages) for found in source_files(package))
+
+
+def read_folder(folder: Path) -> list[Docstring]:
+    """The docstrings of all Python files below `folder`, installed or not; the package is its name."""
+    return _read((folder.name, *found) for found in _python_files(folder, folder.name))
+
+
+def _read(files: Iterable[tuple[str, str, Path]]) -> list[Docstring]:
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return [doc for docs in pool.map(_docstrings_of, files, chunksize=50) for doc in docs]
+        return [doc for docs in pool.map(_docstrings_of, list(files), chunksize=50) for doc in docs]
 
 
 def _docstrings_of(package_file: tuple[str, str, Path]) -> list[Docstring]:

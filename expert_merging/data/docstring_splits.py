@@ -59,12 +59,15 @@ _HEADING = re.compile(r"[A-Z]\w+(?: \w+)?[.:]")
 
 
 def pretraining_texts(docs: Iterable[Docstring]) -> list[str]:
-    """The training split's texts, one line each: signature or name, prose, parameters. No paragraph comes twice."""
+    """The training split's texts (see `one_line_texts`)."""
+    return one_line_texts(doc for doc in docs if split_of(doc.file) == "train")
+
+
+def one_line_texts(docs: Iterable[Docstring]) -> list[str]:
+    """Docstrings as texts, one line each: signature or name, prose, parameters. No paragraph comes twice."""
     seen: set[str] = set()
     texts = []
     for doc in docs:
-        if split_of(doc.file) != "train":
-            continue
         kept: list[str] = []
         dropped = False
         for block in doc.blocks:

@@ -21,14 +21,20 @@ plt.rcParams.update({
 })  # fmt: skip
 
 
-def pretraining_curve(history: list[dict[str, Any]], path: Path, steps_per_round: int) -> None:
-    """Training and held-out loss of the base model against optimizer steps."""
-    steps = np.arange(1, len(history) + 1) * steps_per_round
-    figure, axes = plt.subplots(figsize=(5, 3))
-    axes.plot(steps, [r["train_loss"] for r in history], label="training (with router losses)", color="0.6")
-    axes.plot(steps, [r["heldout_loss"] for r in history], label="held out", color="C0")
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a target token", title="Span corruption of docstrings")
-    axes.legend()
+def pretraining_curve(history: list[dict[str, Any]], path: Path, tokens_per_round: int) -> None:
+    """Losses of the base model against the tokens seen, and below how evenly its experts were used."""
+    tokens = np.arange(1, len(history) + 1) * tokens_per_round / 1e6
+    figure, (above, below) = plt.subplots(2, figsize=(5.5, 5), sharex=True, height_ratios=(3, 2))
+    above.plot(tokens, [r["train_loss"] for r in history], label="training (with router losses)", color="0.6")
+    above.plot(tokens, [r["heldout_loss"] for r in history], label="held-out docstrings", color="C0")
+    above.set(ylabel="nats a target token", title="Span corruption")
+    above.legend()
+    for stack, style in zip(("encoder", "decoder"), ("-", "--"), strict=True):
+        for layer in range(len(history[0]["entropy"][stack])):
+            entropies = [r["entropy"][stack][layer] for r in history]
+            below.plot(tokens, entropies, style, color=f"C{layer}", label=f"{stack}, sparse layer {layer + 1}")
+    below.set(xlabel="million tokens seen", ylabel="usage entropy", ylim=(0, 1.02))
+    below.legend(fontsize="small", ncols=2)
     save_figure(figure, path)
 
 

@@ -20,11 +20,15 @@ def command() -> str:
 
 @functools.cache  # of the start of the run, though the repository may move on
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on, and the repository's commit."""
+    """Versions of Python and of the libraries that numbers depend on, the hash of the patched model's files as they are
+    installed, and the repository's commit."""
+    from caem_files import install
+
     names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge-score", "numpy")
     return {
         "python": platform.python_version(),
         **{n: importlib.metadata.version(n) for n in names},
+        "patch": install.fingerprint(),
         "commit": commit(ROOT),
     }
 

@@ -29,15 +29,12 @@ def preflight(constants: SimpleNamespace, tasks: Iterable[str], experts: int | N
 
 
 def require_patch() -> None:
-    """Raises UserError, naming the command that applies the patch, when transformers is not the patched one."""
+    """Raises UserError, naming the command that applies the patch, when transformers is not patched with the very files of
+    caem_files/, or with those of an older checkout."""
     from caem_files import install
 
-    try:
-        patched = install.patched()
-    except install.InstallError as error:
-        raise UserError(str(error)) from error
-    if not patched:
-        raise UserError("transformers is not patched with caem_files/; run: python caem_files/install.py")
+    if found := install.problem():
+        raise UserError(found)
 
 
 def find_base(constants: SimpleNamespace, experts: int) -> None:

@@ -67,7 +67,7 @@ def test_a_newer_patch_never_replaces_the_kept_originals(site, tmp_path):
         with open(newer / name, "a") as file:
             file.write("# newer\n")
     differs = run(site, "--check", script=newer / "install.py")
-    assert differs.returncode == 0 and "differ" in differs.stdout
+    assert differs.returncode == 1 and differs.stdout.startswith("stale patch") and "run: python" in differs.stdout
     assert run(site, script=newer / "install.py").returncode == 0
     assert installed(site)[0].endswith("# newer\n") and installed(site, "switch_transformers_stock") == originals
 
@@ -113,8 +113,20 @@ def test_a_read_only_folder(site):
         folder.chmod(0o755)
 
 
-def test_patched_tells_without_importing(site):
-    code = "import install, sys; print(install.patched(), 'transformers' in sys.modules, 'torch' in sys.modules)"
+@pytest.mark.parametrize("name", NAMES)
+def test_one_changed_byte_is_a_stale_patch(site, name):
+    run(site)
+    path = site / "transformers" / "models" / "switch_transformers" / name
+    path.write_bytes(path.read_bytes()[:-2] + b" \n")
+    stale = run(site, "--check")
+    assert stale.returncode == 1 and stale.stdout.startswith(f"stale patch: {name}") and stale.stdout.count("\n") == 1
+    assert run(site).returncode == 0 and run(site, "--check").returncode == 0
+
+
+def test_it_tells_without_importing(site):
+    code = (
+        "import install, sys; print(install.problem() is None, 'transformers' in sys.modules, 'torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(CAEM_FILES)])}
 
     def ask():
