@@ -13,8 +13,10 @@ from expert_merging.run.constants import run
 
 source_experts_num = 8  # experts in each sparse layer of the single-task models
 target_experts_num = 8  # of the merged model: at least one for each task, at most all they have
-merging = "caem"  # caem | average: every tensor averaged, experts slot by slot, as a control
+merging = "caem"  # caem | average (slot by slot, a control) | m_smoe | hc_smoe | reap | most_used | at_random
 alpha = 1.0  # 1 shares by entropy (CAEM), 0 evenly (CAEM-Avg), between: a blend
+shares = "entropy"  # what CAEM shares by: entropy | inverse | tokens | random | a task, which gets all but the least
+pool_inputs = 256  # validation inputs a task that m_smoe ... most_used look at; 0: all
 current_case_name = "CAEM"
 merge_only = False  # stop after merging
 

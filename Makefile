@@ -1,4 +1,4 @@
-# Two commands: `make reproduce` (Baseline-8 against CAEM-8 at tiny, about ten minutes on 2 cores) and `make test`.
+# Two commands: `make reproduce` (Baseline-8 against CAEM-8 at tiny, a quarter of an hour on 2 cores) and `make test`.
 # `make evidence` is all of the paper's tables and figures for one seed, about an hour.
 PYTHON ?= python3
 VENV := .venv
@@ -44,3 +44,4 @@ bench: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy

@@ -8,12 +8,14 @@ Takes   at tiny some 40 minutes a seed on 2 CPU cores (`--parts comparison`: 10)
         records, the neighbours' too; `--report` makes them again, with figures, report.html, CSV and LaTeX.
 """
 
+from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 seeds = (0,)
 parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
 experts_num = 8
 larger_experts_num = 16
+runs_at_once = by_scale(paper=1, night=2, tiny=2)  # each with its share of the cores: two of one beat one of two
 plan_only = False  # say what would run, and stop
 check = False  # compare all tables in results/ and the pages with the records, and stop
 report = False  # make all tables, figures and pages in results/ again from the records, and stop
@@ -49,13 +51,13 @@ def main(c):
         return
     files.hold(c.RUN_DIR)
     if missing:
-        steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", published / "times.json")
+        steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", published / "times.json", c.runs_at_once)
 
     # Every result that is there, whatever part it belongs to, becomes a record; tables and figures follow from those.
     folder = Path(c.REPORT_DIR)
     evidence.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results(), times)
     for table in publish.write(folder, caem_tables.WING):
-        if table.name in ("scores", "claims"):
+        if table.name in ("scores", "contrasts"):
             print(table.markdown())
     print(f"report, tables and figures: {folder / 'report.html'}")
     if c.publish:
@@ -78,7 +80,8 @@ def jobs_and_results(c):
     for seed, of_seed in grids.items():
         names = [name for part in c.parts for name in grid.names_of(part, c, of_seed)]
         jobs += [
-            steps.Job(f"{name}, seed {seed}", name, step, shared[seed]) for name, step in of_seed.chosen(names).items()
+            steps.Job(f"{name}, seed {seed}", name, step, shared[seed], of_seed.results_for(name))
+            for name, step in of_seed.chosen(names).items()
         ]
 
     def results():

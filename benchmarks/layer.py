@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from transformers.models.switch_transformers import cpu_kernels
 from transformers.models.switch_transformers import modeling_switch_transformers as ours
 
 from expert_merging.core.files import write_json
@@ -132,7 +133,7 @@ def training_pass(model, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
 def peaks(pairs: int) -> dict[str, float]:
     """GFLOP/s of a large float32 product, by torch's own way and by the fastest that it has, medians."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    ways = [lambda: a @ b.t()] + [lambda: ours._product(a, b)] * ours._ONEDNN
+    ways = [lambda: a @ b.t()] + [lambda: cpu_kernels.product(a, b)] * cpu_kernels.ONEDNN
     speeds = []
     for way in ways:
         way()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from layer import SHAPE
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers.models.switch_transformers import cpu_kernels
 from transformers.models.switch_transformers import modeling_switch_transformers as patched
 
 from expert_merging.core.files import write_atomic, write_json
@@ -75,9 +76,9 @@ def kept_bytes(model, batch: dict[str, torch.Tensor], bf16: bool) -> int:
         return tensor
 
     if bf16:
-        patched._Attend = AsOnGPUs
+        cpu_kernels.Attend = AsOnGPUs
         AsOnGPUs.joined.clear()
-        patched._large_on_cpu = lambda states, multiplications: states.dim() == 4  # for attention, not for products
+        cpu_kernels.large_on_cpu = lambda states, multiplications: states.dim() == 4  # for attention, not for products
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(**batch, use_cache=False).loss

@@ -59,7 +59,7 @@ def start_cold(sources: list[Path]) -> None:
 def merge(sources: list[Path], target: int, result: Path, layers: int) -> tuple[float, float]:
     """(seconds, peak GB) of this process."""
     import torch
-    from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily
+    from transformers.models.switch_transformers.caem import merge_lazily
 
     from expert_merging.core.host_memory import keep_freed_memory
     from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors

@@ -19,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 TRANSFORMERS_VERSION = "4.46.3"
-FILES = ("configuration_switch_transformers.py", "modeling_switch_transformers.py")
+REPLACED = ("configuration_switch_transformers.py", "modeling_switch_transformers.py")
+ADDED = ("caem.py", "cpu_kernels.py")
+FILES = ADDED + REPLACED  # in the order in which they are written: what another one imports comes first
 MARK = re.compile(rb'^CAEM_PATCH = "', re.MULTILINE)
 HERE = Path(__file__).resolve().parent
 
@@ -74,12 +76,15 @@ def problem() -> str | None:
         return f"not patched: {error}"
     target = target_folder(package)
     remedy = f"run: python {_shown(HERE / 'install.py')}"
-    if not all(is_ours(target / name) for name in FILES):
+    if not all(is_ours(target / name) for name in REPLACED):
         return f"not patched: {target}; {remedy}"
+    missing = [name for name in ADDED if not (target / name).is_file()]
+    if missing:
+        return f"half a patch: {target} has no {', '.join(missing)}; {remedy}"
     stale = [name for name in FILES if (target / name).read_bytes() != (HERE / name).read_bytes()]
-    return (
-        f"stale patch: {', '.join(stale)} in {target} differs from that in {_shown(HERE)}; {remedy}" if stale else None
-    )
+    if stale:
+        return f"stale patch: {', '.join(stale)} in {target} differs from that in {_shown(HERE)}; {remedy}"
+    return None
 
 
 def fingerprint() -> str:
@@ -116,7 +121,7 @@ def apply() -> str:
     package = find_transformers()
     check_version(package)
     target, kept = target_folder(package), kept_folder(package)
-    for name in FILES:
+    for name in REPLACED:
         if not is_ours(target / name):
             _write(kept / name, (target / name).read_bytes())
     for name in FILES:
@@ -134,7 +139,7 @@ def revert() -> str:
     """Put the originals back; returns a line to print. Raises InstallError if a needed one was not kept."""
     package = find_transformers()
     target, kept = target_folder(package), kept_folder(package)
-    ours = [name for name in FILES if is_ours(target / name)]
+    ours = [name for name in REPLACED if is_ours(target / name)]
     missing = [name for name in ours if not (kept / name).is_file()]
     if missing:
         raise InstallError(
@@ -143,6 +148,8 @@ def revert() -> str:
         )
     for name in reversed(ours):
         _write(target / name, (kept / name).read_bytes())
+    for name in ADDED:
+        (target / name).unlink(missing_ok=True)
     return f"{'reverted' if ours else 'already the original'}: {target}"
 
 

@@ -1,23 +1,20 @@
 # Licensed under the Apache License, Version 2.0: see the LICENSE file, or http://www.apache.org/licenses/LICENSE-2.0
 """
-Switch Transformers and CAEM, a drop-in for the file of the same name in transformers 4.46.3.
+Switch Transformers, a drop-in for the file of the same name in transformers 4.46.3.
 
-The first part is the model: the same classes, checkpoint keys and numbers as the stock file, built from T5's blocks.
-What is Switch is here: a router that sends each token to one expert, up to a capacity; the expert layer; the stacks;
-the two router losses. The routers can count how often each expert is used.
+The same classes, checkpoint keys and numbers as the stock file, built from T5's blocks. What is Switch is here: a router
+that sends each token to one expert, up to a capacity; the expert layer; the stacks; the two router losses. The routers
+can count how often each expert is used.
 
-The second part is CAEM (complexity-aware expert merging), as functions on named tensors: `normalized_entropy`,
-`allocate_experts`, `merge`.
+CAEM (complexity-aware expert merging) is in caem.py, faster arithmetic for CPUs in cpu_kernels.py; both are optional.
 """
 
 import contextlib
 import copy
 import functools
-import itertools
-import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -44,64 +41,28 @@ from ..t5.modeling_t5 import (
 )
 from .configuration_switch_transformers import SwitchTransformersConfig
 
+try:
+    from . import cpu_kernels
+except ImportError:  # this file was copied alone
+    cpu_kernels = None
+
 logger = logging.get_logger(__name__)
 
-CAEM_PATCH = "2"  # read as text by install.py, to tell this file from the stock one
+CAEM_PATCH = "3"  # read as text by install.py, to tell this file from the stock one
+
+_UNASKED = "released, in evaluation"  # how usage is counted until `set_usage_counting` says how
 
 # Layers that Switch shares with T5, weight for weight and number for number.
 SwitchTransformersLayerNorm = T5LayerNorm
 
-
-# ------------------------------------------------------------------------------------------------------------------
-# Matrix products
+_Linear = nn.Linear if cpu_kernels is None else cpu_kernels.Linear
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """
-    a b^T of float32 [..., m] and [n, m] on a CPU, by oneDNN: torch itself calls MKL there, which leaves half the speed
-    of AMD's processors unused. Each must be contiguous or the transpose of such a matrix; others are slow.
-    """
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-_ONEDNN = torch.backends.mkldnn.is_available()
-_PRODUCT_FROM = 2**21  # multiplications from which on `_product` is faster, its calls being dearer
-
-
-def _large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
-    """Whether `_product` is the way to a product of so many multiplications with these states."""
-    on_cpu = _ONEDNN and states.device.type == "cpu" and states.dtype == torch.float32
-    return on_cpu and multiplications >= _PRODUCT_FROM
-
-
-class _LinearByOneDNN(torch.autograd.Function):
-    """states [..., m] and weight [n, m] to [..., n]."""
-
-    @staticmethod
-    def forward(ctx, states, weight):
-        ctx.save_for_backward(states, weight)
-        return _product(states, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        states, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_states = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_states, None
-        return to_states, _product(grad.flatten(0, -2).t(), states.flatten(0, -2).t())
-
-
-class _Linear(nn.Linear):
-    """`nn.Linear`; large float32 products on a CPU go by oneDNN."""
-
-    def forward(self, states):
-        weight = self.weight
-        plain = self.bias is not None or weight.dtype != states.dtype or weight.device != states.device
-        if plain or not _large_on_cpu(states, states.numel() * len(weight)) or torch.is_autocast_enabled("cpu"):
-            return super().forward(states)
-        return _LinearByOneDNN.apply(states.contiguous(), weight)
+def _with_our_products(module: nn.Module) -> None:
+    """Make the linear layers directly in `module` compute as `_Linear` does."""
+    for layer in module.children():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Linear
 
 
 class SwitchTransformersDenseActDense(T5DenseActDense):
@@ -109,90 +70,11 @@ class SwitchTransformersDenseActDense(T5DenseActDense):
 
     def __init__(self, config: SwitchTransformersConfig):
         super().__init__(config)
-        _by_onednn(self)
-
-
-def _by_onednn(module: nn.Module) -> None:
-    """Make the linear layers directly in `module` compute as `_Linear` does."""
-    for layer in module.children():
-        if type(layer) is nn.Linear:
-            layer.__class__ = _Linear
+        _with_our_products(self)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Attention
-
-
-class _Attend(torch.autograd.Function):
-    """
-    softmax(q k^T + bias + mask) v on a CPU, a head at a time, the weights computed again in the backward pass: what is
-    worked on stays in the processor's cache, and what is kept is linear in the length. (torch's own such kernel for
-    CPUs gives no gradient for the bias.)
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, bias, mask, dropout):
-        """
-        Args:
-            query, key, value: float32 [batch, heads, tokens, d_kv], contiguous.
-            bias: [1, heads, queries, keys] or None.
-            mask: [batch, 1, 1 or queries, keys] or None; gets no gradient.
-            dropout: probability, of the weights.
-
-        Returns:
-            [batch, heads, queries, d_kv]
-        """
-        ctx.dropout, ctx.seed = dropout, int(torch.randint(2**62, ())) if dropout > 0 else 0
-        made = torch.empty_like(query)
-        for row, head, weights, kept in _weights_by_head(query, key, bias, mask, dropout, ctx.seed):
-            dropped = weights if kept is None else weights.mul_(kept)
-            made[row, head] = _product(dropped, value[row, head].t())
-        ctx.save_for_backward(query, key, value, bias, mask, made)
-        return made
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        query, key, value, bias, mask, made = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_query, to_key, to_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        to_bias = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
-        along = (grad * made).sum(dim=-1, keepdim=True)  # over the keys, the sum of weights times their gradients
-        for row, head, weights, kept in _weights_by_head(query, key, bias, mask, ctx.dropout, ctx.seed):
-            q, k, v, g = (tensor[row, head] for tensor in (query, key, value, grad))
-            to_scores = _product(g, v)
-            dropped = weights
-            if kept is not None:
-                dropped = weights * kept
-                to_scores *= kept
-            to_scores.sub_(along[row, head]).mul_(weights)
-            to_value[row, head] = _product(g.t(), dropped.t()).t()  # faster than the transposed product
-            to_key[row, head] = _product(q.t(), to_scores.t()).t()
-            to_query[row, head] = _product(to_scores, k.t())
-            if to_bias is not None and row == 0:
-                to_bias[0, head] = to_scores
-            elif to_bias is not None:
-                to_bias[0, head] += to_scores
-        return to_query, to_key, to_value, to_bias, None, None
-
-
-def _weights_by_head(query, key, bias, mask, dropout: float, seed: int) -> Iterator[tuple]:
-    """
-    Each head of each row: (row, head, attention weights [queries, keys], kept); `kept` is 1 / (1 - dropout) at a weight
-    that stays and 0 at others, the same for the same seed, or None without dropout.
-    """
-    generator = torch.Generator().manual_seed(seed) if dropout > 0 else None
-    for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
-        weights = _product(query[row, head], key[row, head])
-        if bias is not None:
-            weights += bias[0, head]
-        if mask is not None:
-            weights += mask[row, 0]
-        torch.softmax(weights, dim=-1, out=weights)
-        kept = None
-        if dropout > 0:
-            kept = torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
-        yield row, head, weights, kept
 
 
 class SwitchTransformersAttention(T5Attention):
@@ -200,7 +82,7 @@ class SwitchTransformersAttention(T5Attention):
 
     def __init__(self, config, has_relative_attention_bias=False, layer_idx: int | None = None):
         super().__init__(config, has_relative_attention_bias, layer_idx)
-        _by_onednn(self)
+        _with_our_products(self)
 
     def forward(
         self,
@@ -254,8 +136,9 @@ class SwitchTransformersAttention(T5Attention):
             if bias is not None:
                 bias = bias.expand(rows, self.n_heads, tokens, key.shape[2])
             made = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=1.0)
-        elif batch and not shown and _large_on_cpu(query, tokens * key.shape[2] * self.key_value_proj_dim):
-            made = _Attend.apply(query.contiguous(), key.contiguous(), value.contiguous(), bias, mask, dropout)
+        elif batch and not shown and _by_head(query, tokens * key.shape[2] * self.key_value_proj_dim):
+            contiguous = (states.contiguous() for states in (query, key, value))
+            made = cpu_kernels.Attend.apply(*contiguous, bias, mask, dropout)
         else:
             weights = F.dropout(_attention_weights(query, key, bias, mask), dropout)
             if layer_head_mask is not None:
@@ -285,6 +168,11 @@ class SwitchTransformersAttention(T5Attention):
             if crossing:
                 cache.is_updated[self.layer_idx] = True
         return key, value
+
+
+def _by_head(query, multiplications: int) -> bool:
+    """Whether attention of so many multiplications a head goes by cpu_kernels."""
+    return cpu_kernels is not None and cpu_kernels.large_on_cpu(query, multiplications)
 
 
 def _attention_weights(query, key, bias, mask):
@@ -408,6 +296,12 @@ def router_losses(
 # The sparse feed-forward layer
 
 
+def _without_autocast(device_type: str):
+    """Where autocast would put the router in bf16: `router_dtype` holds (Switch Transformer, section 2.4)."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
 class SwitchTransformersTop1Router(nn.Module):
     """
     Sends each token to its most probable expert, first come first served up to `expert_capacity` tokens of a sequence.
@@ -418,14 +312,11 @@ class SwitchTransformersTop1Router(nn.Module):
 
     def __init__(self, config: SwitchTransformersConfig):
         super().__init__()
-        self.num_experts = config.num_experts
-        self.expert_capacity = config.expert_capacity
-        self.classifier = nn.Linear(config.hidden_size, self.num_experts, bias=config.router_bias)
-        self.jitter_noise = config.router_jitter_noise
-        self.ignore_padding_tokens = config.router_ignore_padding_tokens
-        self.dtype = getattr(torch, config.router_dtype)
+        self.num_experts, self.expert_capacity = config.num_experts, config.expert_capacity
+        self.jitter_noise, self.dtype = config.router_jitter_noise, getattr(torch, config.router_dtype)
+        self.classifier = nn.Linear(config.d_model, config.num_experts, bias=config.router_bias)
 
-        self.usage_counting: str | None = None
+        self.usage_counting: str | None = _UNASKED
         self.tokens_to_count: torch.Tensor | None = None  # bool [batch, tokens], there during a counted forward
         self.register_buffer("usage_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
@@ -444,7 +335,8 @@ class SwitchTransformersTop1Router(nn.Module):
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states.mul_(noise)
         self._cast_classifier()
-        router_logits = self.classifier(hidden_states)
+        with _without_autocast(hidden_states.device.type):
+            router_logits = self.classifier(hidden_states)
         router_probs = router_logits.softmax(dim=-1, dtype=self.dtype).to(input_dtype)
         return router_probs, router_logits
 
@@ -469,11 +361,20 @@ class SwitchTransformersTop1Router(nn.Module):
         return assigned, top_prob, router_logits
 
     def get_expert_usage_counts(self) -> torch.Tensor:
-        """Tokens counted for each expert since the last reset, int64 [experts]; a copy."""
+        """Tokens counted for each expert since the last reset, int64 [experts]; a copy. Says so where there are none:
+        shares of them would be no numbers."""
+        if not self.usage_counts.any():
+            logger.warning("get_expert_usage_counts: no token was counted since the last reset; shares of 0 are NaN")
         return self.usage_counts.clone()
 
     def reset_expert_usage_counts(self) -> None:
         self.usage_counts.zero_()
+
+
+@functools.cache
+def _has_grouped_products(device: torch.device) -> bool:
+    """Whether torch has kernels of its own for them on this GPU; elsewhere it runs them one by one, and waits for each."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class SwitchTransformersSparseMLP(nn.Module):
@@ -483,6 +384,7 @@ class SwitchTransformersSparseMLP(nn.Module):
         super().__init__()
         self.router = SwitchTransformersTop1Router(config)
         self.experts = nn.ModuleDict({f"expert_{i}": expert_class(config) for i in range(config.num_experts)})
+        self.served: list[torch.Tensor] | None = None  # where a list, training notes there the tokens of each expert
 
     def forward(self, hidden_states: torch.Tensor):
         """
@@ -500,7 +402,9 @@ class SwitchTransformersSparseMLP(nn.Module):
         overflowed_last = torch.where(choice.any(dim=-1), choice.argmax(dim=-1), choice.shape[-1])
         order, sizes = overflowed_last.argsort(stable=True), choice.sum(dim=0)
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tokens.dtype
-        if tokens.is_cuda and dtype == torch.bfloat16 and self._alike():
+        if tokens.is_cuda and dtype == torch.bfloat16 and _has_grouped_products(tokens.device) and self._alike():
+            if self.served is not None and torch.is_grad_enabled():
+                self.served.append(sizes)
             made = self._run_experts_at_once(tokens.to(dtype), order, sizes)
             made = torch.where(choice.any(dim=-1, keepdim=True), made.to(tokens.dtype), tokens)
         else:
@@ -594,13 +498,11 @@ class SwitchTransformersBlock(nn.Module):
 
     def __init__(self, config, has_relative_attention_bias=False, is_sparse=False, layer_idx: int | None = None):
         super().__init__()
-        self.is_decoder = config.is_decoder
-        self.is_sparse = is_sparse
-        self.layer = nn.ModuleList()
-        self.layer.append(SwitchTransformersLayerSelfAttention(config, has_relative_attention_bias, layer_idx))
-        if self.is_decoder:
-            self.layer.append(SwitchTransformersLayerCrossAttention(config, layer_idx))
-        self.layer.append(SwitchTransformersLayerFF(config, is_sparse=is_sparse))
+        self.is_decoder, self.is_sparse = config.is_decoder, is_sparse
+        sublayers = [SwitchTransformersLayerSelfAttention(config, has_relative_attention_bias, layer_idx)]
+        if config.is_decoder:
+            sublayers.append(SwitchTransformersLayerCrossAttention(config, layer_idx))
+        self.layer = nn.ModuleList([*sublayers, SwitchTransformersLayerFF(config, is_sparse)])
 
     def forward(
         self,
@@ -624,30 +526,17 @@ class SwitchTransformersBlock(nn.Module):
             A tuple: states; the cache, if `use_cache`; self-attention bias and, if asked for, weights; the same of the
             cross-attention, if there was one; last the router outputs, of a dense block a tuple of one zero.
         """
-        hidden_states, past_key_value, *attention_outputs = self.layer[0](
-            hidden_states,
-            attention_mask=attention_mask,
-            position_bias=position_bias,
-            layer_head_mask=layer_head_mask,
-            past_key_value=past_key_value,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            cache_position=cache_position,
+        asked = {"use_cache": use_cache, "output_attentions": output_attentions, "cache_position": cache_position}
+        hidden_states, cache, *attention_outputs = self.layer[0](
+            hidden_states, attention_mask, position_bias, layer_head_mask, past_key_value, **asked
         )
         hidden_states = _clamp_fp16(hidden_states)
 
         if self.is_decoder and encoder_hidden_states is not None:
-            hidden_states, past_key_value, *cross_outputs = self.layer[1](
-                hidden_states,
-                key_value_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                position_bias=encoder_decoder_position_bias,
-                layer_head_mask=cross_attn_layer_head_mask,
-                past_key_value=past_key_value,
-                query_length=cache_position[-1] + 1,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                cache_position=cache_position,
+            seen = (encoder_hidden_states, encoder_attention_mask, encoder_decoder_position_bias)
+            asked["query_length"] = cache_position[-1] + 1
+            hidden_states, cache, *cross_outputs = self.layer[1](
+                hidden_states, *seen, cross_attn_layer_head_mask, cache, **asked
             )
             hidden_states = _clamp_fp16(hidden_states)
             attention_outputs += cross_outputs
@@ -659,8 +548,7 @@ class SwitchTransformersBlock(nn.Module):
             router_outputs = (torch.zeros(1, device=hidden_states.device, dtype=torch.int64),)
         hidden_states = _clamp_fp16(hidden_states)
 
-        cache = (past_key_value,) if use_cache else ()
-        return (hidden_states, *cache, *attention_outputs, router_outputs)
+        return (hidden_states, *([cache] if use_cache else []), *attention_outputs, router_outputs)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -730,7 +618,8 @@ class SwitchTransformersPreTrainedModel(PreTrainedModel):
                 within the mask if there is one; so finished beams, and what is fed after the end of a shorter example
                 of a batch, do not count, and examples count the same in a batch as one by one.
                 `"released"` counts every position that an expert accepted, padding included, as the authors' code does.
-                `None` (the default) counts nothing and costs nothing.
+                `None` counts nothing and costs nothing. Before the first call "released" counts in evaluation, since the
+                authors' scripts ask for counts without having asked for counting.
 
         Counts add up until `reset_expert_usage`. What assisted or contrastive decoding computes in vain counts too.
 
@@ -748,7 +637,7 @@ class SwitchTransformersPreTrainedModel(PreTrainedModel):
         """Counts of each stack by name: `{"encoder": int64 [sparse layers, experts], "decoder": ...}`."""
         usage = {}
         for name, stack in self._stacks().items():
-            counts = [router.get_expert_usage_counts() for router in stack.routers()]
+            counts = [router.usage_counts.clone() for router in stack.routers()]
             empty = torch.zeros(0, self.config.num_experts, dtype=torch.int64)
             usage[name] = torch.stack([count.to(counts[0].device) for count in counts]) if counts else empty
         return usage
@@ -797,7 +686,7 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         self.device_map = None
         self.gradient_checkpointing = False
 
-        self.usage_counting: str | None = None
+        self.usage_counting: str | None = _UNASKED
         self.real_tokens: torch.Tensor | None = None  # bool [batch, tokens]: what labels tell of the next forward
         self.post_init()
 
@@ -831,8 +720,10 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         if input_ids is not None and (self.is_decoder or not masked):
             eos = self.config.eos_token_id if self.is_decoder else None
             silent = [self.config.pad_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos])]
-            silent = [token for token in silent if token is not None]
-            speaks = ~torch.isin(input_ids, torch.tensor(silent, dtype=input_ids.dtype, device=input_ids.device))
+            speaks = torch.ones_like(input_ids, dtype=torch.bool)
+            for token in silent:
+                if token is not None:
+                    speaks &= input_ids.ne(token)
             if self.is_decoder:
                 speaks = speaks | (cache_position == 0)  # the start token is the padding token
             real = real & speaks
@@ -913,10 +804,12 @@ class SwitchTransformersStack(SwitchTransformersPreTrainedModel):
         if cache_position is None:
             cache_position = torch.arange(past_length, past_length + seq_length, device=device)
 
-        counting = contextlib.nullcontext()
-        if self.usage_counting is not None:
+        counting, reading = contextlib.nullcontext(), self.usage_counting
+        if reading == _UNASKED:
+            reading = None if self.training else "released"
+        if reading is not None:
             real_tokens, self.real_tokens = self.real_tokens, None
-            if self.usage_counting == "released":
+            if reading == "released":
                 real_tokens = torch.ones(batch_size, seq_length, dtype=torch.bool, device=device)
             elif real_tokens is None:
                 shape = (batch_size, seq_length)
@@ -1073,6 +966,14 @@ class _SharedEmbedding:
         self.encoder._prune_heads(heads_to_prune)
 
 
+def _new_stack(config: SwitchTransformersConfig, shared: nn.Embedding, decoder: bool) -> SwitchTransformersStack:
+    """One stack of a model with this configuration; an encoder keeps no cache."""
+    config = copy.deepcopy(config)
+    config.is_decoder, config.is_encoder_decoder = decoder, False
+    config.use_cache = config.use_cache and decoder
+    return SwitchTransformersStack(config, shared)
+
+
 class _SwitchTransformersSeq2Seq(_SharedEmbedding, SwitchTransformersPreTrainedModel):
     """Encoder and decoder over one embedding: what the bare model and the one with a head share."""
 
@@ -1080,16 +981,8 @@ class _SwitchTransformersSeq2Seq(_SharedEmbedding, SwitchTransformersPreTrainedM
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
 
-        encoder_config = copy.deepcopy(config)
-        encoder_config.is_decoder = False
-        encoder_config.use_cache = False
-        encoder_config.is_encoder_decoder = False
-        self.encoder = SwitchTransformersStack(encoder_config, self.shared)
-
-        decoder_config = copy.deepcopy(config)
-        decoder_config.is_decoder = True
-        decoder_config.is_encoder_decoder = False
-        self.decoder = SwitchTransformersStack(decoder_config, self.shared)
+        self.encoder = _new_stack(config, self.shared, decoder=False)
+        self.decoder = _new_stack(config, self.shared, decoder=True)
         self.device_map = None
 
     def get_decoder(self):
@@ -1290,13 +1183,13 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
 
         Returns:
             `Seq2SeqMoEOutput`. With labels its `loss` is the mean cross-entropy plus, if `output_router_logits`, the
-            router losses of both stacks over all positions; see `router_loss` for those over real tokens only.
+            router losses of both stacks over all positions; see `router_losses` for those over real tokens only.
         """
         return_dict = self.config.use_return_dict if return_dict is None else return_dict
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels)
         self.decoder.real_tokens = None
-        if labels is not None and self.decoder.usage_counting is not None:
+        if labels is not None and self.decoder.usage_counting == "paper":
             partial = decoder_attention_mask is not None and not bool(decoder_attention_mask.all())
             self.decoder.real_tokens = decoder_attention_mask.ne(0) if partial else labels.ne(-100)
 
@@ -1360,33 +1253,6 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
             return 0, 0
         return router_losses(router_outputs, token_mask)
 
-    def router_loss(
-        self,
-        outputs: Seq2SeqMoEOutput,
-        encoder_mask: torch.Tensor | None = None,
-        decoder_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Weighted router losses of both stacks: what `forward` adds to the cross-entropy, or that over real tokens only.
-
-        Args:
-            outputs: of a forward with `output_router_logits`.
-            encoder_mask, decoder_mask: [batch, tokens], non-zero at real tokens; `None` takes every position.
-
-        Returns:
-            A scalar. With masks it is the same however much padding the batch has.
-
-        Raises:
-            ValueError: the outputs have no router logits.
-        """
-        if outputs.encoder_router_logits is None or outputs.decoder_router_logits is None:
-            raise ValueError("router_loss: the outputs have no router logits; call with output_router_logits=True")
-        encoder_z, encoder_aux = self._router_losses("encoder", outputs.encoder_router_logits, encoder_mask)
-        decoder_z, decoder_aux = self._router_losses("decoder", outputs.decoder_router_logits, decoder_mask)
-        loss = self.router_z_loss_coef * (encoder_z + decoder_z)
-        loss = loss + self.router_aux_loss_coef * (encoder_aux + decoder_aux)
-        return torch.as_tensor(loss, device=outputs.logits.device)
-
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate looks at the names of its arguments
     def prepare_inputs_for_generation(self, *args, **kwargs):
         # Decoding has no use for router outputs, and the losses over the encoder's would be computed at every step.
@@ -1399,54 +1265,14 @@ class SwitchTransformersForConditionalGeneration(_SwitchTransformersSeq2Seq, Gen
 
     @staticmethod
     def caem(models, STmodel, en_num_experts, de_num_experts, num_layers, alpha=1.0, reading="paper"):
-        """
-        Fill `STmodel` with the merge of `models`, under the signature of the authors' code; see `merge`.
-
-        Args:
-            models: the fine-tuned sources (Switch models, or modules that hold one as `STmodel`), whose routers have
-                counted usage on validation data (`set_usage_counting`, then forward or generate).
-            STmodel: the target, a model of the sources' shape with the target's number of experts.
-            en_num_experts, de_num_experts: experts of the target's sparse layers; both the target's `num_experts`.
-            num_layers: blocks of a stack, as a check.
-            alpha, reading: see `merge`. "released" unties the target's embeddings.
-
-        Returns:
-            `STmodel`, with the experts that each source gave to each sparse layer, [layers][M], as its attributes
-            `record_stay_num_experts_en` and `record_stay_num_experts_de`.
-
-        Raises:
-            ValueError: numbers that do not fit the target, and all that `merge` refuses.
-        """
-        models = [getattr(model, "STmodel", model) for model in models]
-        config = STmodel.config
-        if not en_num_experts == de_num_experts == config.num_experts:
-            raise ValueError(
-                f"caem: en_num_experts {en_num_experts} and de_num_experts {de_num_experts} must both be the target's "
-                f"num_experts, {config.num_experts}"
-            )
-        if num_layers not in (config.num_layers, config.num_decoder_layers):
-            raise ValueError(f"caem: num_layers is {num_layers}, the target has {config.num_layers} blocks a stack")
-        states, usage = [model.state_dict() for model in models], [model.expert_usage() for model in models]
-        state, record = merge(states, usage, config.num_experts, alpha, reading)
-
-        if record["separate_embeddings"]:
-            for part in (STmodel, STmodel.encoder, STmodel.decoder):
-                part.config = merged_config(part.config, part.config.num_experts, reading)
-            for layer in (STmodel.encoder.embed_tokens, STmodel.decoder.embed_tokens, STmodel.lm_head):
-                layer.weight = nn.Parameter(layer.weight.detach().clone())
-        STmodel.load_state_dict(state)
-        STmodel.record_stay_num_experts_en = record["encoder"]["allocation"]
-        STmodel.record_stay_num_experts_de = record["decoder"]["allocation"]
-        return STmodel
-
-    def _reorder_cache(self, past_key_values, beam_idx):
-        """A legacy cache (tuples of tensors) with its batch rows taken in the order `beam_idx`."""
-        if past_key_values is None:
-            logger.warning("no past_key_values to reorder; use_cache=True makes decoding faster")
-            return None
-        return tuple(
-            tuple(state.index_select(0, beam_idx.to(state.device)) for state in layer) for layer in past_key_values
-        )
+        """Fill `STmodel` with the merge of `models`, under the signature of the authors' code; see `caem.fill`."""
+        try:
+            from .caem import fill
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"the method is in another file: copy caem_files/caem.py to {Path(__file__).parent}"
+            ) from error
+        return fill(models, STmodel, en_num_experts, de_num_experts, num_layers, alpha, reading)
 
 
 @add_start_docstrings("The encoder alone.", SWITCH_TRANSFORMERS_START_DOCSTRING)
@@ -1456,10 +1282,7 @@ class SwitchTransformersEncoderModel(_SharedEmbedding, SwitchTransformersPreTrai
     def __init__(self, config: SwitchTransformersConfig):
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        encoder_config = copy.deepcopy(config)
-        encoder_config.use_cache = False
-        encoder_config.is_encoder_decoder = False
-        self.encoder = SwitchTransformersStack(encoder_config, self.shared)
+        self.encoder = _new_stack(config, self.shared, decoder=False)
         self.device_map = None
         self.post_init()
 
@@ -1489,383 +1312,3 @@ class SwitchTransformersEncoderModel(_SharedEmbedding, SwitchTransformersPreTrai
             output_router_logits=output_router_logits,
             return_dict=self.config.use_return_dict if return_dict is None else return_dict,
         )
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# CAEM: complexity-aware expert merging (CAEM-MoE, AACL 2025, Algorithm 1 and appendix A.2)
-
-_STACKS = ("encoder", "decoder")
-_READINGS = ("paper", "released")
-_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-_HEAD = "lm_head.weight"
-_EXPERT = re.compile(r"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp)\.experts\.expert_(\d+)\.(.+)")
-_ROUTER = re.compile(r"((encoder|decoder)\.block\.(\d+)\.layer\.\d+\.mlp)\.router\.classifier\.(weight|bias)")
-
-
-def normalized_entropy(counts: torch.Tensor) -> torch.Tensor:
-    """
-    Entropy of expert usage over that of even usage: H = -sum_j p_j log p_j / log n, with 0 log 0 = 0.
-
-    Args:
-        counts: tokens sent to each expert, non-negative, [..., n].
-
-    Returns:
-        float64 [...], in [0, 1]. A row of zeros has entropy 0: it tells of no complexity. So has a single expert.
-
-    Raises:
-        ValueError: a negative or non-finite count.
-    """
-    counts = torch.as_tensor(counts).double()
-    if not bool(((counts >= 0) & counts.isfinite()).all()):
-        raise ValueError("normalized_entropy: counts must be finite and not negative")
-    n = counts.shape[-1]
-    if n < 2:
-        return torch.zeros(counts.shape[:-1], dtype=torch.float64, device=counts.device)
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return (torch.special.entr(share).sum(dim=-1) / math.log(n)).clamp(0.0, 1.0)
-
-
-def allocate_experts(
-    entropies: Sequence[float],
-    source_experts: int | Sequence[int],
-    target_experts: int,
-    alpha: float = 1.0,
-    reading: str = "paper",
-) -> list:
-    """
-    How many experts each source gives to one layer of the merged model (paper, appendix A.2).
-
-    The ideal share of source i is q_i = target_experts * H_i / sum_k H_k (even if all entropies are 0), blended with an
-    even one: alpha * q_i + (1 - alpha) * target_experts / M. It is rounded down, then brought within 1 and n_i.
-    Experts too many are taken one by one from the source that has most, of several from the one of the smallest
-    remainder. Experts that are left go to the sources with room, one each in turn, larger remainder first, until none
-    is left; this is the paper's rule for one, two and three sources with room, and goes on likewise for more. Ties go
-    to the lower index. Shares are rounded to nine decimals first, so that 2.9999999999 counts as 3.
-
-    An alpha under 0.01 is taken as 0.01, as in the authors' code: at alpha 0 (CAEM-Avg) the entropy decides only who
-    gets the odd experts.
-
-    Args:
-        entropies: of each source's usage of this layer, M >= 2 non-negative numbers.
-        source_experts: experts a layer n_i of each source, or one number for all.
-        target_experts: experts of the merged layer, from M to the sum of n_i.
-        alpha: 1 shares by entropy, 0 evenly.
-        reading: `"paper"`, remainder q_i - floor(q_i); `"released"`, as in the authors' code: the remainder is what is
-            above the bounded number (negative for a source raised to 1), and an expert too many is taken from the first
-            source (of more than one expert) with the remainder found, whether or not it has most.
-
-    Returns:
-        M numbers a_i with 1 <= a_i <= n_i and sum target_experts.
-
-    Raises:
-        ValueError: any argument out of these ranges.
-    """
-    entropies = [float(entropy) for entropy in entropies]
-    num_sources = len(entropies)
-    limits = [source_experts] * num_sources if isinstance(source_experts, int) else [int(n) for n in source_experts]
-    _check_range(limits, target_experts, num_sources)
-    if any(not math.isfinite(entropy) or entropy < 0 for entropy in entropies):
-        raise ValueError(f"allocate_experts: entropies must be finite and not negative, not {entropies}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"allocate_experts: alpha must be between 0 and 1, not {alpha}")
-    if reading not in _READINGS:
-        raise ValueError(f'allocate_experts: reading must be "paper" or "released", not {reading!r}')
-
-    alpha = max(alpha, 0.01)
-    total = sum(entropies)
-    even = target_experts / num_sources
-    ideal = [target_experts * entropy / total if total > 0 else even for entropy in entropies]
-    ideal = [round(alpha * share + (1 - alpha) * even, 9) for share in ideal]
-    given = [min(max(math.floor(share), 1), limit) for share, limit in zip(ideal, limits, strict=True)]
-    lower = given if reading == "released" else [math.floor(share) for share in ideal]
-    remainder = [round(share - whole, 9) for share, whole in zip(ideal, lower, strict=True)]
-
-    while sum(given) > target_experts:
-        most = max(given)
-        smallest = min(remainder[i] for i in range(num_sources) if given[i] == most)
-        giver = next(
-            i
-            for i in range(num_sources)
-            if remainder[i] == smallest and (given[i] > 1 if reading == "released" else given[i] == most)
-        )
-        given[giver] -= 1
-
-    in_turn = sorted(range(num_sources), key=lambda i: -remainder[i])
-    while sum(given) < target_experts:
-        for taker in in_turn:
-            if given[taker] < limits[taker] and sum(given) < target_experts:
-                given[taker] += 1
-    return given
-
-
-def _check_range(limits: Sequence[int], target_experts: int, num_sources: int) -> None:
-    if num_sources < 2:
-        raise ValueError(f"merging needs at least 2 sources, not {num_sources}")
-    if len(limits) != num_sources or min(limits) < 1:
-        raise ValueError(f"source_experts must be {num_sources} positive numbers, not {list(limits)}")
-    if not num_sources <= target_experts <= sum(limits):
-        raise ValueError(
-            f"target_experts is {target_experts}; with {num_sources} sources of {list(limits)} experts it must be from "
-            f"{num_sources} (one of each) to {sum(limits)} (all)"
-        )
-
-
-def merge(
-    sources: Sequence[Mapping[str, torch.Tensor]],
-    usage: Sequence[Mapping[str, torch.Tensor]],
-    target_experts: int,
-    alpha: float = 1.0,
-    reading: str = "paper",
-    projection: str | None = None,
-) -> tuple[dict, dict]:
-    """
-    Merge fine-tuned copies of one Switch Transformer into one model (paper, Algorithm 1).
-
-    In each sparse layer the entropies of the sources' usage share out the experts (`allocate_experts`); of each source
-    the most used come over (of equally used the lower index), with their rows of the router's classifier, sources in
-    order and experts in order of usage. Every other tensor of a stack is the average with the weights
-    w_i = N_i / sum_k N_k, where N_i are the experts that source i gave to that stack. The embedding belongs to both
-    stacks: its weights are the means of theirs. A tied output projection stays tied; an untied one is averaged with
-    the decoder.
-
-    Args:
-        sources: state dicts under Hugging Face's names, or mappings that read from disk. Each tensor is asked for once,
-            and one or two are held at a time beside the result. They are neither changed nor aliased.
-        usage: of each source, `{"encoder": counts [sparse layers, experts], "decoder": ...}`, as `expert_usage` gives.
-        target_experts: experts a sparse layer of the result, from M to all that the sources have.
-        alpha: see `allocate_experts`.
-        reading: `"paper"`, or `"released"` for what the authors' code leaves: the encoder's and the decoder's embedding
-            are averages with their stack's weights, and the output projection is the *sum* of the two, so that the
-            initial logits double. Tied sources only; the result needs `merged_config`.
-        projection: another reading for embedding and output projection than for the allocation; None takes `reading`.
-
-    Returns:
-        The state dict, under the names of the first source (names tied to one another hold one tensor), in the sources'
-        dtype; and a record of plain Python values: `target_experts`, `alpha`, `reading`, `projection`,
-        `tie_word_embeddings`, `separate_embeddings`, and for each stack `entropies` [M][layers], `allocation`
-        [layers][M], `experts` [layers][M] lists of indices in order of usage, `weights` [M].
-
-    Raises:
-        ValueError: fewer than two sources; names, sparse layers or shapes that differ; usage missing, of another shape
-            or of no token; an argument that `allocate_experts` refuses.
-    """
-    record, tensors = merge_lazily(sources, usage, target_experts, alpha, reading, projection)
-    return dict(tensors), record
-
-
-def merge_lazily(
-    sources: Sequence[Mapping[str, torch.Tensor]],
-    usage: Sequence[Mapping[str, torch.Tensor]],
-    target_experts: int,
-    alpha: float = 1.0,
-    reading: str = "paper",
-    projection: str | None = None,
-) -> tuple[dict, Iterator[tuple[str, torch.Tensor]]]:
-    """
-    As `merge`, but the result's tensors come one after another, each made when it is asked for: nothing is kept of those
-    before. Names tied to one another come in a row, with the same tensor. Experts that were not chosen are never read.
-
-    Returns:
-        The record, in which `tie_word_embeddings` and `separate_embeddings` stand when the last tensor has come; and an
-        iterator over (name, tensor). What shapes it finds not to fit, it says on the way.
-    """
-    layouts = [_Layout(source, i) for i, source in enumerate(sources)]
-    limits = [layout.num_experts for layout in layouts]
-    _check_range(limits, target_experts, len(layouts))
-    for i, layout in enumerate(layouts[1:], start=1):
-        differing = sorted(layout.skeleton ^ layouts[0].skeleton)
-        if differing:
-            raise ValueError(f"sources 0 and {i} are not of one shape: only one of them has {differing[0]}")
-    counts = {stack: _checked_usage(usage, stack, layouts) for stack in _STACKS}
-
-    projection = reading if projection is None else projection
-    if not {reading, projection} <= set(_READINGS):
-        raise ValueError(
-            f'merge: reading and projection must be "paper" or "released", not {reading!r}, {projection!r}'
-        )
-    record = {"target_experts": target_experts, "alpha": alpha, "reading": reading, "projection": projection}
-    for stack in _STACKS:
-        entropies = [normalized_entropy(count) for count in counts[stack]]
-        depth = len(layouts[0].sparse[stack])
-        allocation = [
-            allocate_experts([h[l] for h in entropies], limits, target_experts, alpha, reading) for l in range(depth)
-        ]
-        by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts[stack]]
-        given = [sum(layer[i] for layer in allocation) for i in range(len(layouts))] if depth else [1] * len(layouts)
-        record[stack] = {
-            "entropies": [h.tolist() for h in entropies],
-            "allocation": allocation,
-            "experts": [[by_use[i][l, :a].tolist() for i, a in enumerate(layer)] for l, layer in enumerate(allocation)],
-            "weights": [number / sum(given) for number in given],
-        }
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for stack in _STACKS:
-            for prefix, chosen in zip(layouts[0].sparse[stack], record[stack]["experts"], strict=True):
-                yield from _merge_sparse_layer(sources, layouts, prefix, chosen)
-            for name in layouts[0].dense[stack]:
-                average = _Average(name)
-                for source, weight in zip(sources, record[stack]["weights"], strict=True):
-                    average.add(source[name], weight)
-                yield name, average.result()
-        yield from _merge_embeddings(sources, layouts, record).items()
-
-    return record, tensors()
-
-
-class _Layout:
-    """What the names of a source say: its sparse layers, experts and other tensors."""
-
-    def __init__(self, source: Mapping[str, torch.Tensor], index: int):
-        names = list(source.keys())
-        self.embeddings = [name for name in _EMBEDDINGS if name in names]
-        self.has_head = _HEAD in names
-        self.dense = {stack: [] for stack in _STACKS}
-        self.routers, experts, blocks = {}, {}, {}
-        for name in names:
-            stack = name.split(".")[0]
-            if name in self.embeddings or name == _HEAD:
-                continue
-            if match := _EXPERT.fullmatch(name):
-                experts.setdefault(match[1], {}).setdefault(match[5], set()).add(int(match[4]))
-            elif match := _ROUTER.fullmatch(name):
-                self.routers.setdefault(match[1], []).append(match[4])
-                blocks[match[1]] = (match[2], int(match[3]))
-            elif stack in _STACKS:
-                self.dense[stack].append(name)
-            else:
-                raise ValueError(f"source {index} has {name}, which no Switch Transformer has")
-        if not self.embeddings:
-            raise ValueError(f"source {index} has no {_EMBEDDINGS[0]}")
-        if not experts or experts.keys() != blocks.keys():
-            odd = sorted(experts.keys() ^ blocks.keys()) or ["any layer"]
-            raise ValueError(f"source {index} does not have both experts and a router in {odd[0]}")
-
-        numbers = {(prefix, part): found for prefix, parts in experts.items() for part, found in parts.items()}
-        self.num_experts = max(len(found) for found in numbers.values())
-        for (prefix, part), found in numbers.items():
-            missing = sorted(set(range(self.num_experts)) - found)
-            if missing:
-                raise ValueError(f"source {index} has no {prefix}.experts.expert_{missing[0]}.{part}")
-        self.expert_parts = {prefix: list(parts) for prefix, parts in experts.items()}
-        ordered = sorted(blocks, key=blocks.get)
-        self.sparse = {stack: [prefix for prefix in ordered if blocks[prefix][0] == stack] for stack in _STACKS}
-        # What must be the same in all sources, whatever their number of experts.
-        self.skeleton = {name for stack in _STACKS for name in self.dense[stack]}
-        self.skeleton |= {f"{prefix}.experts.expert_0.{part}" for prefix, part in numbers}
-        self.skeleton |= {f"{prefix}.router.classifier.{kind}" for prefix in blocks for kind in self.routers[prefix]}
-
-
-def _checked_usage(usage, stack: str, layouts: Sequence[_Layout]) -> list:
-    """Counts of each source for this stack, float64 [sparse layers, experts] on the CPU."""
-    if len(usage) != len(layouts):
-        raise ValueError(f"usage is of {len(usage)} sources, there are {len(layouts)}")
-    checked = []
-    for i, (one, layout) in enumerate(zip(usage, layouts, strict=True)):
-        if stack not in one:
-            raise ValueError(f"the usage of source {i} lacks the {stack}")
-        count = torch.as_tensor(one[stack]).detach().cpu().double()
-        wanted = (len(layout.sparse[stack]), layout.num_experts)
-        if tuple(count.shape) != wanted and not (wanted[0] == 0 == count.numel()):
-            raise ValueError(f"the {stack} usage of source {i} is {tuple(count.shape)}, its layers want {wanted}")
-        if wanted[0] and not count.sum() > 0:
-            raise ValueError(f"the {stack} usage of source {i} is all zero: count it on validation data before merging")
-        checked.append(count.reshape(wanted))
-    return checked
-
-
-def _merge_sparse_layer(
-    sources, layouts: Sequence[_Layout], prefix: str, chosen: Sequence[Sequence[int]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The chosen experts of every source and their rows of the classifier, in the target's order."""
-    for kind in layouts[0].routers[prefix]:
-        name = f"{prefix}.router.classifier.{kind}"
-        rows = []
-        for i, experts in enumerate(chosen):
-            tensor = sources[i][name].detach()
-            if tensor.shape[0] != layouts[i].num_experts or rows and tensor.shape[1:] != rows[0].shape[1:]:
-                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, which does not fit the others")
-            taken = tensor[torch.tensor(experts, device=tensor.device)]
-            rows.append(taken.to(rows[0].device) if rows else taken)
-        yield name, torch.cat(rows)
-    for part in layouts[0].expert_parts[prefix]:
-        slots = [(i, expert) for i, experts in enumerate(chosen) for expert in experts]
-        shape = None
-        for slot, (i, expert) in enumerate(slots):
-            name = f"{prefix}.experts.expert_{expert}.{part}"
-            tensor = sources[i][name].detach()
-            shape = tensor.shape if shape is None else shape
-            if tensor.shape != shape:
-                raise ValueError(f"{name} of source {i} is {tuple(tensor.shape)}, not {tuple(shape)}")
-            yield f"{prefix}.experts.expert_{slot}.{part}", tensor.clone(memory_format=torch.contiguous_format)
-
-
-class _Average:
-    """Weighted sum of the tensors of one name, which come one at a time; at least in float32."""
-
-    def __init__(self, name: str):
-        self.name, self.total, self.dtype = name, None, None
-
-    def add(self, tensor: torch.Tensor, weight: float) -> None:
-        if self.total is None:
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            self.dtype, self.total = tensor.dtype, torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
-        if tensor.shape != self.total.shape:
-            shapes = f"{tuple(self.total.shape)} in one source and {tuple(tensor.shape)} in another"
-            raise ValueError(f"{self.name} is {shapes}")
-        self.total.add_(tensor.detach().to(device=self.total.device, dtype=self.total.dtype), alpha=weight)
-
-    def result(self) -> torch.Tensor:
-        return self.total.to(self.dtype)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(a, b))
-
-
-def _merge_embeddings(sources, layouts: Sequence[_Layout], record: dict) -> dict:
-    """Embedding and output projection; notes in the record how the result is tied."""
-    weights = {stack: record[stack]["weights"] for stack in _STACKS}
-    average = {stack: _Average(_EMBEDDINGS[0]) for stack in _STACKS}  # the embedding, by each stack's weights
-    head, tied = _Average(_HEAD), []
-    for i, (source, layout) in enumerate(zip(sources, layouts, strict=True)):
-        embedding = source[layout.embeddings[0]]
-        for name in layout.embeddings[1:]:
-            if not _same(source[name], embedding):
-                raise ValueError(f"source {i} has a {name} of its own; only sources with one embedding can be merged")
-        for stack in _STACKS:
-            average[stack].add(embedding, weights[stack][i])
-        projection = source[_HEAD] if layout.has_head else embedding
-        tied.append(_same(projection, embedding))
-        if not tied[i]:
-            head.add(projection, weights["decoder"][i])
-    if len(set(tied)) > 1:
-        raise ValueError(f"{_HEAD} is tied to the embedding in source {tied.index(True)}, not in {tied.index(False)}")
-
-    released = record["projection"] == "released"
-    if released and not tied[0]:
-        raise ValueError(f"the released reading is for sources whose {_HEAD} is tied to the embedding")
-    record["tie_word_embeddings"] = tied[0] and not released
-    record["separate_embeddings"] = released
-
-    total = average["encoder"].total + average["decoder"].total
-    mean = (total / 2).to(average["encoder"].dtype)
-    if released:
-        separate = dict(zip(_EMBEDDINGS, (mean, average["encoder"].result(), average["decoder"].result()), strict=True))
-        return {**separate, _HEAD: total.to(mean.dtype)}
-    state = {name: mean for name in layouts[0].embeddings}
-    if layouts[0].has_head:
-        state[_HEAD] = mean if tied[0] else head.result()
-    return state
-
-
-def merged_config(
-    config: SwitchTransformersConfig, target_experts: int, reading: str = "paper"
-) -> SwitchTransformersConfig:
-    """Configuration of a model merged from sources of this one; the argument is left as it is."""
-    config = copy.deepcopy(config)
-    config.num_experts = target_experts
-    if reading == "released":
-        config.tie_word_embeddings = False
-        config.separate_embeddings = True
-    return config

@@ -1,7 +1,7 @@
 """7  HEMoE: a dense LLaMA-style model (Llama, Mistral, Qwen2) becomes a mixture of experts of different sizes.
 
 Reads   base_model; INSTRUCTIONS_PATH/{task}.jsonl, lines {"instruction": ..., "output": ...}; the tasks `eval_tasks`, which
-        lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The step base makes all three at the scales tiny, small.
+        lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The step base makes all three at the scales tiny, night.
 Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `methods` a folder with split.npz, the mixtures
         model/ and tuned/ (they load alone), measure.json and evaluation.json; HEMOE_DIR/report: table, figure, records.
 Takes   at tiny about ten minutes a seed on one CPU core. Interrupted, it goes on. Steps run alone: --steps partition report.
@@ -27,31 +27,31 @@ methods = (
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(
-    paper="meta-llama/Llama-3.2-1B", small="{HEMOE_DIR}/seed{seed}/base", tiny="{HEMOE_DIR}/seed{seed}/base"
+    paper="meta-llama/Llama-3.2-1B", night="{HEMOE_DIR}/seed{seed}/base", tiny="{HEMOE_DIR}/seed{seed}/base"
 )  # hub name or local folder
 INSTRUCTIONS_PATH = by_scale(
-    paper="instructions", small="{HEMOE_DIR}/data/train", tiny="{HEMOE_DIR}/data/train"
+    paper="instructions", night="{HEMOE_DIR}/data/train", tiny="{HEMOE_DIR}/data/train"
 )  # folder of {task}.jsonl, or of the released {task}_template/train.json
 EVAL_TASKS_PATH = by_scale(
-    paper="", small="{HEMOE_DIR}/data/eval", tiny="{HEMOE_DIR}/data/eval"
+    paper="", night="{HEMOE_DIR}/data/eval", tiny="{HEMOE_DIR}/data/eval"
 )  # folder of lm_eval task files; "" for lm_eval's own alone
 
 PARTS_PATH = ""  # of the method parts: a folder of the released {layer}.part.{experts} files
 
 # -- domains and importance
-domains_from = by_scale(paper="clusters", small="tasks", tiny="tasks")  # tasks | clusters
-num_domains = by_scale(paper=8, small=6, tiny=6)  # D
+domains_from = by_scale(paper="clusters", night="tasks", tiny="tasks")  # tasks | clusters
+num_domains = by_scale(paper=8, night=6, tiny=6)  # D
 embedder = "tfidf"  # of clusters: tfidf, or the local folder of an encoder
-held_out = by_scale(paper=100, small=100, tiny=40)  # examples a task that measure and nothing else sees
-score_sequences = by_scale(paper=5000, small=1000, tiny=200)  # a domain
+held_out = by_scale(paper=100, night=100, tiny=40)  # examples a task that measure and nothing else sees
+score_sequences = by_scale(paper=5000, night=1000, tiny=200)  # a domain
 score_sums = "float64"  # float64 | bfloat16: the released code's, which stop growing
-max_tokens = by_scale(paper=1024, small=128, tiny=64)  # of an instruction with its output, in scoring and tuning
+max_tokens = by_scale(paper=1024, night=128, tiny=64)  # of an instruction with its output, in scoring and tuning
 
 # -- partition
-num_experts = by_scale(paper=8, small=6, tiny=6)  # n
+num_experts = by_scale(paper=8, night=6, tiny=6)  # n
 size_ratio = 4.0  # R: the largest expert over the smallest
 experts_per_domain = 2.0  # l, in units of n / D
-num_modules = by_scale(paper=128, small=128, tiny=32)  # of HEMoE_modules: groups of neurons that stay together
+num_modules = by_scale(paper=128, night=128, tiny=32)  # of HEMoE_modules: groups of neurons that stay together
 solver = "alternating"  # alternating | highs | gurobi
 solver_starts = 16
 solver_seconds = 60.0  # a layer, at most
@@ -59,9 +59,9 @@ rounding = "exact"  # exact | released: the authors' roundings of sizes
 
 # -- the mixture
 moe_layers = by_scale(
-    paper=tuple(range(3, 15)), small=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3)
+    paper=tuple(range(3, 15)), night=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3)
 )  # from 0; others stay dense
-router_k = by_scale(paper=4, small=0, tiny=0)  # experts that fire in tuning; 0 draws 1..n anew for each step
+router_k = by_scale(paper=4, night=0, tiny=0)  # experts that fire in tuning; 0 draws 1..n anew for each step
 router_std = 1e-3  # of a learned router's initial weights
 balance_coef = 0.1  # lambda of the size-weighted balance loss; the released code has 5e-4, times the tokens
 balance_scale = "experts"  # experts: times n | tokens: times the tokens of a batch (released)
@@ -72,34 +72,34 @@ lora_rank = 8
 lora_alpha = 16
 lora_dropout = 0.05
 tune_tasks = ("all",)  # whose examples; the authors tune a model for each task
-tune_steps = by_scale(paper=2000, small=1000, tiny=50)
-tune_batch = by_scale(paper=16, small=32, tiny=16)  # examples in one forward pass
-tune_accumulation = by_scale(paper=2, small=1, tiny=1)  # passes a step
-tune_lr = by_scale(paper=3e-4, small=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
+tune_steps = by_scale(paper=2000, night=1000, tiny=50)
+tune_batch = by_scale(paper=16, night=32, tiny=16)  # examples in one forward pass
+tune_accumulation = by_scale(paper=2, night=1, tiny=1)  # passes a step
+tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
 tune_warmup = 0.05  # share of the steps
 
 # -- evaluation
 eval_tasks = by_scale(
     paper=("arc_easy", "arc_challenge", "piqa", "openbookqa", "winogrande", "sciq", "social_iqa"),
-    small=("doc_topic", "doc_type", "doc_default", "doc_summary", "doc_next", "doc_order"),
+    night=("doc_topic", "doc_type", "doc_default", "doc_summary", "doc_next", "doc_order"),
     tiny=("doc_topic", "doc_type", "doc_default", "doc_summary", "doc_next", "doc_order"),
 )  # 0-shot
 eval_examples = 0  # a task; 0 takes all
 eval_ks = (0,)  # experts that fire; 0 takes 1..n
 
-# -- the dense model of the scales tiny and small, and its data
-doc_train_examples = by_scale(paper=0, small=8000, tiny=4000)  # a task
-doc_test_examples = by_scale(paper=0, small=300, tiny=50)  # a task
-base_vocab_size = by_scale(paper=0, small=8192, tiny=2048)
-base_hidden_size = by_scale(paper=0, small=256, tiny=64)
-base_intermediate_size = by_scale(paper=0, small=1024, tiny=256)  # neurons of an FFN
-base_layers = by_scale(paper=0, small=6, tiny=4)
-base_heads = by_scale(paper=0, small=8, tiny=4)
-base_tokens = by_scale(paper=0, small=128, tiny=64)
-base_steps = by_scale(paper=0, small=10000, tiny=600)
-base_batch = by_scale(paper=0, small=64, tiny=16)
-base_lr = by_scale(paper=0.0, small=1e-3, tiny=3e-3)
+# -- the dense model of the scales tiny and night, and its data
+doc_train_examples = by_scale(paper=0, night=8000, tiny=4000)  # a task
+doc_test_examples = by_scale(paper=0, night=300, tiny=50)  # a task
+base_vocab_size = by_scale(paper=0, night=8192, tiny=2048)
+base_hidden_size = by_scale(paper=0, night=256, tiny=64)
+base_intermediate_size = by_scale(paper=0, night=1024, tiny=256)  # neurons of an FFN
+base_layers = by_scale(paper=0, night=6, tiny=4)
+base_heads = by_scale(paper=0, night=8, tiny=4)
+base_tokens = by_scale(paper=0, night=128, tiny=64)
+base_steps = by_scale(paper=0, night=10000, tiny=600)
+base_batch = by_scale(paper=0, night=64, tiny=16)
+base_lr = by_scale(paper=0.0, night=1e-3, tiny=3e-3)
 
 publish = False  # the step report copies table, figure and records to results/hemoe/{scale}
 check = False  # recompute the tables of results/hemoe from their records, and stop
@@ -120,7 +120,7 @@ def main(c):
         require_commit()
 
     in_order = {
-        # At tiny and small: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
+        # At tiny and night: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
         "base": dense_model.base,
         # Domains: the tasks of the instruction data, or clusters of its embeddings.
         "domains": examples.domains,

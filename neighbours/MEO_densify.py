@@ -17,10 +17,10 @@ gate = "probability"  # what weights them: probability (mean of the router's) | 
 aligned = True  # order the hidden units of each expert like those of the task's most used one, before averaging
 refitted = True  # then fit the second matrix to what the sparse layer makes of the task's text
 ridge = 0.1  # how strongly the fit holds on to what was merged
-calibration_examples = by_scale(paper=2000, small=1000, tiny=256)  # of training: for the gates and the fit
+calibration_examples = by_scale(paper=2000, night=1000, tiny=256)  # of training: for the gates and the fit
 compare = True  # measure fidelity, for all of `ks`
 ks = (1, 2, 4, 8)  # experts merged
-compare_examples = by_scale(paper=1000, small=240, tiny=120)  # of test
+compare_examples = by_scale(paper=1000, night=240, tiny=120)  # of test
 latency_batches = (1, 32)  # examples decoded together
 latency_runs = 5  # the median of so many is taken
 

@@ -13,7 +13,7 @@ from expert_merging.run.constants import run
 
 family = "bert"  # bert | gpt2 | t5 | bart
 task = by_scale(  # GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa, doc_summary
-    paper="sst2", small="doc_topic", tiny="doc_topic"
+    paper="sst2", night="doc_topic", tiny="doc_topic"
 )
 n = 8  # experts in place of each FFN linear (MEO's scripts: 16 for GLUE, else 8)
 ks = (1, 2, 4)  # of them active
@@ -29,12 +29,12 @@ train_batch = 0  # sequences a step
 input_length = 0  # tokens; longer inputs are cut
 
 # the small models of the docstring tasks, and their pre-training
-d_model = by_scale(paper=128, small=256, tiny=64)
-d_ff = by_scale(paper=512, small=1024, tiny=256)
-num_layers = by_scale(paper=2, small=4, tiny=2)  # in a stack
-num_heads = by_scale(paper=4, small=8, tiny=4)
-pretraining_steps = by_scale(paper=1500, small=20000, tiny=1500)
-pretraining_batch = by_scale(paper=32, small=128, tiny=32)  # blocks a step
+d_model = by_scale(paper=128, night=256, tiny=64)
+d_ff = by_scale(paper=512, night=1024, tiny=256)
+num_layers = by_scale(paper=2, night=4, tiny=2)  # in a stack
+num_heads = by_scale(paper=4, night=8, tiny=4)
+pretraining_steps = by_scale(paper=1500, night=20000, tiny=1500)
+pretraining_batch = by_scale(paper=32, night=128, tiny=32)  # blocks a step
 pretraining_length = 64  # tokens a block
 pretraining_lr = 3e-3  # peak
 

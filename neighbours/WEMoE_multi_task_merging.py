@@ -19,20 +19,20 @@ from expert_merging.run.constants import run
 globals().update(constants(METHODS.values()))  # lam, ties_keep ..: those of the registry
 experts_num = 8  # experts in each sparse layer of the single-task models
 methods = tuple(METHODS)  # the rows of expert_merging/merging/registry.py
-statistics_examples = by_scale(paper=256, small=256, tiny=64)  # training examples a task for Fisher and RegMean
+statistics_examples = by_scale(paper=256, night=256, tiny=64)  # training examples a task for Fisher and RegMean
 router_depth = 2  # of WEMoE's routers: linear maps, 0 to 2
 adapt_losses = by_scale(
     paper=("verbalizer", "self_generated", "self_generated"),
-    small=("verbalizer", "self_generated", "self_generated"),
+    night=("verbalizer", "self_generated", "self_generated"),
     tiny=("verbalizer", "self_generated", "self_generated"),
 )  # of each task: first_token | verbalizer | self_generated | exact_em | teacher_forced_gold (an oracle)
-adapt_tokens = by_scale(paper=16, small=16, tiny=8)  # of the model's own answer, in self_generated and exact_em
-adapt_steps = by_scale(paper=1000, small=200, tiny=30)  # of test-time adaptation
-adapt_batch_size = by_scale(paper=16, small=16, tiny=8)  # examples of each task in a step
-router_lr = by_scale(paper=1e-4, small=3e-4, tiny=5e-4)  # of WEMoE's routers; at tiny for the few steps
-coefficient_lr = by_scale(paper=1e-3, small=1e-3, tiny=1e-2)  # of AdaMerging's coefficients; at tiny for the few steps
+adapt_tokens = by_scale(paper=16, night=16, tiny=8)  # of the model's own answer, in self_generated and exact_em
+adapt_steps = by_scale(paper=1000, night=200, tiny=30)  # of test-time adaptation
+adapt_batch_size = by_scale(paper=16, night=16, tiny=8)  # examples of each task in a step
+router_lr = by_scale(paper=1e-4, night=3e-4, tiny=5e-4)  # of WEMoE's routers; at tiny for the few steps
+coefficient_lr = by_scale(paper=1e-3, night=1e-3, tiny=1e-2)  # of AdaMerging's coefficients; at tiny for the few steps
 adapt_guard = "rollback"  # when a task collapses into one answer: warn | rollback | off
-adapt_window = by_scale(paper=20, small=20, tiny=5)  # steps between two looks of the guard
+adapt_window = by_scale(paper=20, night=20, tiny=5)  # steps between two looks of the guard
 current_case_name = "Merging"
 
 

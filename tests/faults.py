@@ -69,6 +69,12 @@ CASES = {
         "tools/count_expert_usage.py", ["--task_type", "squad", "--num_expert", "4", "--input_lengths", "6", "12", "18"],
         needs=("features", "single task"),
     ),
+    "import": Case(
+        "tools/import_released.py",
+        ["--task_type", "squad", "--num_expert", "4", "--RUN_DIR", "{runs}/imported",
+         "--DATA_DIR", "{runs}/data", "--released_folder", "{world}/released"],
+        needs=FEATURES,
+    ),
     "references": Case("tools/reference_scores.py", ["--num_expert", "4"], needs=SINGLE),
     "pair": Case(
         "tools/compare_models.py", ["--first", "Baseline_[4]", "--second", "CAEM_[4|4]", "--line_points", "3"],
@@ -404,12 +410,14 @@ def wait(process: int, seconds: float | None) -> tuple[bool, int]:
 
 
 def add_other_models(folder: Path) -> None:
-    """What MEO, HEMoE and WEMoE start from: a BERT, a Llama and CLIPs with random weights, and data for them."""
+    """What MEO, HEMoE and WEMoE start from: a BERT, a Llama and CLIPs with random weights, and data for them; and a file as
+    the released code leaves it."""
     from types import SimpleNamespace
 
     import torch
     from raw_data import sentences, tiny_tokenizer
     from tiny_models import write_clip_place
+    from transformers import SwitchTransformersForConditionalGeneration
 
     from expert_merging.hemoe import doc_choice, small_llama
     from expert_merging.meo import bases
@@ -428,6 +436,14 @@ def add_other_models(folder: Path) -> None:
         (folder / "glue" / "rte" / f"{split}.jsonl").write_text(lines)
 
     write_clip_place(folder / "clip")
+
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(folder / "base-4")
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor += 0.1 * tensor.abs().mean() * torch.randn_like(tensor)
+    (folder / "released").mkdir()
+    state = {f"STmodel.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, folder / "released" / "single_task_squad.pt")
 
     dice, found = random.Random(0), {}
     for task in ("copy", "turn"):

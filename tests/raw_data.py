@@ -78,7 +78,8 @@ def constants(data: Path, out: Path, **changed) -> SimpleNamespace:
         "scale": "tiny", "reading": "paper", "DATA_DIR": str(out), "BASE_MODEL_PATH": "base_models/tiny-{experts}",
         "AG_NEWS_PATH": str(data / "ag_news"), "SQUAD_PATH": str(data / "squad"), "XSUM_PATH": str(data / "xsum"),
         "max_input_length": 32, "max_decoder_length": 8,
-        "train_examples": 0, "validation_examples": 0, "test_examples": 0, "num_beams": 3, "repetition_penalty": 1.2,
+        "train_examples": 0, "train_sample": 0, "validation_examples": 0, "test_examples": 0,
+        "num_beams": 3, "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 3, "length_penalty": 1.0, "eval_batch_size": 4,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changed})

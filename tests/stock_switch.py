@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from hypothesis import strategies as st
+from transformers.models.switch_transformers import caem, cpu_kernels  # noqa: F401
 from transformers.models.switch_transformers import modeling_switch_transformers as ours
 
 if not hasattr(ours, "CAEM_PATCH"):

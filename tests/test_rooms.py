@@ -1,4 +1,5 @@
-"""The order of the library's rooms: a folder imports only folders above it, and no neighbour imports another."""
+"""The order of the library's rooms: a folder imports only folders above it, and no neighbour imports another; no module
+and no script's main is long."""
 
 import ast
 
@@ -51,3 +52,17 @@ def test_no_file_changes_the_import_path():
 
 def test_global_config_imports_no_room_that_reads_it():
     assert imported_rooms((ROOT / "global_config.py").read_text(encoding="utf-8")) == {"core"}
+
+
+def test_no_module_of_the_library_is_long():
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in LIBRARY.rglob("*.py")}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+
+
+@pytest.mark.parametrize(
+    "script", sorted(str(p.relative_to(ROOT)) for f in ("", "neighbours/", "tools/") for p in ROOT.glob(f"{f}*.py"))
+)
+def test_a_main_is_a_screenful(script):
+    for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            assert node.end_lineno - node.lineno < 40

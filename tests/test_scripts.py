@@ -14,6 +14,7 @@ from conftest import call_main, run_script, start
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
+from expert_merging.data.scores import unpack
 from expert_merging.report import folders
 from expert_merging.report.caem_tables import WING
 
@@ -115,13 +116,36 @@ def test_single_parts_and_what_they_need(world, done, tmp_path):
 def test_histories_are_whole_and_finite(done, name):
     content = history(done[0], name)
     assert all(map(math.isfinite, numbers(content)))
-    assert content == pickle.loads((done[0] / "histories" / f"{name}.pkl").read_bytes())
-    assert {"expert_usage_grid", "expert_usage_grid_de", "entropy", "command", "versions", "identity"} <= content.keys()
+    pickled = pickle.loads((done[0] / "histories" / f"{name}.pkl").read_bytes())
+    assert {"ag_news_data", "squad_data", "xsum_data", "expert_usage_grid", "expert_usage_grid_de"} <= pickled.keys()
+    assert ("record_stay_num_experts_de" in pickled) == name.startswith("CAEM")
+    for key, stack in (("entropy", "encoder"), ("entropy_de", "decoder")):
+        assert pickled[key] == content["entropy"][stack]
+    assert {"command", "versions", "identity"} <= content.keys()
     assert content["identity"]["seed"] == 0 and len(content["selection"]) == 2
     for task in content["tasks"]:
-        assert len(content[f"{task}_data"]["validation"]) == 2 and content[f"{task}_data"]["test"]
-        assert torch.tensor(content["expert_usage_grid"][task]).shape == (2, 4)
-        assert all(0 <= value <= 1 for key in ("entropy", "entropy_de") for value in content[key][task])
+        of_task = content[f"{task}_data"]
+        assert len(of_task["validation"]) == 2
+        assert unpack(of_task["test_each"]).mean() == pytest.approx(of_task["test"][of_task["main_score"]], abs=0.006)
+        for stack in ("encoder", "decoder"):
+            assert torch.tensor(content["usage"][stack][task]).shape == (2, 4)
+            assert all(0 <= value <= 1 for value in content["entropy"][stack][task])
+
+
+@pytest.mark.parametrize(("name", "first"), [("Baseline_[4]", 0), ("CAEM_[4|4]", 1)])
+def test_pickles_are_read_as_the_released_closing_lines_read_them(done, name, first):
+    """They divide each epoch's score by the list's first, take the mean over the tasks, and look for the best."""
+    loaded = pickle.loads((done[0] / "histories" / f"{name}.pkl").read_bytes())
+    lists = [loaded[f"{task}_data"] for task in TASKS]
+    assert all(len(scores) == 2 + first and all(0 < score <= 1 for score in scores) for scores in lists)
+    ratios = [sum(scores[i] / scores[0] for scores in lists) / 3 for i in range(len(lists[0]))]
+    best = ratios.index(max(ratios[first:]))
+    assert math.isfinite(ratios[best]) and ratios[0] == 1
+    for key in ("expert_usage_grid", "expert_usage_grid_de"):
+        assert len(loaded[key]) == 2  # epochs
+        assert all(sum(layer) == pytest.approx(1) for epoch in loaded[key] for layer in epoch)
+    if first:
+        assert all(len(layer) == 3 for layer in loaded["record_stay_num_experts_en"])
 
 
 def test_usage_counts_every_real_validation_token(world, done):
@@ -129,7 +153,7 @@ def test_usage_counts_every_real_validation_token(world, done):
 
     data = DatasetDict.load_from_disk(str(world.folder / "runs" / "data" / "squad"))
     tokens = sum(map(len, data["validation"]["input_ids"]))
-    grid = history(done[0], "single_task_[4]/single_task_squad")["expert_usage_grid"]["squad"]
+    grid = history(done[0], "single_task_[4]/single_task_squad")["usage"]["encoder"]["squad"]
     assert [sum(layer) for layer in grid] == [tokens, tokens]
 
 
@@ -149,9 +173,9 @@ def test_weights_load_as_folder_and_as_released(done):
 
 def test_allocation_is_recorded_and_followed(done):
     content = history(done[0], "CAEM_[4|4]")
-    for key in ("record_stay_num_experts_en", "record_stay_num_experts_de"):
-        assert all(sum(layer) == 4 and min(layer) >= 1 for layer in content[key])
-    given = [sum(layer[i] for layer in content["record_stay_num_experts_en"]) for i in range(3)]
+    for layers in content["allocation"].values():
+        assert all(sum(layer) == 4 and min(layer) >= 1 for layer in layers)
+    given = [sum(layer[i] for layer in content["allocation"]["encoder"]) for i in range(3)]
     assert content["weights"]["encoder"] == pytest.approx([n / sum(given) for n in given])
     assert content["before"]["test"].keys() == set(TASKS)
 
@@ -165,6 +189,49 @@ def test_merge_into_more_experts_and_stop(world, done):
     model = SwitchTransformersForConditionalGeneration.from_pretrained(done[0] / "models" / "CAEM_[4|9]_merged")
     assert model.config.num_experts == 9 and model.lm_head.weight is model.shared.weight
     assert before == {path: sha256(path) for path in before}
+
+
+@pytest.mark.parametrize("merging", ["m_smoe", "hc_smoe", "reap", "most_used", "at_random"])
+def test_pooled_methods_make_an_ordinary_model(world, done, merging):
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    words = [
+        *world.words(current_case_name=merging),
+        "--merging",
+        merging,
+        "--merge_only",
+        "true",
+        "--pool_inputs",
+        "5",
+    ]
+    call_main("CAEM_multi_task_finetune.py", [*words, "--source_experts_num", "4", "--target_experts_num", "5"])
+    folder = done[0] / "models" / f"{merging}_[4|5]_merged"
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(folder)
+    assert model.config.num_experts == 5 and all(parameter.isfinite().all() for parameter in model.parameters())
+    record = json.loads((folder / "merging.json").read_text())
+    members = [expert for group in record["pool"]["encoder.block.1.layer.1.mlp"] for expert in group]
+    assert (
+        len(set(members)) == len(members)
+        and set(members) <= set(range(12))
+        and record["identity"]["merging"] == merging
+    )
+
+
+@pytest.mark.parametrize("shares", ["squad", "tokens", "inverse", "random"])
+def test_other_shares_than_by_entropy(world, done, shares):
+    words = [*world.words(current_case_name=f"CAEM-{shares}"), "--shares", shares, "--merge_only", "true"]
+    call_main("CAEM_multi_task_finetune.py", [*words, "--source_experts_num", "4", "--target_experts_num", "8"])
+    record = json.loads((done[0] / "models" / f"CAEM-{shares}_[4|8]_merged" / "merging.json").read_text())
+    counts = [layer for layers in record["allocation"].values() for layer in layers]
+    assert all(sum(layer) == 8 and min(layer) >= 1 for layer in counts)
+    if shares == "squad":
+        assert all(layer[1] == 4 for layer in counts)  # all that it has
+    if shares == "tokens":
+        tokens = [
+            history(done[0], f"single_task_[4]/single_task_{task}")["usage"]["encoder"][task][0] for task in TASKS
+        ]
+        totals = list(map(sum, tokens))
+        assert record["allocation"]["encoder"][0][totals.index(max(totals))] == max(record["allocation"]["encoder"][0])
 
 
 def test_scores_before_fine_tuning_are_not_those_of_another_decoding(world, done, monkeypatch):
@@ -205,7 +272,7 @@ def test_released_reading_counts_every_padded_position(world, done, tmp_path):
     examples = json.loads((tmp_path / "data" / "squad" / "complete.json").read_text())["splits"]["validation"][
         "examples"
     ]
-    grid = content["expert_usage_grid"]["squad"]
+    grid = content["usage"]["encoder"]["squad"]
     assert [sum(layer) for layer in grid] == [24 * examples] * 2  # the capacity, 64, cuts nothing here
     assert content["best_epoch"] == 1 and content["squad_data"]["validation"]
 
@@ -236,6 +303,9 @@ def test_one_line_and_status_2(world):
         ("CAEM_multi_task_finetune.py", ["--target_experts_num", "2"], "must be between 3 and 12"),
         ("CAEM_multi_task_finetune.py", ["--target_experts_num", "13"], "must be between 3 and 12"),
         ("CAEM_multi_task_finetune.py", ["--source_experts_num", "6"], "run: python single_task_finetune.py"),
+        ("CAEM_multi_task_finetune.py", ["--merging", "best"], "merging is 'best'; there are caem, average, m_smoe"),
+        ("CAEM_multi_task_finetune.py", ["--shares", "best"], "shares is 'best'; there are entropy, inverse"),
+        ("CAEM_multi_task_finetune.py", ["--pool_inputs", "-1"], "pool_inputs is -1"),
         ("CAEM_multi_task_finetune.py", ["--task_types", "squad", "--target_experts_num", "4"], "two or more"),
     ],
 )  # fmt: skip
@@ -274,9 +344,9 @@ def spoil(folder, change):
     ("change", "said"),
     [
         (lambda h: h["identity"].update(ancestor="0" * 64), "come from different pre-trained models"),
-        (lambda h: h.pop("expert_usage_grid"), "lacks expert usage"),
-        (lambda h: h["expert_usage_grid"].update(xsum=[[0] * 4] * 2), "or of no token"),
-        (lambda h: h["expert_usage_grid"].update(xsum=[[1] * 3] * 2), r"usage of shape \(2, 3\)"),
+        (lambda h: h.pop("usage"), "lacks expert usage"),
+        (lambda h: h["usage"]["encoder"].update(xsum=[[0] * 4] * 2), "or of no token"),
+        (lambda h: h["usage"]["encoder"].update(xsum=[[1] * 3] * 2), r"usage of shape \(2, 3\)"),
     ],
 )
 def test_sources_that_do_not_fit(copied, change, said):
@@ -334,8 +404,8 @@ def test_usage_counted_afterwards(world, done, copied):
         rows = {(row["counting"], row["input_length"]): row for row in counted["rows"]}
         assert len(rows) == 4
         trained = history(folder / "seed0", f"single_task_[4]/single_task_{task}")
-        assert rows["paper", 24]["usage"]["encoder"] == trained["expert_usage_grid"][task]
-        assert rows["paper", 24]["usage"]["decoder"] == trained["expert_usage_grid_de"][task]
+        assert rows["paper", 24]["usage"]["encoder"] == trained["usage"]["encoder"][task]
+        assert rows["paper", 24]["usage"]["decoder"] == trained["usage"]["decoder"][task]
         examples = sum(rows["released", 8]["usage"]["encoder"][0]) / 24  # all positions of all examples
         assert examples == round(examples) and rows["paper", 8]["mean_length"] <= 8
     call_main("CAEM_multi_task_finetune.py", [*words, "--reading", "paper+counts", "--merge_only"])

@@ -11,7 +11,7 @@ from expert_merging.run.constants import run
 
 task_type = "squad"  # ag_news | squad | xsum | doc_topic | doc_qa | doc_summary
 num_expert = 8  # experts in each sparse layer
-input_lengths = by_scale(paper=(50, 100, 200, 400), small=(16, 32, 64, 128, 256), tiny=(16, 32, 64, 128))  # and uncut
+input_lengths = by_scale(paper=(50, 100, 200, 400), night=(16, 32, 64, 128, 256), tiny=(16, 32, 64, 128))  # and uncut
 
 
 def main(c):

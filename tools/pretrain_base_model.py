@@ -1,4 +1,4 @@
-"""0 (only for the scales tiny and small): make the base model that stands in for google/switch-base-{8,16}.
+"""0 (only for the scales tiny and night, which share it): make the base model in place of google/switch-base-{8,16}.
 
 Reads   the docstrings of the installed packages (training split only; expert_merging/data/docstring_reader.py) and, where
         extra_text names a folder, the documentation in it (expert_merging/data/documentation.py).
@@ -11,16 +11,16 @@ from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 num_expert = 8  # experts in each sparse layer
-vocab_size = by_scale(paper=32000, small=16000, tiny=8192)  # without T5's 100 sentinels
-d_model = by_scale(paper=768, small=512, tiny=128)
-d_ff = by_scale(paper=3072, small=1024, tiny=320)
-num_layers = by_scale(paper=12, small=6, tiny=4)  # in the encoder and in the decoder; every second one is sparse
-num_heads = by_scale(paper=12, small=8, tiny=4)
-d_kv = by_scale(paper=64, small=64, tiny=32)
-chunk_tokens = by_scale(paper=512, small=256, tiny=160)  # length of a text before corruption
-batch_chunks = by_scale(paper=64, small=128, tiny=32)  # chunks a step
-num_rounds = by_scale(paper=100, small=40, tiny=60)  # the held-out loss is measured after each
-steps_per_round = by_scale(paper=1000, small=500, tiny=200)
+vocab_size = by_scale(paper=32000, night=8192, tiny=8192)  # without T5's 100 sentinels
+d_model = by_scale(paper=768, night=128, tiny=128)
+d_ff = by_scale(paper=3072, night=320, tiny=320)
+num_layers = by_scale(paper=12, night=4, tiny=4)  # in the encoder and in the decoder; every second one is sparse
+num_heads = by_scale(paper=12, night=4, tiny=4)
+d_kv = by_scale(paper=64, night=32, tiny=32)
+chunk_tokens = by_scale(paper=512, night=160, tiny=160)  # length of a text before corruption
+batch_chunks = by_scale(paper=64, night=32, tiny=32)  # chunks a step
+num_rounds = by_scale(paper=100, night=60, tiny=60)  # the held-out loss is measured after each
+steps_per_round = by_scale(paper=1000, night=200, tiny=200)
 pretraining_lr = 0.02  # peak, times the size of a tensor; warm-up over half a round; down to 0 over the last 30%
 heldout_texts = 400  # kept out of pre-training, for the curve
 extra_text = ""  # a folder of unpacked wheels and Debian packages, each in a folder of its own; empty: docstrings alone
@@ -31,9 +31,9 @@ def main(c):
     import time
     from pathlib import Path
 
-    from expert_merging.core.files import new_folder, write_json
+    from expert_merging.core.files import new_folder
     from expert_merging.report import figures
-    from expert_merging.run import provenance
+    from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.switch.base_model import new_switch
     from expert_merging.training import checkpoints, pretraining
@@ -45,11 +45,11 @@ def main(c):
         checkpoints.release(work)
         return
     accelerator = make_accelerator(c)
-    wanted = (*(name for name in globals() if hasattr(c, name) and name != "extra_text"), "seed", "scale")
+    own = [name for name in globals() if hasattr(c, name) and name[0] != "_" and name != "extra_text"]
 
     # Text, tokenizer, and a model with random weights.
     text = pretraining.corpus(c, work / "text")
-    identity = {name: getattr(c, name) for name in wanted} | text.facts
+    identity = {name: getattr(c, name) for name in (*own, "seed", "scale")} | text.facts
     checkpoints.claim(work, identity)
     model = new_switch(c, text.tokenizer)
     accelerator.print(f"{pretraining.said(text)}; {model.num_parameters() / 1e6:.2f}M parameters")
@@ -61,12 +61,10 @@ def main(c):
     if accelerator.is_main_process:
         with new_folder(base) as folder:
             pretraining.save_best(c, checkpoints.best_folder(work, history), text.tokenizer, folder)
-            figures.pretraining_curve(
-                history, folder / "pretraining.png", c.steps_per_round * c.batch_chunks * c.chunk_tokens
-            )
-            record = {"command": provenance.command(), "date": started, "versions": provenance.versions()}
-            record |= {"identity": identity, "parameters": model.num_parameters(), "history": history}
-            write_json(folder / "pretraining.json", record)
+            tokens = c.steps_per_round * c.batch_chunks * c.chunk_tokens  # a round
+            figures.pretraining_curve(history, folder / "pretraining.png", tokens)
+            record = {"date": started, "parameters": model.num_parameters(), "history": history}
+            results.save(folder / "pretraining.json", identity, record)
         checkpoints.release(work)
         print(f"wrote {base}")
 

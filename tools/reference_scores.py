@@ -1,8 +1,9 @@
 """What needs no fine-tuning, to read the other rows of the table against.
 
 Reads   DATA_DIR/{task}, BASE_MODEL_PATH, and the single-task histories (for Overall).
-Writes  SOURCE_PICKLE_PATH/reference_scores.json: test scores of always giving the most common training answer, of the
-        input's first sentence, and of the base model as it is.
+Writes  SOURCE_PICKLE_PATH/reference_scores.json: test scores of answers that need no understanding (the most common one,
+        the input's first sentence, the words after the question's last word, the nearest training example's answer), and
+        of the base model as it is.
 Takes   at tiny about a minute on 2 CPU cores.
 """
 
@@ -37,11 +38,10 @@ def main(c):
     if results.is_done(path, identity, work, again="score"):
         return
 
-    common = references.most_common_answers(data)
+    common, trivial = references.most_common_answers(data), references.trivial_answers(data, tokenizer)
     scored = evaluate.scoring_identity(c, hashes, goals, ancestor=ancestor)
     rows = {
-        "most common training answer": references.constant_row(tasks, data, goals, common),
-        "first sentence of the input": references.lead_row(tasks, data, goals, tokenizer),
+        **{how: references.row(tasks, data, goals, answers) for how, answers in trivial.items()},
         "base model, not fine-tuned": evaluate.test_once(c, accelerator, model, tokenizer, data, goals, work, scored),
     }
     if accelerator.is_main_process:

@@ -5,22 +5,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.run import results
 
+if TYPE_CHECKING:  # torch and transformers come with it
+    from expert_merging.analysis.soups_and_lines import Run
+
 MEASURES = ("soup", "line", "cka")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs that fit together (`soups_and_lines.Run`), their tasks' features, what Overall divides by (for soups), and
-    what the comparison depends on."""
+    """Two runs that fit together, their tasks' features, what Overall divides by (for soups), and what the comparison
+    depends on."""
 
-    runs: tuple[Any, Any]
+    runs: tuple["Run", "Run"]
     tokenizer: Any
     data: dict[str, Any]
     goals: dict[str, dict[str, float]] | None
@@ -54,7 +57,8 @@ def open_pair(c: SimpleNamespace, pasts: list[dict[str, Any]]) -> Pair:
     from expert_merging.training import finetuning, overall
 
     hashes, names = finetuning.data_hashes(c, c.task_types), (c.first, c.second)
-    runs = tuple(soups_and_lines.open_run(c, name, past, hashes) for name, past in zip(names, pasts, strict=True))
+    first, second = (soups_and_lines.open_run(c, name, past, hashes) for name, past in zip(names, pasts, strict=True))
+    runs = (first, second)
     tokenizer = load_tokenizer(str(runs[0].folder), "MODEL_SAVE_PATH")
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
     if {"soup", "line"} & set(c.measures):
@@ -76,11 +80,13 @@ def measure(c: SimpleNamespace, accelerator, pair: Pair, work: Path) -> dict[str
     from expert_merging.analysis import soups_and_lines
 
     for run in pair.runs:
-        if "cka" in c.measures and run.start is None:
+        if "cka" in c.measures and run.start is None and not soups_and_lines.left_only_its_end(run):
             soups_and_lines.load_start(c, run)  # another base model is refused now, not after hours
     kept = results.part(work, pair.identity) or {"found": {}, "seconds": 0.0}
     found, seconds = kept["found"], kept["seconds"]
-    rounds = {"soup": 1, "line": c.line_points + 2, "cka": 2}
+    rounds = {"soup": 1, "line": c.line_points + 2}
+    if "cka" in c.measures:
+        rounds["cka"] = 1 if any(map(soups_and_lines.left_only_its_end, pair.runs)) else 2
     with progress_bar(
         total=len(pair.data) * sum(rounds[name] for name in set(c.measures) - set(found)),
         desc=f"{c.first} and {c.second}", unit="task", disable=not accelerator.is_main_process,
@@ -90,6 +96,7 @@ def measure(c: SimpleNamespace, accelerator, pair: Pair, work: Path) -> dict[str
                 continue
             started, given = time.monotonic(), (c, accelerator, pair.runs, pair.tokenizer, pair.data)
             if name == "soup":
+                assert pair.goals is not None  # `open_pair` has them where soups are asked for
                 found[name] = soups_and_lines.soup(*given, pair.goals, bar.update)
             else:
                 found[name] = (soups_and_lines.line if name == "line" else soups_and_lines.cka)(*given, bar.update)

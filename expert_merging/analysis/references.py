@@ -1,15 +1,13 @@
 """Scores that need no fine-tuning, to read a table's other rows against (tools/reference_scores.py)."""
 
+import re
 from collections import Counter
 from typing import Any
 
+from expert_merging.data.scores import pack
 from expert_merging.training import overall
 
-
-def first_sentence(input_ids: list[int], tokenizer) -> str:
-    """The lead of an input, after the prompt's first word: what summaries are commonly compared with."""
-    text = tokenizer.decode(input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.partition(": ")[2].partition(". ")[0]
+Answers = dict[str, list[str]]  # task: what is given to each test input
 
 
 def most_common_answers(data: dict[str, Any]) -> dict[str, str]:
@@ -21,21 +19,61 @@ def most_common_answers(data: dict[str, Any]) -> dict[str, str]:
     return common
 
 
-def constant_row(tasks: dict[str, Any], data: dict[str, Any], goals: dict, answers: dict[str, str]) -> dict[str, Any]:
-    """Test scores, and Overall, of giving each task's one answer to every input."""
-    written = {task: [answers[task]] * len(features["test"]) for task, features in data.items()}
-    return _row(tasks, data, goals, written)
-
-
-def lead_row(tasks: dict[str, Any], data: dict[str, Any], goals: dict, tokenizer) -> dict[str, Any]:
-    """Test scores, and Overall, of giving the input's first sentence."""
-    written = {
-        task: [first_sentence(ids, tokenizer) for ids in features["test"]["input_ids"]]
+def trivial_answers(data: dict[str, Any], tokenizer) -> dict[str, Answers]:
+    """What can be answered without having understood anything: {how: answers}."""
+    common = most_common_answers(data)
+    inputs = {
+        task: {split: _texts(features[split]["input_ids"], tokenizer) for split in ("train", "test")}
         for task, features in data.items()
     }
-    return _row(tasks, data, goals, written)
+    return {
+        "most common training answer": {task: [common[task]] * len(texts["test"]) for task, texts in inputs.items()},
+        "first sentence of the input": {
+            task: list(map(first_sentence, texts["test"])) for task, texts in inputs.items()
+        },
+        "words after the question's last word": {
+            task: list(map(words_after, texts["test"])) for task, texts in inputs.items()
+        },
+        "answer of the nearest training example": {
+            task: nearest(texts["train"], [answers[0] for answers in data[task]["train"]["references"]], texts["test"])
+            for task, texts in inputs.items()
+        },
+    }
 
 
-def _row(tasks: dict[str, Any], data: dict[str, Any], goals: dict, written: dict[str, list[str]]) -> dict[str, Any]:
-    scores = {task: tasks[task].score(written[task], features["test"]["references"]) for task, features in data.items()}
-    return {"test": scores, "overall": {"test": overall.overall(scores, goals["test"])}}
+def first_sentence(text: str) -> str:
+    """The lead of an input, after the prompt's first word: what summaries are commonly compared with."""
+    return text.partition(": ")[2].partition(". ")[0].strip()
+
+
+def words_after(text: str) -> str:
+    """Where the input is a question and its context: what follows the question's last word there, up to a comma, a full
+    stop or a bracket; else nothing."""
+    asked = re.match(r"Question: .*?(\w+)\W*? Context: (.*)", text, re.DOTALL)
+    found = asked and re.search(rf"\b{re.escape(asked[1])}\b[\s:({{]*([^,.(){{}}\n]*)", asked[2])
+    return found[1].strip() if found else ""
+
+
+def nearest(train: list[str], answers: list[str], test: list[str]) -> list[str]:
+    """For each test input the answer of the training input whose words, weighted by TF-IDF, have the largest cosine with
+    its own."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(sublinear_tf=True)
+    known = words.fit_transform(train)
+    closest = (words.transform(test) @ known.T).toarray().argmax(1)
+    return [answers[i] for i in closest]
+
+
+def row(tasks: dict[str, Any], data: dict[str, Any], goals: dict, answers: Answers) -> dict[str, Any]:
+    """Test scores of these answers, and Overall."""
+    scores, each = {}, {}
+    for task, features in data.items():
+        wanted = features["test"]["references"]
+        scores[task] = tasks[task].score(answers[task], wanted)
+        each[task] = pack(tasks[task].score_each(answers[task], wanted))
+    return {"test": scores, "test_each": each, "overall": {"test": overall.overall(scores, goals["test"])}}
+
+
+def _texts(rows: list[list[int]], tokenizer) -> list[str]:
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)

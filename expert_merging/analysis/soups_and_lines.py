@@ -57,9 +57,18 @@ def weights_sha256(folder: Path) -> list[str]:
     return SafetensorsFolder(folder).sha256()
 
 
-def start_sha256(run: Run) -> list[str]:
-    """SHA-256 of what a run began with. Raises UserError where that is not there, or is not what the history says."""
+def left_only_its_end(run: Run) -> bool:
+    """Whether it is a merged model that the released code trained: what that began with was never kept."""
     noted = results.made_with(run.history)
+    return run.start is None and "ancestor" not in noted and "imported" in noted
+
+
+def start_sha256(run: Run) -> list[str]:
+    """SHA-256 of what a run began with; nothing where only its end is left. Raises UserError where it is not there, or is
+    not what the history says."""
+    noted = results.made_with(run.history)
+    if left_only_its_end(run):
+        return []
     if run.start is None:
         if "ancestor" not in noted:
             raise UserError(
@@ -190,23 +199,23 @@ def cka(
     """Layer-wise linear CKA on validation between what both runs began with, and between what they became.
 
     `advance` is called after each task of each pair. Of several processes each computes all of it. Returns {"before":
-    {task: {"encoder": [a value a layer], "decoder": [...]}}, "after": ...}.
+    {task: {"encoder": [a value a layer], "decoder": [...]}}, "after": ...}, without "before" where a start is not known.
     """
     result: dict[str, Any] = {}
-    for when in ("before", "after"):
+    for when in ("after",) if any(map(left_only_its_end, runs)) else ("before", "after"):
         load = load_start if when == "before" else load_end
-        pair = [load(c, run).to(accelerator.device) for run in runs]
+        first, second = (load(c, run).to(accelerator.device) for run in runs)
         result[when] = {}
         for task, features in data.items():
             examples = features["validation"]
             examples = examples.select(range(min(c.cka_examples or len(examples), len(examples))))
             label = f"cka {when}: {task}" if accelerator.is_main_process else ""
             try:
-                result[when][task] = layerwise_cka(*pair, examples, tokenizer, c, accelerator.device, label)
+                result[when][task] = layerwise_cka(first, second, examples, tokenizer, c, accelerator.device, label)
             except ValueError as error:
                 raise UserError(
                     f"{runs[0].name} and {runs[1].name} cannot be compared by cka on {task}: {error}"
                 ) from error
             advance()
-        del pair  # two models at a time, not four
+        del first, second  # two models at a time, not four
     return result

@@ -25,11 +25,11 @@ def rows(
             label = f"{task}, {length} tokens, {counting}"
             scores, _ = decoding.evaluate_task(model, cut, get_task(task), tokenizer, reading, accelerator, label)
             counted = usage.read_usage(model, accelerator)
+            entropy = {stack: usage.layer_entropies(grid) for stack, grid in counted.items()}
             found.append({
                 "input_length": length, "mean_length": round(sum(map(len, ids)) / len(ids), 3),
-                "counting": counting, "usage": counted, "scores": scores,
-                "entropy": {stack: usage.layer_entropies(grid) for stack, grid in counted.items()},
+                "counting": counting, "usage": counted, "scores": scores, "entropy": entropy,
             })  # fmt: skip
-            means = ", ".join(f"{stack} {sum(h) / len(h):.4f}" for stack, h in found[-1]["entropy"].items())
+            means = ", ".join(f"{stack} {sum(h) / len(h):.4f}" for stack, h in entropy.items())
             accelerator.print(f"{label}: mean entropy {means}")
     return found

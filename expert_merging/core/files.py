@@ -106,13 +106,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def _temporary(path: Path, folder: bool) -> Iterator[Path]:
     """A new file or folder for what `path` will be, locked while it is written and gone when the block ends."""
     sweep(path.parent)
-    names = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": _UNFINISHED}
+    start = f".{path.name}."
     while True:
         if folder:
-            temporary = Path(tempfile.mkdtemp(**names))
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=start, suffix=_UNFINISHED))
             os.chmod(temporary, 0o777 & ~_umask())
         else:
-            descriptor, name = tempfile.mkstemp(**names)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=_UNFINISHED)
             os.close(descriptor)
             temporary = Path(name)
             os.chmod(temporary, 0o666 & ~_umask())

@@ -31,7 +31,7 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             if index.exists()
             else [whole]
         )
-        self._file_of = {}
+        self._file_of: dict[str, Path] = {}
         for path in self.files:
             try:
                 with safe_open(path, framework="pt") as file:

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 import sysconfig
 import unicodedata
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expert_merging.core.errors import UserError
+from expert_merging.core.threads import cores
 
 STANDARD_LIBRARY = "python"  # the name that stands for the standard library among the packages
 PACKAGES = (
@@ -105,7 +105,7 @@ def read_folder(folder: Path) -> list[Docstring]:
 
 
 def _read(files: Iterable[tuple[str, str, Path]]) -> list[Docstring]:
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ProcessPoolExecutor(min(4, cores())) as pool:
         return [doc for docs in pool.map(_docstrings_of, list(files), chunksize=50) for doc in docs]
 
 
@@ -126,12 +126,14 @@ def _docstrings_of(package_file: tuple[str, str, Path]) -> list[Docstring]:
     return [doc for doc in docs if len(re.findall("[A-Za-z]", doc.text)) >= 20]
 
 
-def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
+def _walk(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str, str]]:
     """Yield (dotted name, signature, raw docstring) of a module, class or function and of what it holds, in order."""
     documented = ast.get_docstring(node, clean=False)
     if documented:
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        yield name, _signature(node) if is_function else "", documented
+        signature = _signature(node) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+        yield name, signature, documented
     for statement in _statements(node):
         if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _walk(statement, f"{name}.{statement.name}")

@@ -8,10 +8,13 @@ import hashlib
 import json
 import shlex
 import tempfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
@@ -68,17 +71,20 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
 def load(task_name: str, constants: SimpleNamespace, tokenizer):
     """The DatasetDict that `prepare` wrote, after checking that it is whole and what this run asks for.
 
-    A smaller limit than the one it was made with takes the first examples of each split.
+    A smaller limit than the one it was made with takes the first examples of each split. Of the training examples,
+    `constants.train_sample` are drawn by the seed, a draw for each task.
 
-    Raises UserError for a folder that is absent, not whole, or made with another tokenizer, lengths or limits.
+    Raises UserError for a folder that is absent, not whole, or made with another tokenizer, lengths or limits, and for a
+    sample that is larger than what it is drawn from.
     """
     folder = folder_of(task_name, constants)
     wanted = _identity(task_name, constants, tokenizer)
     manifest, features = _read_whole(folder, command(task_name, constants))
     made = results.made_with(manifest)
-    for name in ("task", "tokenizer", "max_input_length", "max_decoder_length"):
-        if made[name] != wanted[name]:
-            difference = f"another {name}" if name == "tokenizer" else f"{name} {made[name]}, not {wanted[name]}"
+    for name in ("task", "split", "tokenizer", "max_input_length", "max_decoder_length"):
+        if made.get(name) != wanted.get(name):
+            short = name in ("split", "tokenizer")
+            difference = f"another {name}" if short else f"{name} {made[name]}, not {wanted[name]}"
             raise UserError(f"{folder} was made with {difference}; run: {command(task_name, constants)}")
     for split in SPLITS:
         limit, count = wanted[f"{split}_examples"], len(features[split])
@@ -89,6 +95,13 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
                 f"{folder} holds {count} {split} examples and {limit or 'all'} are asked for; "
                 f"run: {command(task_name, constants)}"
             )
+    if sample := constants.train_sample:
+        if sample > len(features["train"]):
+            raise UserError(
+                f"train_sample is {sample}, but {task_name} has {len(features['train'])} training examples; lower it"
+            )
+        rng = np.random.default_rng([constants.seed, zlib.crc32(task_name.encode())])
+        features["train"] = features["train"].select(rng.permutation(len(features["train"]))[:sample])
     return features
 
 
@@ -219,7 +232,8 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
     token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-    tables, lengths, odd = [], {"input": [], "target": []}, 0
+    tables, odd = [], 0
+    lengths: dict[str, list[np.ndarray]] = {"input": [], "target": []}
     bar = progress_bar(total=len(order), desc=f"{task_name} {split}", unit="example", leave=False)
     for start in range(0, len(order), _BATCH):
         batch = [examples[i] for i in order[start : start + _BATCH]]
@@ -237,7 +251,7 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
         odd += sum(map(_is_odd, prompts, targets))
         bar.update(len(batch))
     bar.close()
-    report = {"examples": len(order), "odd": odd}
+    report: dict[str, Any] = {"examples": len(order), "odd": odd}
     for side, limit in (("input", constants.max_input_length), ("target", constants.max_decoder_length)):
         values = np.concatenate(lengths[side])
         at = {q: np.quantile(values, q / 100, method="higher") for q in (50, 90, 99, 100)}
@@ -276,8 +290,10 @@ def source_paths(constants: SimpleNamespace, tasks: Iterable[str]) -> dict[str, 
 
 
 def _identity(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any]:
+    task = get_task(task_name)
     return {
         "task": task_name,
+        **({"split": task.split} if hasattr(task, "split") else {}),
         "source": getattr(constants, source_constant(task_name), "docstrings of the installed packages"),
         "tokenizer": tokenizer_hash(tokenizer),
         "max_input_length": constants.max_input_length,

@@ -138,15 +138,19 @@ class _Complaints:
     """What is wrong in a split: counted, the first few kept; ids that come twice are found."""
 
     def __init__(self, place: str, published: Published):
-        self.place, self.published, self.count, self.first = place, published, 0, []
+        self.place, self.published, self.count = place, published, 0
+        self.first: list[str] = []
         self.seen: dict[Any, str] = {}
 
     def about(self, where: str, example: Example | str) -> bool:
         """Whether the example is broken."""
-        complaint = example if isinstance(example, str) else self.published.complaint(example)
-        if not complaint and isinstance(identity := example.get("id"), str | int):
-            if (earlier := self.seen.setdefault(identity, where)) != where:
-                complaint = f"the id {identity!r:.40} is that of {earlier}"
+        if isinstance(example, str):
+            complaint: str | None = example
+        else:
+            complaint = self.published.complaint(example)
+            if not complaint and isinstance(identity := example.get("id"), str | int):
+                if (earlier := self.seen.setdefault(identity, where)) != where:
+                    complaint = f"the id {identity!r:.40} is that of {earlier}"
         if complaint:
             self.count += 1
             self.first += [f"{where}: {complaint}"][: 3 - len(self.first)]
@@ -188,6 +192,7 @@ def _from_published_files(folder: Path, published: Published) -> dict[str, Any]:
         complaints = _Complaints(str(folder / name), published)
         for where, example in published.read(folder / name):
             if not complaints.about(where, example):
+                assert not isinstance(example, str)  # which is a complaint
                 for column, values in columns.items():
                     values.append(example[column])
         complaints.refuse()

@@ -1,15 +1,27 @@
-"""The three scores (paper, 4.1): each takes predictions and, for each of them, its references; values are 0..100."""
+"""The three scores (paper, 4.1): each takes predictions and, for each of them, its references; values are 0..100.
 
+Of each score there is the mean over examples, and (`..._each`) the main score of every example, which tests need.
+"""
+
+import base64
 import tempfile
+import zlib
 from collections.abc import Sequence
+
+import numpy as np
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """{"accuracy"}: the share of predictions equal to a reference, white space at both ends aside."""
+    each = accuracy_each(predictions, references)
+    return {"accuracy": sum(each) / len(each)}
+
+
+def accuracy_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """100 where a prediction equals a reference, else 0."""
     _check(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    right = sum(prediction.strip() in {r.strip() for r in answers} for prediction, answers in pairs)
-    return {"accuracy": 100 * right / len(predictions)}
+    return [100.0 * (prediction.strip() in {r.strip() for r in answers}) for prediction, answers in pairs]
 
 
 def squad(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -23,15 +35,49 @@ def squad(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
         return metric.compute(predictions=list(predictions), references=[list(r) for r in references])
 
 
+def exact_match_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """SQuAD's exact match of each question, 0 or 100."""
+    from expert_merging.data.metrics.squad_v1 import exact_match
+
+    _check(predictions, references)
+    pairs = zip(predictions, references, strict=True)
+    return [100 * max(exact_match(prediction, answer) for answer in answers) for prediction, answers in pairs]
+
+
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """{"rouge1", "rouge2", "rougeL"}: mean F1 without stemming, the best of an example's references."""
+    each = _rouge_each(("rouge1", "rouge2", "rougeL"), predictions, references)
+    return {name: sum(scores) / len(scores) for name, scores in each.items()}
+
+
+def rouge_l_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """ROUGE-L of each example."""
+    return _rouge_each(("rougeL",), predictions, references)["rougeL"]
+
+
+def _rouge_each(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, list[float]]:
     from rouge_score.rouge_scorer import RougeScorer
 
     _check(predictions, references)
-    names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=False)
     scores = [scorer.score_multi(list(r), p) for p, r in zip(predictions, references, strict=True)]
-    return {name: 100 * sum(float(s[name].fmeasure) for s in scores) / len(scores) for name in names}
+    return {name: [100 * float(one[name].fmeasure) for one in scores] for name in names}
+
+
+def pack(each: Sequence[float]) -> str:
+    """Scores of 0..100 as a short text, to hundredths: two bytes each, deflated, in base 64."""
+    hundredths = np.rint(100 * np.asarray(each, dtype=np.float64)).astype("<u2")
+    return base64.b64encode(zlib.compress(hundredths.tobytes(), 9)).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    """What `pack` was given, to hundredths: [examples]. Raises ValueError when the text is damaged."""
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<u2") / 100
+    except zlib.error as error:
+        raise ValueError(f"packed scores are damaged: {error}") from error
 
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:

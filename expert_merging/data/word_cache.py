@@ -80,7 +80,8 @@ class WordCache:
                 for place, (one, (start, end)) in enumerate(zip(between, pairwise(cuts), strict=True)):
                     depends[-1][place] |= one != [*neighbour, *ids[start:end], *neighbour]
         self.row_of.update(zip(words, range(len(self.lengths), len(self.lengths) + len(words)), strict=True))
-        self.ids, self.lengths, self.depends = map(np.concatenate, (all_ids, lengths, depends))
+        self.ids, self.lengths = np.concatenate(all_ids), np.concatenate(lengths)
+        self.depends = np.concatenate(depends)
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encode(texts)]

@@ -7,14 +7,19 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.experiment.steps import Step
-from expert_merging.merging.registry import METHODS
+from expert_merging.merging.registry import METHODS, SHARES
 from expert_merging.run.results import pair_name, run_label, run_name
+
+# Cases of methods that pool experts: published ones, the best of which is a primary contrast, and floors.
+RIVALS = {"MSMoE": "m_smoe", "HCSMoE": "hc_smoe", "REAP": "reap"}
+POOLED_CASES = RIVALS | {"MostUsed": "most_used", "AtRandom": "at_random"}
 
 # Of which runs a part consists; what those need comes by itself. {n} and {m}: few and many experts (8 and 16).
 PARTS = {
-    "comparison": ("Baseline-{n}", "CAEM-{n}"),
+    "comparison": ("Baseline-{n}", "CAEM-{n}", "reference-{n}"),
     "table2": (
-        "Baseline-{n}", "Baseline-{m}", "CAEM-{n}", "CAEM-{n}-to-{m}", "CAEM-{m}", "CAEM-{n}-Avg", "CAEM-{m}-Avg",
+        "reference-{n}", "reference-{m}", "Baseline-{n}", "Baseline-{m}", "CAEM-{n}", "CAEM-{n}-to-{m}", "CAEM-{m}",
+        "CAEM-{n}-Avg", "CAEM-{m}-Avg",
     ),
     "controls": ("Average-{n}", "Baseline-{n}-same-compute"),
     "pairs": (
@@ -25,6 +30,12 @@ PARTS = {
     ),
     "audit": ("usage", "CAEM-{n}-counts", "CAEM-{n}-projection"),
     "merging": ("Baseline-{n}", "CAEM-{n}", "merging-{n}"),
+    "primary": (
+        "Baseline-{n}", "Baseline-{n}-same-compute", "CAEM-{n}", "CAEM-{n}-Avg", "Average-{n}",
+        *(f"{case}-{{n}}" for case in RIVALS),
+    ),
+    "floors": ("MostUsed-{n}", "AtRandom-{n}"),
+    "response": ("CAEM-{n}", "CAEM-{n}-Avg", "CAEM-{n}-inverse", "CAEM-{n}-tokens", "CAEM-{n}-random", "CAEM-{n}-to-one"),
 }  # fmt: skip
 # Pairs whose hidden states are compared (figures 2 and 4); of other sizes or not.
 _CKA = (
@@ -51,6 +62,10 @@ class Grid:
                 wanted.add(name)
                 more += self.needs[name]
         return {name: step for name, step in self.steps.items() if name in wanted}
+
+    def results_for(self, name: str) -> tuple[Path, ...]:
+        """The results that the run of that name reads."""
+        return tuple(self.steps[needed].result for needed in self.needs[name])
 
 
 def grid(c: SimpleNamespace) -> Grid:
@@ -92,13 +107,10 @@ def grid(c: SimpleNamespace) -> Grid:
         work = Path(c.MODEL_SAVE_PATH) / f"{run}.run"
         add(run_label(run), script, constants, pickles / f"{run}.json", *needed, work=work)
 
-    # For the audit: what the test scores would have chosen. At paper scale a look at them costs hours.
-    every_epoch = {"test_each_epoch": c.test_each_epoch or c.scale != "paper"}
     for experts in (n, m):
-        own = every_epoch if experts == n else {}
-        multi_task(one, "Baseline", (experts,), *singles[experts], f"reference-{experts}", **own)
-    for case, source, target, own in (
-        ("CAEM", n, n, every_epoch),
+        multi_task(one, "Baseline", (experts,), *singles[experts])
+    merges: list[tuple[str, int, int, dict[str, Any]]] = [
+        ("CAEM", n, n, {}),
         ("CAEM", n, m, {}),
         ("CAEM", m, m, {}),
         ("CAEM-Avg", n, n, {"alpha": 0.0}),
@@ -106,11 +118,14 @@ def grid(c: SimpleNamespace) -> Grid:
         ("Average", n, n, {"merging": "average"}),
         ("CAEM-projection", n, n, {"reading": "paper+projection"}),
         ("CAEM-counts", n, n, {"reading": "paper+counts"}),
-    ):
-        needed = (*singles[source], *singles[target], *(["usage"] if "reading" in own else []))
-        own = {"alpha": 1.0, "merging": "caem"} | own
-        multi_task("CAEM_multi_task_finetune.py", case, (source, target), *needed, **own)
-    multi_task(one, "Baseline-same-compute", (n,), *singles[n], f"reference-{n}", same_compute=True)
+        *((case, n, n, {"merging": method}) for case, method in POOLED_CASES.items()),
+        *((f"CAEM-{shares}", n, n, {"shares": shares}) for shares in (*SHARES, *tasks) if shares != "entropy"),
+    ]
+    for case, source, target, constants in merges:
+        needed = (*singles[source], *singles[target], *(["usage"] if "reading" in constants else []))
+        constants = {"alpha": 1.0, "merging": "caem"} | constants
+        multi_task("CAEM_multi_task_finetune.py", case, (source, target), *needed, **constants)
+    multi_task(one, "Baseline-same-compute", (n,), *singles[n], same_compute=True)
 
     # All by one command.
     own = {"experts_num": n, "methods": tuple(METHODS), "current_case_name": "Merging"}
@@ -159,6 +174,8 @@ def names_of(part: str, c: SimpleNamespace, grid: Grid) -> list[str]:
 def _expanded(name: str, tasks: tuple[str, ...]) -> list[str]:
     if name.startswith("merging-") and " " not in name:
         return [f"{name} {method}" for method in METHODS]
+    if name.endswith("-to-one"):
+        return [f"{name.removesuffix('to-one')}{task}" for task in tasks]
     return [f"usage {task}" for task in tasks] if name == "usage" else [name]
 
 

@@ -1,4 +1,4 @@
-"""Running the scripts one after another, each only when its result is missing, with one bar over all."""
+"""Running the scripts, each only when its result is missing and what it needs is there, with one bar over all."""
 
 import contextlib
 import ctypes
@@ -17,6 +17,7 @@ import global_config
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_json
+from expert_merging.core.threads import cores
 from expert_merging.run import results
 from expert_merging.run.constants import shared_arguments
 from expert_merging.run.provenance import ROOT
@@ -56,12 +57,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """A step for one seed. `name` says what it is, for people; `kind` is the same for all seeds, for expected times."""
+    """A step for one seed. `name` says what it is, for people; `kind` is the same for all seeds, for expected times;
+    `needs` are the results (of other jobs) that it reads."""
 
     name: str
     kind: str
     step: Step
     shared: SimpleNamespace
+    needs: tuple[Path, ...] = ()
 
 
 def missing(jobs: list[Job]) -> list[Job]:
@@ -108,66 +111,97 @@ def plan(jobs: list[Job], left: list[Job], *records: Path) -> str:
     return "\n".join([*lines, f"{len(left)} runs to do, {words}"])
 
 
-def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path) -> None:
-    """Run `jobs` in order, each as a process of its own, with one bar over all; what they print goes into `logs`.
+def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path, at_once: int = 1) -> None:
+    """Run `jobs`, each as a process of its own, with one bar over all; what they print goes into `logs`.
 
     Args:
         times: JSON file that gets the seconds (and with nvidia-smi the energy in joules) that each took.
         logs: folder for what the scripts print.
         guesses: another such file, for the times of what has not run here yet.
+        at_once: how many run side by side (no more than there are cores), each with its share of the cores. The longest of
+            those whose needs are there begins first.
 
-    Raises UserError when a script stops with an error, KeyboardInterrupt when it was interrupted.
+    Raises UserError when a script stops with an error, KeyboardInterrupt when it was interrupted; what runs beside it is
+    interrupted too, and goes on from its checkpoint the next time.
     """
-    weights = [expected(job.kind, times, guesses) or 60.0 for job in jobs]
-    shape = "{desc} |{bar}| {percentage:3.0f}% {postfix}"
-    bar = progress_bar(total=round(sum(weights)), unit="s", bar_format=shape)
-    for number, (job, weight) in enumerate(zip(jobs, weights, strict=True)):
-        words, before = job.step.words(job.shared), sum(weights[:number])
-        log = logs / f"{job.name.replace(' ', '_')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        bar.set_description_str(f"[{number + 1}/{len(jobs)}] {job.name}", refresh=False)
-        began, energy = time.monotonic(), Energy()
-        with log.open("a") as output:
-            output.write(f"\n$ python {' '.join(words)}\n")
-            output.flush()
-            process = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+    at_once = min(at_once, cores())
+    weights = {job.name: expected(job.kind, times, guesses) or 60.0 for job in jobs}
+    total, done = sum(weights.values()), 0.0
+    bar = progress_bar(total=round(total), unit="s", bar_format="{desc} |{bar}| {percentage:3.0f}% {postfix}")
+    waiting, begun = list(jobs), 0
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            unmade = {job.step.result for job in waiting} | {one.job.step.result for one in running}
+            ready = [job for job in waiting if not unmade & set(job.needs)]
+            ready.sort(key=lambda job: -weights[job.name])  # a long one that begins last would end alone
+            for job in ready[: at_once - len(running)]:
+                waiting.remove(job)
+                running.append(_Running(job, logs / f"{job.name.replace(' ', '_')}.log", at_once))
+                begun += 1
+            bar.set_description_str(
+                f"[{begun}/{len(jobs)}] {' | '.join(one.job.name for one in running)}", refresh=False
             )
-            try:
-                while process.poll() is None:
-                    elapsed = time.monotonic() - began
-                    left = max(sum(weights[number:]) - elapsed, 0)
-                    bar.set_postfix_str(f"about {minutes(left)} left; {_last_line(log)}"[:110], refresh=False)
-                    bar.update(round(before + min(elapsed, 0.98 * weight)) - bar.n)
-                    energy.sample()
-                    time.sleep(0.2 if elapsed < 5 else 1.0)
-            except KeyboardInterrupt:
-                process.send_signal(signal.SIGINT)  # a terminal has sent it to both, a program perhaps to one
-                process.wait()
-                raise
-            finally:
-                if process.poll() is None:
-                    process.kill()
-        if process.returncode in (130, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if process.returncode != 0:
-            bar.close()
-            raise UserError(
-                f"{words[0]} stopped with exit status {process.returncode}: {_last_line(log)} (all it printed: {log}); "
-                "mend that, then type the same command again"
-            )
-        row = {
-            "name": job.name,
-            "kind": job.kind,
-            "seconds": round(time.monotonic() - began, 1),
-            "joules": energy.joules,
-        }
-        rows = read_json(times)["steps"] if times.exists() else []
-        write_json(times, {"cores": os.cpu_count(), "steps": [*rows, row]})
+            while all(one.process.poll() is None for one in running):
+                spent = done + sum(min(one.seconds(), 0.98 * weights[one.job.name]) for one in running)
+                left = f"about {minutes((total - spent) / at_once)} left"
+                said = " | ".join(_last_line(one.log) for one in running)
+                bar.set_postfix_str(f"{left}; {said}"[:110], refresh=False)
+                bar.update(round(spent) - bar.n)
+                for one in running:
+                    one.energy.sample()
+                time.sleep(0.2 if min(one.seconds() for one in running) < 5 else 1.0)
+            for one in [one for one in running if one.process.poll() is not None]:
+                one.must_have_ended_well()
+                running.remove(one)
+                done += weights[one.job.name]
+                row = {
+                    "name": one.job.name, "kind": one.job.kind, "seconds": round(one.seconds(), 1),
+                    "at_once": at_once, "joules": one.energy.joules,
+                }  # fmt: skip
+                rows = read_json(times)["steps"] if times.exists() else []
+                write_json(times, {"cores": os.cpu_count(), "steps": [*rows, row]})
+    except BaseException:
+        bar.close()
+        for one in running:
+            one.process.terminate()  # which a script takes as Ctrl-C, that a job in the background would not hear
+        for one in running:
+            one.process.wait()
+        raise
     bar.n = bar.total
     bar.set_description_str(f"[{len(jobs)}/{len(jobs)}]")
     bar.set_postfix_str("done")
     bar.close()
+
+
+class _Running:
+    """A job's process, begun with `1 / at_once` of the cores, and what it took so far."""
+
+    def __init__(self, job: Job, log: Path, at_once: int):
+        self.job, self.log, self.energy, self._began = job, log, Energy(), time.monotonic()
+        words = job.step.words(job.shared)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))} if at_once > 1 else {}
+        with log.open("a") as output:
+            output.write(f"\n$ python {' '.join(words)}\n")
+            output.flush()
+            self.process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ | threads,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def must_have_ended_well(self) -> None:
+        status = self.process.returncode
+        if status in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if status != 0:
+            raise UserError(
+                f"{self.job.step.script} stopped with exit status {status}: {_last_line(self.log)} (all it printed: "
+                f"{self.log}); mend that, then type the same command again"
+            )
 
 
 class Energy:

@@ -109,7 +109,9 @@ def _pick(problem, sets: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndar
     return solved.x, domain_prices, float((f - sets @ domain_prices).max())
 
 
-def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, room: float) -> tuple[list, bool]:
+def _ways(
+    problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, room: float
+) -> tuple[list[tuple[float, np.ndarray]], bool]:
     """([(cost, y bool [n, D])], whether that is all): ways to pick n sets whose cost is `room` at most, cheapest first.
 
     The cost is the sum of the sets' reduced costs and of `unused` [D] for each expert that a domain could still have. Ways
@@ -119,7 +121,8 @@ def _ways(problem, sets: np.ndarray, reduced: np.ndarray, unused: np.ndarray, ro
     order = order[reduced[order] <= room]
     costs, members = reduced[order].tolist(), sets[order].astype(int).tolist()
     holding = [[i for i, member in enumerate(members) if member[domain]] for domain in range(sets.shape[1])]
-    found, visited = [], 0
+    found: list[tuple[float, np.ndarray]] = []
+    visited = 0
 
     def extend(domain: int, first: int, free: list[int], left: int, cost: float, chosen: list[int]) -> None:
         """All completions whose further sets hold no domain before `domain`, nor it in sets before `first` of its own."""

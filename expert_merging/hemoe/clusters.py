@@ -17,7 +17,7 @@ def balanced_clusters(rows: np.ndarray, count: int, seed: int, iterations: int =
     units = units / np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
     centres = KMeans(n_clusters=count, n_init=1, random_state=seed).fit(units).cluster_centers_
     least, most = np.full(count, len(units) // count), np.full(count, -(-len(units) // count))
-    labels = None
+    labels: np.ndarray | None = None
     for _ in range(iterations):
         # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x| moves nobody.
         nearer = assign(2 * (units @ centres.T) - (centres**2).sum(1), least, most)
@@ -25,4 +25,5 @@ def balanced_clusters(rows: np.ndarray, count: int, seed: int, iterations: int =
             break
         labels = nearer
         centres = np.stack([units[labels == cluster].mean(0) for cluster in range(count)])
+    assert labels is not None  # the first iteration gives some
     return labels

@@ -1,4 +1,4 @@
-"""The dense model that becomes a mixture: the user's, or at the scales tiny and small a Llama trained here on docstrings."""
+"""The dense model that becomes a mixture: the user's, or at the scales tiny and night a Llama trained here on docstrings."""
 
 import random
 from pathlib import Path

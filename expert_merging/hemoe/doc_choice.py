@@ -145,7 +145,8 @@ def _other_outputs(one: dict, answers: list[str], test: list[dict], rng: random.
 
 def _shuffled(one: dict, answers: list[str], test: list[dict], rng: random.Random) -> list[str]:
     """The first word and the last stay; two of the others change places."""
-    words, found = one["output"].split(), []
+    words = one["output"].split()
+    found: list[str] = []
     while len(found) < CHOICES - 1:
         i, j = rng.sample(range(1, len(words) - 1), 2)
         other = words.copy()

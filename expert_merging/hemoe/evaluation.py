@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def accuracy(model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int
     return {task: found[task].get("acc_norm,none", found[task].get("acc,none")) for task in tasks["tasks"]}
 
 
-def measure(model, batches_of: dict[str, Iterable[dict[str, torch.Tensor]]]) -> dict[str, Any]:
+def measure(model, batches_of: Mapping[str, Iterable[dict[str, torch.Tensor]]]) -> dict[str, Any]:
     """{"loss": {domain: nats a target token}, "share": {domain: activated share of the mixtures' neurons, mean over real
     tokens and layers}, "share_by_layer": [MoE layers], "use": how often each expert fires [MoE layers, n]}.
 
@@ -74,7 +74,9 @@ def measure(model, batches_of: dict[str, Iterable[dict[str, torch.Tensor]]]) -> 
     device = next(model.parameters()).device
     mixture = isinstance(model, HEMoEForCausalLM)
     result: dict[str, Any] = {"loss": {}, "share": {}} if mixture else {"loss": {}}
-    tokens_of_all, by_layer, use = 0, 0, 0
+    tokens_of_all = 0
+    by_layer: Any = 0  # a tensor from the first batch on, as `use`
+    use: Any = 0
     was_training = model.training
     model.eval()
     with torch.inference_mode():

@@ -42,7 +42,8 @@ def domains(c: SimpleNamespace) -> None:
         return
     examples = read_examples(Path(c.INSTRUCTIONS_PATH))
     order = random.Random(c.seed).sample(range(len(examples)), len(examples))
-    held, used = {task: [] for task in sorted({one["task"] for one in examples})}, []
+    held: dict[str, list[int]] = {task: [] for task in sorted({one["task"] for one in examples})}
+    used: list[int] = []
     for i in order:
         its = held[examples[i]["task"]]
         (its if len(its) < c.held_out else used).append(i)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,8 @@ def score(model, batches: Mapping[str, Iterable[dict]], accumulate: str = "float
     dtype = getattr(torch, accumulate)
     values, sequences = [], []
     for domain, its_batches in batches.items():
-        total, count = 0, 0
+        total: Any = 0  # a tensor from the first batch on
+        count = 0
         bar = progress_bar(its_batches, desc=f"importance, {domain}", unit="batch", leave=False)
         for batch in bar:
             of_each = sequence_scores(model, batch).abs()  # [batch, L, N]

@@ -207,6 +207,7 @@ class HEMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 mask = None if self.config.balance_padding else attention_mask
                 of_layer = balance_loss(ffn.probabilities, ffn.weights, mask, ffn.sizes, self.config)
                 balance = of_layer if balance is None else balance + of_layer
+            assert ffn.weights is not None  # its forward has just left them
             routing.append(ffn.weights.detach().bool())
             ffn.probabilities = ffn.weights = None  # they would keep the graph alive
         loss = output.loss if balance is None else output.loss + balance

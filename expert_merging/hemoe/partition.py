@@ -33,8 +33,8 @@ class Settings:
         if self.rounding == "released":
             average = items // self.experts
             return max(round(average / root), 1), round(average * root)
-        average = items / self.experts
-        low, high = math.ceil(average / root - 1e-9), math.floor(average * root + 1e-9)
+        share = items / self.experts
+        low, high = math.ceil(share / root - 1e-9), math.floor(share * root + 1e-9)
         return max(1, min(low, items // self.experts)), max(high, -(-items // self.experts))
 
     def per_domain(self, domains: int) -> int:
@@ -56,7 +56,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a method works on: `scores` [L, N, D] raw, `gates` L times [N, d], `like` another split; some may be None."""
+    """What a method works on: `scores` [L, N, D] raw, `gates` L times [N, d], `like` another split. What METHODS says that
+    the method needs is there; of the rest some may be None."""
 
     settings: Settings
     depth: int  # L
@@ -120,6 +121,7 @@ def hemoe(given: Given) -> dict:
 
     With modules the objective and the bound are those of the modules' problem.
     """
+    assert given.scores is not None
     settings, weights = given.settings, processed(given.scores)
     domains = weights.shape[2]
     items = settings.modules or given.neurons
@@ -127,10 +129,12 @@ def hemoe(given: Given) -> dict:
         raise UserError(f"{given.neurons} neurons do not make {items} modules of equal size; choose a divisor")
     low, high, per_domain = *settings.sizes(items), settings.per_domain(domains)
     solver.check_feasible(items, domains, settings.experts, low, high, per_domain)
-    found = {"experts": [], "serves": [], "objective": [], "bound": [], "gap": [], "seconds": [], "status": []}
+    found: dict[str, list] = {"experts": []}
+    found |= {name: [] for name in ("serves", "objective", "bound", "gap", "seconds", "status")}
     for layer in _progress(given.depth, "HEMoE"):
         member = np.arange(given.neurons)
         if settings.modules:
+            assert given.gates is not None
             member = balanced_clusters(given.gates[layer], items, settings.seed)
         grouped = np.zeros((items, domains))
         np.add.at(grouped, member, weights[layer])
@@ -147,6 +151,7 @@ def hemoe(given: Given) -> dict:
 def moefication(given: Given) -> dict:
     """MoEfication and EMoE: n clusters of equal size of the rows of W_gate, each of length 1. (EMoE differs in its
     router: the mean of W_gate's rows in an expert, not trained.)"""
+    assert given.gates is not None
     settings = given.settings
     return {
         "experts": [
@@ -159,6 +164,7 @@ def moefication(given: Given) -> dict:
 def moebert(given: Given) -> dict:
     """MoEBERT: the (N / n) / 2 neurons most important to all domains together in every expert; of the others, taken in
     turn, a random (N / n) / 2 each. What does not fit is left out."""
+    assert given.scores is not None
     n, size = given.settings.experts, given.neurons // given.settings.experts
     shared, experts = size // 2, []
     for number, total in enumerate(given.scores.sum(2)):
@@ -172,6 +178,7 @@ def moebert(given: Given) -> dict:
 
 def moebert_domains(given: Given) -> dict:
     """MoEBERT for several domains: expert c is the N / n neurons most important to domain c. Needs n = D."""
+    assert given.scores is not None
     n, domains = given.settings.experts, given.scores.shape[2]
     if n != domains:
         raise UserError(f"MoEBERT_domains makes an expert a domain: {n} experts do not fit {domains} domains")
@@ -190,6 +197,7 @@ def random_homogeneous(given: Given) -> dict:
 
 def random_heterogeneous(given: Given) -> dict:
     """Random experts of the sizes of another split, in its order."""
+    assert given.like is not None
     if not given.like.is_partition() or given.like.expert_count != given.settings.experts:
         raise UserError(
             f"random_heterogeneous copies the sizes of a partition into {given.settings.experts} experts; "

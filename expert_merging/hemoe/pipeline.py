@@ -1,6 +1,6 @@
 """What the steps of neighbours/HEMoE_moe_construction.py share: their constants, what a result depends on, where it lies.
 
-HEMOE_DIR/data           instruction data and evaluation tasks made of docstrings (scales tiny and small)
+HEMOE_DIR/data           instruction data and evaluation tasks made of docstrings (scales tiny and night)
 HEMOE_DIR/seed{s}/base   the dense model trained on them (the same scales)
 HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
 .../{method}/            split.npz, split.json, parts/; model/ as converted; tuned/, tuning.json; measure.json; evaluation.json
@@ -77,8 +77,9 @@ def check(c: SimpleNamespace) -> None:
     if bad := [k for k in c.eval_ks if not 0 <= k <= c.num_experts]:
         raise UserError(f"eval_ks holds {bad[0]}; give numbers from 1 to {c.num_experts} (num_experts), or 0 for all")
     at_least(
-        c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "held_out"
-    )
+        c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "held_out",
+        "solver_starts",
+    )  # fmt: skip
     if c.max_tokens < 8:
         raise UserError(f"max_tokens is {c.max_tokens}; an instruction and its output need 8 or more")
     if "MoEBERT_domains" in c.methods and c.num_experts != c.num_domains and c.domains_from == "clusters":

@@ -1,6 +1,6 @@
 """Starting a router from the integer program's map of domains to experts, in the place of noise."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -9,7 +9,7 @@ from expert_merging.hemoe.modeling import HEMoEForCausalLM
 
 
 def start_from_domains(
-    model: HEMoEForCausalLM, batches_of: dict[str, Iterable[dict[str, torch.Tensor]]], ridge: float = 1e-2
+    model: HEMoEForCausalLM, batches_of: Mapping[str, Iterable[dict[str, torch.Tensor]]], ridge: float = 1e-2
 ) -> None:
     """Set every router to the ridge regression from the FFN's input x to y, the map's row of the domain a token is from.
 

@@ -193,13 +193,14 @@ def solve(
     """
     started = time.monotonic()
     if solver == "alternating":
-        best = None
+        best: tuple[np.ndarray, np.ndarray, list[float]] | None = None
         for serves in starts(problem, count, seed):
             labels, serves, history = climb(problem, serves)
             if best is None or history[-1] > best[2][-1]:
                 best = labels, serves, history
             if time.monotonic() - started > seconds / 2:
                 break
+        assert best is not None  # `count` is at least one
         labels, serves, history = best
         left = max(0.0, seconds - (time.monotonic() - started))
         better, _, bound = tighten(problem, serves, history[-1], cheap_bound(problem), left)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class Split:
             pieces, n = np.split(flat, cuts), sizes.shape[1]
             record.pop("sizes")
             serves = record.pop("serves")
-            values = {name: np.array(record.pop(name), dtype=np.float64) for name in _PER_LAYER}
+            values: dict[str, Any] = {name: np.array(record.pop(name), dtype=np.float64) for name in _PER_LAYER}
             return cls(
                 **record, **values, experts=[pieces[i : i + n] for i in range(0, len(pieces), n)],
                 serves=None if serves is None else np.array(serves, dtype=bool),
@@ -133,7 +134,7 @@ class Split:
         """Write the released `{layer}.part.{n}` files: line i names the experts of neuron i, with commas between several,
         empty for none."""
         for number, layer in zip(self.layers, self.experts, strict=True):
-            lines = [[] for _ in range(self.neurons)]
+            lines: list[list[str]] = [[] for _ in range(self.neurons)]
             for expert, indices in enumerate(layer):
                 for i in indices:
                     lines[i].append(str(expert))
@@ -164,7 +165,7 @@ class Split:
         for layer in wanted:
             path = found[layer][0]
             lines = path.read_text().splitlines()
-            groups = [[] for _ in range(n)]
+            groups: list[list[int]] = [[] for _ in range(n)]
             for i, line in enumerate(lines):
                 for word in filter(None, (word.strip() for word in line.split(","))):
                     if not word.isdigit() or int(word) >= n:

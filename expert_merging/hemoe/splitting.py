@@ -51,7 +51,7 @@ def partition(c: SimpleNamespace) -> None:
         folder, wanted = seed_folder(c) / method, pipeline.identity(c, "split", method=method)
         if pipeline.is_done(folder / "split.json", wanted):
             continue
-        if gates is None:
+        if found is None or gates is None:
             found = Scores.load(seed_folder(c) / "scores.npz")
             model, _ = load_dense(c)
             layers = list(c.moe_layers)

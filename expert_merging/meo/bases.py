@@ -115,7 +115,7 @@ def pretrain_once(c: SimpleNamespace, accelerator, folder: Path) -> str:
         tokenizer = new_tokenizer(models.base_tokenizer(c, 8))
         texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())
         blocks = recipes.blocks_of(texts, tokenizer, c.pretraining_length)
-        pretrain(c, accelerator, c.family, tokenizer, blocks, folder)
+        pretrain(c, accelerator, c.family, tokenizer, list(blocks), folder)
     return str(folder)
 
 

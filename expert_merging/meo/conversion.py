@@ -77,6 +77,7 @@ def convert(
     tasks = None
     if level == "task":
         first = model.get_submodule(names[0]).weight
+        assert descriptions is not None  # else refused above
         tasks = TaskDescriptions(descriptions, description_size).to(first.device, first.dtype)
         model.meo_tasks = tasks
     stacks = _stacks(model, tasks)

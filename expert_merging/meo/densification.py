@@ -4,6 +4,7 @@ The merging itself is in switch.py, what is measured in fidelity.py.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +91,10 @@ class Densifier:
 
 def variants(c: SimpleNamespace, experts: int) -> dict[str, dict[str, Any]]:
     """What is compared: {name: settings of `Densifier.candidate`}. `decoded`: whether test examples are written out too."""
-    made = {"no layer": {"k": 0, "decoded": True}, "random, refitted": {"k": -1, "refitted": True, "decoded": True}}
+    made: dict[str, dict[str, Any]] = {
+        "no layer": {"k": 0, "decoded": True},
+        "random, refitted": {"k": -1, "refitted": True, "decoded": True},
+    }
     middle = max(1, experts // 2)
     for k in c.ks:
         for aligned in (False, True)[: 1 + (k > 1)]:
@@ -144,11 +148,14 @@ def compare(
                 result["same_text"] = same / len(texts)
         return result
 
+    def of_label(label: str) -> dict[str, Any]:
+        return {**wanted[label], **of_variant(**wanted[label])}
+
     once("Switch", of_switch)
     once("sizes", lambda: fidelity.sizes(models))
     once("latency", lambda: fidelity.latency({name: model for name, (model, _) in models.items()}, test, tokenizer, c))
     for label in (bar := progress_bar(wanted, desc=name, unit="variant")):
-        once(label, lambda label=label: {**wanted[label], **of_variant(**wanted[label])})
+        once(label, functools.partial(of_label, label))
         bar.set_postfix_str(f"{label}: agreement {found[label]['agreement']:.3f}", refresh=False)
     return {
         "name": name, "task": c.densify, "seed": c.seed, "main_score": task.main_score, "experts": experts,

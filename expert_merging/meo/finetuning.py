@@ -93,7 +93,10 @@ def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None)
         "classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM",
         "language modelling": "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM",
     }[recipe.kind]  # fmt: skip
-    more = {"num_labels": len(labels) or 1} if recipe.kind == "classification" else {}
+    more: dict[str, Any] = {}
+    if recipe.kind == "classification":
+        assert labels is not None  # `recipes.rows_of` gives them
+        more["num_labels"] = len(labels) or 1
     if more.get("num_labels") == 1:
         more["problem_type"] = "regression"
     try:
@@ -127,8 +130,10 @@ def convert(model, variant: Variant, description: list[int]):
         return model
     if variant.how == "block":
         return meo.convert(model, n=1, k=1, level="token", mode="dense")
-    about = {"descriptions": [description]} if variant.level == "task" else {}
-    return meo.convert(model, n=variant.n, k=variant.k, level=variant.level, mode=variant.how, **about)
+    descriptions = [description] if variant.level == "task" else None
+    return meo.convert(
+        model, n=variant.n, k=variant.k, level=variant.level, mode=variant.how, descriptions=descriptions
+    )
 
 
 # ---------------------------------------------------------------- batches
@@ -309,7 +314,8 @@ class _Log:
     """
 
     def __init__(self, path: Path, accelerator):
-        self.path, self.accelerator, self.last = path, accelerator, None
+        self.path, self.accelerator = path, accelerator
+        self.last: tuple[int, float] | None = None  # step and time
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, step: int, loss: torch.Tensor) -> None:

@@ -93,6 +93,7 @@ class StackedLinear(nn.Module):
 
     def task_gates(self) -> Tensor:
         """The gates of every task, [tasks, n], without noise."""
+        assert self.stack.tasks is not None  # at task level
         described = self.task_proj(self.stack.tasks())
         return noisy_top_k(described, self.w_gate, self.w_noise, self.k, training=False).gates
 
@@ -109,7 +110,9 @@ class StackedLinear(nn.Module):
         if isinstance(task, int):
             routing = self.route(described[task : task + 1])
             if self._may_keep():
-                return self._keep(routing)(x)
+                kept = self._keep(routing)
+                assert kept is not None  # one row is never too much
+                return kept(x)
             return self._mix(x.reshape(1, -1, self.d_in), routing).view(*x.shape[:-1], self.d_out)
         if task.shape != x.shape[:1]:
             raise UserError(f"set_task gave {tuple(task.shape)} tasks for {len(x)} sequences")
@@ -128,7 +131,7 @@ class StackedLinear(nn.Module):
     def _by_sequence(self, x: Tensor) -> Tensor:
         stack = self.stack
         if stack.kind == "causal" and stack.decoding:
-            routing = stack.kept.get(f"{self.name}: routing")
+            routing: Routing | None = stack.kept.get(f"{self.name}: routing")
             if routing is None or len(routing.weights) != len(x):
                 raise UserError(f"{self.name}: a step of decoding without its prompt; decode by generate()")
         else:
@@ -157,7 +160,7 @@ class StackedLinear(nn.Module):
         return tuple((p.data_ptr(), p._version) for p in (self.weight, self.bias, self.w_gate) if p is not None)
 
     def _kept(self) -> "KeptMerge | None":
-        kept = self.stack.kept.get(self.name) if self._may_keep() else None
+        kept: KeptMerge | None = self.stack.kept.get(self.name) if self._may_keep() else None
         return kept if kept is not None and kept.of == (self._stamp(), self._task()) else None
 
     def _task(self) -> int | None:

@@ -4,6 +4,8 @@ sum_i g_i (W_i x + b_i) = (sum_i g_i W_i) x + sum_i g_i b_i (MEO, section 3). Th
 tokens and matrices of P numbers, the second 2 S P + 2 k P.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -30,6 +32,7 @@ def mix_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
     """
     n, k = len(weight), routing.experts.shape[1]
     weights, biases = weight.unbind(0), bias.unbind(0) if bias is not None else [None] * n
+    parts: Iterable[tuple[int, Tensor, Tensor]]  # expert, its rows, their shares
     if x.is_meta:  # for counting: which experts are chosen is not known and does not matter
         parts = [(j, torch.arange(len(x), device="meta"), routing.weights[:, j]) for j in range(k)]
     else:
@@ -95,15 +98,14 @@ class _MergedLinear(torch.autograd.Function):
         with without_autocast(x):
             for rows in _tiles(weight, gates, gathered):
                 part, dpart = weight[:, rows], dy[..., rows].to(x.dtype)
-                if for_x:
+                if dx is not None:
                     dx.baddbmm_(dpart, _merged(part, gates, gathered, x.dtype))
-                if for_weight or for_gates:
+                if dweight is not None or dgates is not None:
                     dmerged = torch.bmm(dpart.mT, x).to(weight.dtype).view(len(x), -1)
-                if (
-                    for_weight
-                ):  # straight to its place: a second pass over all experts would cost as much as this product
+                if dweight is not None:
+                    # Straight to its place: a second pass over all experts would cost as much as this product.
                     torch.mm(shares.mT, dmerged, out=dweight[:, rows].flatten(1))
-                if for_gates:
+                if dgates is not None:
                     dgates += (part.flatten(1) @ dmerged.mT).mT.to(dgates.dtype)
         return dx, dweight, dgates, None
 

@@ -2,7 +2,7 @@
 the embedded docstring tasks. Rows are token ids, cut but not padded."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +142,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 # ---------------------------------------------------------------- raw examples
 
 
-def load_raw(task: str, c: SimpleNamespace) -> dict[str, Sequence[dict]]:
+def load_raw(task: str, c: SimpleNamespace) -> Mapping[str, Sequence[dict]]:
     """Raw examples of each split, no more of them than `{split}_examples` (0: all).
 
     Raises UserError where they are neither on the hub nor in the folder that the task's constant names.
@@ -232,7 +232,9 @@ def _documentation(sizes: dict[str, int]) -> dict[str, list[dict]]:
 # ---------------------------------------------------------------- rows
 
 
-def rows_of(task: str, recipe: Recipe, raw: dict[str, Sequence[dict]], tokenizer) -> tuple[dict[str, list[dict]], dict]:
+def rows_of(
+    task: str, recipe: Recipe, raw: Mapping[str, Sequence[dict]], tokenizer
+) -> tuple[dict[str, list[dict]], dict]:
     """({split: rows}, facts): rows hold `input_ids` and, by kind, `label` (a number) or `labels` and `references`.
 
     Facts: {"labels": names, for classification; empty for a regression}.
@@ -242,6 +244,8 @@ def rows_of(task: str, recipe: Recipe, raw: dict[str, Sequence[dict]], tokenizer
         return {split: [{"input_ids": block} for block in of_split] for split, of_split in blocks.items()}, {}
     if recipe.kind == "seq2seq":
         return {split: _pairs(task, raw[split], tokenizer, recipe) for split in SPLITS}, {}
+    texts: tuple[str, ...]
+    label_of: Callable[[Any], float]
     if task == "doc_topic":
         names = sorted({e["label"] for e in raw["train"]})
         texts, label_of = ("text",), names.index

@@ -180,11 +180,11 @@ def finetuning_figures(name: str, records: Records, folder: Path) -> dict[str, s
                 axes.axhline(np.mean(of), color="0.2", lw=1, ls=("-", ":")[number], label=text)
         for number, (how, level) in enumerate(lines):
             ks = sorted({v["k"] for v in _variants(records) if (v["how"], v["level"]) == (how, level)})
-            of = [[value(r) for r in _of(records, how=how, level=level, k=k)] for k in ks]
+            at = [[value(r) for r in _of(records, how=how, level=level, k=k)] for k in ks]
             style = "--" if how == "moe" else "-"
             text = f"{'MoE' if how == 'moe' else 'MEO'} {level}"
             axes.errorbar(
-                ks, [np.mean(v) for v in of], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in of], ls=style, marker="o",
+                ks, [np.mean(v) for v in at], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in at], ls=style, marker="o",
                 ms=4, capsize=2, lw=2.4 if how == "moe" else 1.2, color=f"C{number}", label=text,
             )  # fmt: skip
         ticks = sorted({v["k"] for v in _variants(records) if v["level"]})
@@ -228,7 +228,7 @@ def _layer_error(result: dict, stack: str) -> float:
     return fmean(value for name, value in result["layers"].items() if name.startswith(stack))
 
 
-def _by_seed(records: Records, value: Callable[[dict], float | None], decimals: int) -> Stat | None:
+def _by_seed(records: Records, value: Callable[[dict], float], decimals: int) -> Stat | None:
     """The mean over tasks, for each seed."""
     seeds = sorted({r["seed"] for r in records})
     return stat([fmean(value(r) for r in records if r["seed"] == seed) for seed in seeds], decimals)

@@ -7,6 +7,7 @@ token that is to be predicted.
 
 import inspect
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,12 @@ class Stack:
         self.labels: Tensor | None = None
         self.balances: dict[str, Tensor] = {}
         self.forget()
-        self._source = (None, None)
+        # The encoder's output and mask that `pooled` was made of.
+        self._source: tuple[weakref.ref[Tensor] | None, weakref.ref[Tensor] | None] = (None, None)
 
     def forget(self) -> None:
         """Drop what is kept from step to step."""
-        self.kept: dict[str, object] = {}
+        self.kept: dict[str, Any] = {}  # of each linear a KeptMerge, and under "{name}: routing" a Routing
         self.kept_bytes = 0
 
     def __getstate__(self) -> dict:
@@ -85,7 +87,7 @@ class Stack:
 
     def _prompt_mask(self, given: dict) -> Tensor:
         labels, self.labels = self.labels, None
-        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         size, device = inputs.shape[:2], inputs.device
         if isinstance(self.prompt, Tensor):
             prompt = self.prompt.to(device)

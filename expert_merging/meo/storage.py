@@ -64,7 +64,7 @@ def import_released(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         match[1] for key in state if (match := re.fullmatch(r"(.+)\.experts\.\d+\.dense\.(?:weight|bias)", key))
     }:
         for part in ("weight", "bias"):
-            experts = []
+            experts: list[Tensor] = []
             while (key := f"{name}.experts.{len(experts)}.dense.{part}") in state:
                 experts.append(state.pop(key))
             if experts:

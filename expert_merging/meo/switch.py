@@ -15,6 +15,7 @@ keeps little of what a layer does, the second matrix can be fitted again to the 
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def measure_use(model, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, 
         batches: input_ids, attention_mask [batch, input], labels [batch, target] with -100 where padded; at least one.
     """
     names = list(sparse_layers(model))
-    totals = dict.fromkeys(names, 0)
+    totals: dict[str, Any] = dict.fromkeys(names, 0)  # tensors from the first batch on
     for batch in batches:
         outputs = teacher_forced(model, batch)
         logits = [
@@ -167,7 +168,8 @@ def refit(model, weights: Weights, batches: Iterable[dict[str, torch.Tensor]], r
         batches: as for `measure_use`.
     """
     layers = sparse_layers(model)
-    squares, products = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    squares: dict[str, Any] = dict.fromkeys(layers, 0.0)  # tensors from the first batch on
+    products: dict[str, Any] = dict.fromkeys(layers, 0.0)
     batch: dict[str, torch.Tensor] = {}
 
     def count(layer, arguments, output):
@@ -215,7 +217,7 @@ class MergedExperts(nn.Module):
         if aligned_to is not None:
             wi, wo = align(wi, wo, aligned_to)
         self.by_sequence = gates is None
-        self.wi, self.wo = (wi, wo) if self.by_sequence else merge(wi, wo, gates[None])
+        self.wi, self.wo = (wi, wo) if gates is None else merge(wi, wo, gates[None])
         self.real: torch.Tensor | None = None  # [batch, tokens]: set before each forward of the encoder
         self.merged: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -254,10 +256,10 @@ def merged_experts(
         aligned_to: expert of each sparse layer; see `MergedExperts`.
     """
     layers = sparse_layers(model)
-    merged = {
-        name: MergedExperts(one, k, gates and gates[name], aligned_to and aligned_to[name])
-        for name, one in layers.items()
-    }
+    merged = {}
+    for name, one in layers.items():
+        favourite = aligned_to[name] if aligned_to is not None else None
+        merged[name] = MergedExperts(one, k, gates[name] if gates is not None else None, favourite)
 
     def begin_encoder(_, arguments, named):
         for name, one in merged.items():

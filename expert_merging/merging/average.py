@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers.models.switch_transformers.caem import Average
 
 from expert_merging.merging.named import Tensors
 
@@ -49,10 +50,7 @@ def average_lazily(
         if not first.is_floating_point():
             yield name, first.clone()
             continue
-        total = torch.zeros(first.shape, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        average_of_name = Average(name)
         for i, (model, weight) in enumerate(zip(models, weights, strict=True)):
-            tensor = first if i == 0 else model[name]
-            if tensor.shape != first.shape:
-                raise ValueError(f"{name} is {tuple(first.shape)} in model 0 and {tuple(tensor.shape)} in model {i}")
-            total.add_(tensor.detach().to(total), alpha=weight)
-        yield name, total.to(first.dtype)
+            average_of_name.add(first if i == 0 else model[name], weight)
+        yield name, average_of_name.result()

@@ -5,14 +5,15 @@ the scripts, and it has its line in every table. Methods that adapt coefficients
 settings; `wemoe` makes them. Imports no torch, so that scripts answer `--help` at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from expert_merging.run.constants import Constant
 
-TRAINING_EXAMPLES, TEST_INPUTS, TEST_ANSWERS = "training examples", "test inputs", "test answers"
+TRAINING_EXAMPLES, VALIDATION_INPUTS = "training examples", "validation inputs"
+TEST_INPUTS, TEST_ANSWERS = "test inputs", "test answers"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Method:
             for argument, value in self.settings.items()
         }
 
-    def load(self) -> Callable[..., Iterator[tuple[str, Any]]]:
-        """Its function, `method(base, models, **arguments)`."""
+    def load(self) -> Callable[..., Any]:
+        """Its function, `method(base, models, **arguments)`, which gives (name, tensor); of POOLED a `pooled.Bring`."""
         module, name = self.function.split(".")
         return getattr(import_module(f"expert_merging.merging.{module}"), name)
 
@@ -98,6 +99,19 @@ METHODS = {method.name: method for method in (
     Method("wemoe_batch", "WEMoE, routed by batch", settings={"routing": "batch"}, sees=TEST_INPUTS, adapts="routers"),
     Method("wemoe_oracle", "WEMoE, oracle", settings={"loss": "teacher_forced_gold"}, sees=TEST_ANSWERS, adapts="routers"),
 )}  # fmt: skip
+
+# Methods that bring the pool of all models' experts to as many as the target has; CAEM_multi_task_finetune.py's `merging`.
+POOLED = {method.name: method for method in (
+    Method("m_smoe", "M-SMoE", "m_smoe.m_smoe", sees=VALIDATION_INPUTS),
+    Method("hc_smoe", "HC-SMoE", "hc_smoe.hc_smoe", sees=VALIDATION_INPUTS),
+    Method("reap", "REAP", "reap.reap", sees=VALIDATION_INPUTS),
+    Method("most_used", "most used experts", "floors.most_used", sees=VALIDATION_INPUTS),
+    Method("at_random", "experts at random", "floors.at_random", {"seed": SEED}),
+)}  # fmt: skip
+# What CAEM can share experts out by, and what tables call it; beside these, all but the least to one task.
+SHARES = {
+    "entropy": "by entropy (CAEM)", "inverse": "by inverse entropy", "tokens": "by tokens", "random": "at random",
+}  # fmt: skip
 FROM_WEIGHTS = {name: method for name, method in METHODS.items() if not method.sees}
 
 

@@ -65,7 +65,11 @@ def elect(vectors: Sequence[Computed], keep: float) -> Callable[[str], torch.Ten
 def elected_task_vectors(vectors: Sequence[Computed], keep: float) -> list[Computed]:
     """Each task vector trimmed and zero where it is against the elected sign (AdaMerging++, section 3.2)."""
     elected = elect(vectors, keep)
-    return [Computed(list(vectors[0]), lambda name, i=i: elected(name)[i]) for i in range(len(vectors))]
+
+    def of(i: int) -> Callable[[str], torch.Tensor]:
+        return lambda name: elected(name)[i]
+
+    return [Computed(list(vectors[0]), of(i)) for i in range(len(vectors))]
 
 
 def _threshold(vector: Computed, keep: float) -> float:

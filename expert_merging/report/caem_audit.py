@@ -5,7 +5,6 @@ from typing import Any
 
 from expert_merging.report import claims
 from expert_merging.report.evidence import Evidence, mean_loss
-from expert_merging.report.records import by_stack
 from expert_merging.report.tables import Table, stat
 
 
@@ -51,7 +50,7 @@ def best_on_test(e: Evidence) -> Table:
 
 
 def _allocated_otherwise(a: Any, b: Any) -> int:
-    first, second = by_stack(a, "allocation"), by_stack(b, "allocation")
+    first, second = a["allocation"], b["allocation"]
     return sum(x != y for stack in first for x, y in zip(first[stack], second[stack], strict=True))
 
 

@@ -56,8 +56,8 @@ def claimed(e: Evidence) -> Table:
             numbers = "; ".join(f"{pair}: {Stat(tuple(v), 3)}" for pair, v in kept.items() if v)
             add(claim, verdict, f"kept of the parents' Overall: {numbers}", *kept)
     pair = f"CAEM-{n}-to-{m} + CAEM-{n}"
-    if found := [one["cka"] for (one,) in e.get(pair) if "cka" in one]:
-        lowest = [min(v for task in e.tasks for v in one["after"][task]["encoder"]) for one in found]
+    if similar := [one["cka"] for (one,) in e.get(pair) if "cka" in one]:
+        lowest = [min(v for task in e.tasks for v in one["after"][task]["encoder"]) for one in similar]
         verdict = claims.HELD if min(lowest) > 0.999 else claims.NOT if max(lowest) <= 0.999 else claims.UNKNOWN
         numbers = f"lowest over tasks and layers after fine-tuning: {Stat(tuple(lowest), 4)}"
         add(f"the encoder of {n}-to-{m} equals that of CAEM-{n} (CKA > 0.999 in every layer)", verdict, numbers, pair)

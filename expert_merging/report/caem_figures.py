@@ -1,14 +1,14 @@
 """Which figures the evidence for CAEM allows, and what is drawn in each."""
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from expert_merging.merging.registry import METHODS
-from expert_merging.report import figures
+from expert_merging.report import caem_response, figures
 from expert_merging.report.caem_scores import merging
 from expert_merging.report.evidence import STACKS, Evidence, start_and_epochs
-from expert_merging.report.records import by_stack
 
 
 def draw(e: Evidence, folder: Path) -> dict[str, str]:
@@ -38,18 +38,24 @@ def draw(e: Evidence, folder: Path) -> dict[str, str]:
             ratios = [scores[t][mains[t]] / goals[group, t] for t in e.tasks if goals[group, t] > 0]
             return fmean(ratios) if ratios else 0.0
 
+        def score(task: str, scores: dict[str, Any]) -> float:
+            return scores[task][mains[task]]
+
+        def loss(task: str, scores: dict[str, Any]) -> float:
+            return scores[task]["loss"]
+
         by_score = {
             group: {
-                "Overall": {x: start_and_epochs(e, x, lambda s, g=group: overall(g, s)) for x in members},
-                **{t: {x: start_and_epochs(e, x, lambda s, t=t: s[t][mains[t]]) for x in members} for t in e.tasks},
+                "Overall": {x: start_and_epochs(e, x, partial(overall, group)) for x in members},
+                **{t: {x: start_and_epochs(e, x, partial(score, t)) for x in members} for t in e.tasks},
             }
             for group, members in groups.items()
-        }  # fmt: skip
+        }
         labels = {"Overall": "score / single-task score", **mains}
         caption = f"Scores on validation over epochs{seeds}; 0 is before the joint fine-tuning."
         drawn("scores_over_epochs", caption, figures.over_epochs, by_score, labels, goal="Overall")
         by_loss = {
-            group: {t: {x: start_and_epochs(e, x, lambda s, t=t: s[t]["loss"]) for x in members} for t in e.tasks}
+            group: {t: {x: start_and_epochs(e, x, partial(loss, t)) for x in members} for t in e.tasks}
             for group, members in groups.items()
         }
         caption = f"Cross-entropy on validation over epochs{seeds}."
@@ -72,8 +78,7 @@ def draw(e: Evidence, folder: Path) -> dict[str, str]:
         if all(e.get(f"single-task-{experts} {task}") for task in e.tasks):
             complexity[f"single-task, {experts} experts"] = {
                 stack: {
-                    t: [by_stack(one, "entropy")[stack][t] for (one,) in e.get(f"single-task-{experts} {t}")]
-                    for t in e.tasks
+                    t: [one["entropy"][stack][t] for (one,) in e.get(f"single-task-{experts} {t}")] for t in e.tasks
                 }
                 for stack in STACKS
             }
@@ -89,6 +94,16 @@ def draw(e: Evidence, folder: Path) -> dict[str, str]:
         if values:
             caption = "Overall on test of every way to merge the single-task models, a dot a seed; the bar is the mean."
             drawn("merging", caption, figures.overall_by_method, values)
+    if caem_response.response(e).rows:
+        panels = {
+            f"{task}, {when}": caem_response.points(e, task, when == "after fine-tuning")
+            for when in ("before fine-tuning", "after fine-tuning")
+            for task in e.tasks
+        }
+        caption = (
+            "A task's test score against the experts a layer that it got; a line a seed, least squares over the shares."
+        )
+        drawn("response", caption, figures.response, panels)
     for method in METHODS.values():
         record = e.records[first].get(f"merging-{e.n} {method.name}", {})
         if "routing" in record:

@@ -28,7 +28,7 @@ def scores(e: Evidence) -> Table:
     def add(label: str, name: str, test_of: Callable[[Any], Any], overall_of: Callable[[Any], Any]) -> None:
         records = [one for (one,) in e.get(name)]
         if records:
-            row = {"configuration": label, "Overall": stat([overall_of(one) for one in records], 4)}
+            row: dict[str, Any] = {"configuration": label, "Overall": stat([overall_of(one) for one in records], 4)}
             for task in e.tasks:
                 main = e.main_score(task)
                 row[f"{task} {main}"] = stat([test_of(one)[task][main] for one in records])
@@ -39,13 +39,12 @@ def scores(e: Evidence) -> Table:
             table.rows.append(row | {"from": e.source(name)})
 
     reference = f"reference-{e.n}"
+
+    def add_reference(label: str) -> None:
+        add(label, reference, lambda r: r["rows"][label]["test"], lambda r: r["rows"][label]["overall"]["test"])
+
     for label in dict.fromkeys(label for (one,) in e.get(reference) for label in one["rows"]):
-        add(
-            label,
-            reference,
-            lambda r, x=label: r["rows"][x]["test"],
-            lambda r, x=label: r["rows"][x]["overall"]["test"],
-        )
+        add_reference(label)
     for experts in (e.n, e.m):
         names = [f"single-task-{experts} {task}" for task in e.tasks]
         if found := e.get(*names):

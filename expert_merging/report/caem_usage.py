@@ -4,7 +4,6 @@ from statistics import fmean
 from typing import Any
 
 from expert_merging.report.evidence import STACKS, Evidence, entropy
-from expert_merging.report.records import by_stack
 from expert_merging.report.tables import Table, stat
 
 PAPER_ENTROPIES = {"CAEM-8": (0.4524, 0.5923), "CAEM-8-to-16": (0.3345, 0.5312), "CAEM-16": (0.3966, 0.4677)}
@@ -51,7 +50,7 @@ def allocation(e: Evidence) -> Table:
     )  # fmt: skip
     for name in e.multi_task():
         found = [one for (one,) in e.get(name) if "weights" in one]
-        counts = [by_stack(one, "allocation") for one in found]
+        counts = [one["allocation"] for one in found]
         for stack in STACKS:
             for layer in range(len(counts[0][stack]) if found else 0):
                 row = {"configuration": name, "stack": stack, "sparse layer": str(layer + 1)}

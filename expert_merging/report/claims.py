@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-HELD, NOT, UNKNOWN = "held", "did not hold", "cannot tell"
+from expert_merging.analysis.crossed_bootstrap import HELD, NOT, UNKNOWN
+
 RULE = (
     "A difference is taken within each seed. It holds, or does not, when the 95% t-interval of its mean over seeds lies "
     "on one side of 0; with one seed there is none. Shown: the mean [the interval] (the difference of each seed). The "

@@ -11,7 +11,9 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_atomic, write_json
-from expert_merging.report.records import Groups, by_stack, group_files, source, write
+from expert_merging.experiment.grid import POOLED_CASES
+from expert_merging.report import records
+from expert_merging.report.records import Groups
 
 STACKS = ("encoder", "decoder")
 
@@ -32,7 +34,7 @@ class Evidence:
 
     def source(self, *names: str) -> str:
         """The records of these runs, for a table's column "from"."""
-        return source(self.groups(), *names)
+        return records.source(self.groups(), *names)
 
     def groups(self) -> Groups:
         """The records by seed's file and run."""
@@ -47,6 +49,7 @@ class Evidence:
         n, m = self.n, self.m
         order = [f"Baseline-{n}", f"Baseline-{m}", f"CAEM-{n}", f"CAEM-{n}-to-{m}", f"CAEM-{m}", f"CAEM-{n}-Avg"]
         order += [f"CAEM-{m}-Avg", f"Average-{n}", f"Baseline-{n}-same-compute"]
+        order += [f"{case}-{n}" for case in POOLED_CASES]
         return [name for name in order if self.get(name)]
 
     def pairs(self) -> list[str]:
@@ -81,9 +84,9 @@ def collect(
     groups = {
         f"seed{seed}": {name: read_json(path) for name, path in of_seed.items()} for seed, of_seed in files.items()
     }
-    for old in set(group_files(folder)) - {folder / f"{group}.json" for group in groups}:
+    for old in set(records.group_files(folder)) - {folder / f"{group}.json" for group in groups}:
         old.unlink()
-    write(folder, groups)
+    records.write(folder, groups)
     write_json(folder / "experiment.json", facts | {"tasks": list(tasks)})
     if times is not None and times.exists():
         write_atomic(folder / "times.json", times.read_bytes())
@@ -95,8 +98,33 @@ def read(folder: Path) -> Evidence:
     if not described.exists():
         raise UserError(f"{folder} holds no experiment.json; it is not a report that reproduce_tables.py wrote")
     facts = read_json(described)
-    records = {seed: read_json(folder / f"seed{seed}.json") for seed in facts["seeds"]}
-    return Evidence(facts["scale"], facts["experts_num"], facts["larger_experts_num"], tuple(facts["tasks"]), records)
+    groups = records.read(folder)
+    for seed in facts["seeds"]:
+        if f"seed{seed}" not in groups:
+            raise UserError(f"{folder} lacks seed{seed}.json, of which experiment.json speaks")
+    of_seeds = {seed: groups[f"seed{seed}"] for seed in facts["seeds"]}
+    _refuse_mixed(folder, of_seeds)
+    return Evidence(facts["scale"], facts["experts_num"], facts["larger_experts_num"], tuple(facts["tasks"]), of_seeds)
+
+
+def _refuse_mixed(folder: Path, of_seeds: dict[int, dict[str, Any]]) -> None:
+    """Raises UserError where records were made under different protocols, or runs of one name from different bases: one
+    table would show both."""
+    protocols: dict[Any, str] = {}
+    bases: dict[str, dict[Any, str]] = {}
+    for seed, of_seed in of_seeds.items():
+        for name, record in of_seed.items():
+            where = f"{name} of seed {seed}"
+            protocols.setdefault(record.get("versions", {}).get("protocol"), where)
+            if (base := record.get("identity", {}).get("ancestor")) is not None:
+                bases.setdefault(name, {}).setdefault(base, where)
+    mixed = [("under different versions of docs/protocol.md", protocols)] if len(protocols) > 1 else []
+    mixed += [("from different bases", of_run) for of_run in bases.values() if len(of_run) > 1]
+    for how, found in mixed:
+        first, second = list(found.values())[:2]
+        raise UserError(
+            f"{folder}: {first} and {second} were made {how}; one table would show both: make one of them again"
+        )
 
 
 def start_name(e: Evidence, name: str) -> str:
@@ -116,8 +144,11 @@ def starts(e: Evidence, name: str) -> list[Any]:
 def start_and_epochs(e: Evidence, name: str, value: Callable[[Any], float]) -> list[list[float]]:
     """For each seed `value` of the validation scores {task: scores} before training and after each epoch."""
     curves = []
+    start = start_name(e, name)
     for of_seed in e.records.values():
-        if {name, start_name(e, name)} <= of_seed.keys():
+        if name.startswith("Baseline") and start not in of_seed and (found := e.get(start)):
+            of_seed = {**of_seed, start: found[0][0]}  # the base is the same for every seed, and measured once
+        if {name, start} <= of_seed.keys():
             seed = Evidence(e.scale, e.n, e.m, e.tasks, {0: of_seed})
             epochs = range(len(of_seed[name]["selection"]))
             after = [{t: of_seed[name][f"{t}_data"]["validation"][epoch] for t in e.tasks} for epoch in epochs]
@@ -127,7 +158,7 @@ def start_and_epochs(e: Evidence, name: str, value: Callable[[Any], float]) -> l
 
 def entropy(record: Any, stack: str, task: str) -> float:
     """Normalised entropy of a task's expert use, mean over the sparse layers of a stack."""
-    return fmean(by_stack(record, "entropy")[stack][task])
+    return fmean(record["entropy"][stack][task])
 
 
 def mean_loss(scores: Any, e: Evidence) -> float:

@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from expert_merging.core.files import replacing  # noqa: E402
-from expert_merging.report.records import by_stack  # noqa: E402
 
 plt.rcParams.update({
     "figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -38,9 +37,24 @@ def pretraining_curve(history: list[dict[str, Any]], path: Path, tokens_per_roun
     save_figure(figure, path)
 
 
+def response(panels: dict[str, dict[int, list[tuple[float, float]]]], path: Path) -> None:
+    """Test score against the experts that the task got; panels "{task}, {when}", two rows of as many as there are tasks."""
+    figure, axes = plt.subplots(2, len(panels) // 2, figsize=(3.2 * len(panels) / 2, 5), squeeze=False)
+    for panel, (title, of_seeds) in zip(axes.flat, panels.items(), strict=True):
+        for number, (seed, pairs) in enumerate(of_seeds.items()):
+            experts, scores = np.array(pairs).T
+            panel.plot(experts, scores, "o", color=f"C{number}", markersize=4, label=f"seed {seed}")
+            if np.ptp(experts) > 0:
+                ends = np.array([experts.min(), experts.max()])
+                panel.plot(ends, np.polyval(np.polyfit(experts, scores, 1), ends), color=f"C{number}", linewidth=1)
+        panel.set(title=title, xlabel="experts a layer", ylabel="test score")
+    axes[0, 0].legend(fontsize="small")
+    save_figure(figure, path)
+
+
 def expert_use(history: dict[str, Any], path: Path) -> None:
     """Heat maps of expert use, as in the paper's figure 3: a panel a task and stack; sparse layer x expert, share of tokens."""
-    usage, entropy = by_stack(history, "usage"), by_stack(history, "entropy")
+    usage, entropy = history["usage"], history["entropy"]
     tasks = list(usage["encoder"])
     shares = {
         (stack, task): np.array(grids[task]) / np.maximum(np.sum(grids[task], axis=1, keepdims=True), 1)
@@ -70,7 +84,7 @@ def allocation(history: dict[str, Any], path: Path) -> None:
     """How many of each layer's experts came from which task: stacked bars, encoder and decoder."""
     tasks = history["tasks"]
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
-    for axes, (stack, of_stack) in zip(panels, by_stack(history, "allocation").items(), strict=True):
+    for axes, (stack, of_stack) in zip(panels, history["allocation"].items(), strict=True):
         counts = np.array(of_stack)
         layers = np.arange(1, len(counts) + 1)
         for number, task in enumerate(tasks):

@@ -52,7 +52,8 @@ def check(folder: Path, wing: Wing) -> list[str]:
 
     The Markdown must be there; CSV and LaTeX, which results/ does not keep, only be right where they are.
     """
-    wrong, expected = [], {}
+    wrong: list[str] = []
+    expected: dict[str, str] = {}
     for table in _tables(wing.read(folder), wing):
         expected |= texts(table)
     for name, text in expected.items():

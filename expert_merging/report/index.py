@@ -58,9 +58,11 @@ def _table(folder: Path, groups: records.Groups) -> str:
         for run, seeds in runs.items():
             rows.setdefault((*origin, " ".join(seeds)), []).append(run)
     table = Table(f"{folder}", f"{folder}", f"{sum(map(len, groups.values()))} records.")
-    for (command, commit, seeds), runs in sorted(rows.items(), key=lambda row: row[1]):
+    for (command, commit, of_seeds), names in sorted(rows.items(), key=lambda row: row[1]):
         mark = f" {records.MARK}" if commit.endswith("-dirty") else ""
-        table.rows.append({"runs": ", ".join(runs), "command": f"`{command}`", "seeds": seeds, "commit": commit + mark})
+        table.rows.append({
+            "runs": ", ".join(names), "command": f"`{command}`", "seeds": of_seeds, "commit": commit + mark,
+        })  # fmt: skip
     return table.markdown()
 
 

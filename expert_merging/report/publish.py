@@ -51,9 +51,10 @@ def publish(
     for folder, groups in reports.items():
         with new_folder(folder) as place:
             records.write(place, groups)
-            for name in records.ASIDE if beside else ():
-                if (beside / name).exists():
-                    shutil.copyfile(beside / name, place / name)
+            if beside is not None:
+                for name in records.ASIDE:
+                    if (beside / name).exists():
+                        shutil.copyfile(beside / name, place / name)
             tables += folders.write(place, wing, folder.name)
     _refresh(root)
     return tables

@@ -8,6 +8,7 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_atomic
+from expert_merging.run.released_keys import from_released
 
 Groups = dict[str, dict[str, Any]]  # "seed0", or what a corruption is called -> name of a run -> its record
 ASIDE = ("experiment.json", "times.json")  # facts beside the records
@@ -16,16 +17,6 @@ MARKED = (
     f"{MARK} in the column from: made from a working tree with uncommitted changes, so that no commit gives exactly this "
     "run again."
 )
-_KEYS = {
-    "usage": ("expert_usage_grid", "expert_usage_grid_de"),
-    "entropy": ("entropy", "entropy_de"),
-    "allocation": ("record_stay_num_experts_en", "record_stay_num_experts_de"),
-}  # the keys of the released code
-
-
-def by_stack(record: dict[str, Any], what: str) -> dict[str, Any]:
-    """{"encoder": ..., "decoder": ...} of what a training run notes per stack: usage, entropy or allocation."""
-    return {stack: record[key] for stack, key in zip(("encoder", "decoder"), _KEYS[what], strict=True)}
 
 
 def group_files(folder: Path) -> list[Path]:
@@ -44,7 +35,7 @@ def read(folder: Path) -> Groups:
             groups[path.name] = {file.stem: read_json(file) for file in sorted(path.glob("*.json"))}
     if not any(groups.values()):
         raise UserError(f"{folder} has no records; run the script that makes them first, or name another folder")
-    return groups
+    return {group: {run: from_released(record) for run, record in runs.items()} for group, runs in groups.items()}
 
 
 def write(folder: Path, groups: Groups) -> None:

@@ -126,7 +126,7 @@ def _text(value: Any) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Stat):
             flat[name], flat[f"{name} sd"] = value.mean, value.sd

@@ -15,13 +15,14 @@ import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.host_memory import keep_freed_memory
 from expert_merging.core.scales import SCALES, ByScale
+from expert_merging.core.threads import share_cores
 from expert_merging.run.deviations import deviates
 from expert_merging.run.devices import become_several
 
@@ -49,7 +50,7 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
     import global_config
 
     lines = {**_constants(vars(global_config)), **_constants(script)}
-    comments = {**_comments(global_config), **_comments(script)}
+    comments = {**_comments(vars(global_config)), **_comments(script)}
     for name, value in lines.items():
         if isinstance(value, Constant):
             lines[name], comments[name] = value.default, value.comment
@@ -97,6 +98,7 @@ def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoRe
     130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has died."""
     try:
         interrupts.watch()
+        share_cores()
         constants = read_constants(script)
         become_several()
         keep_freed_memory()
@@ -176,9 +178,9 @@ def _boolean(text: str) -> bool:
 _boolean.__name__ = "bool"  # argparse names the type in its message
 
 
-def _comments(source: ModuleType | dict[str, Any]) -> dict[str, str]:
-    """The comment on the line of each top-level assignment: {name: comment}."""
-    text = Path(source["__file__"] if isinstance(source, dict) else source.__file__).read_text(encoding="utf-8")
+def _comments(script: dict[str, Any]) -> dict[str, str]:
+    """The comment on the line of each top-level assignment of the file with these globals: {name: comment}."""
+    text = Path(script["__file__"]).read_text(encoding="utf-8")
     at_line = {
         token.start[0]: token.string.lstrip("# ").strip()
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

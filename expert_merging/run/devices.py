@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 from expert_merging.core.errors import UserError
 
@@ -56,7 +57,7 @@ def precision_of(constants: SimpleNamespace) -> str:
         return constants.precision.replace("auto", "fp32")
     import torch
 
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def become_several() -> None:
@@ -76,7 +77,8 @@ def become_several() -> None:
     start = next((i for i, word in enumerate(words) if word.endswith(("launch", "launch.py"))), len(words))
     try:
         given = launch_command_parser().parse_args(words[start + 1 :])
-        config = load_config_from_file(given.config_file) if given.config_file else None
+        # Where there is none, asking None for its number of processes is the AttributeError below.
+        config: Any = load_config_from_file(given.config_file) if given.config_file else None
         machines, processes = given.num_machines or 1, int(given.num_processes or config.num_processes)
     except (SystemExit, TypeError, AttributeError) as error:
         raise UserError(
@@ -85,7 +87,7 @@ def become_several() -> None:
     if config and config.distributed_type == "FSDP":
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ.update({name.upper(): str(value) for name, value in config.fsdp_config.items()})
-    place = ["--standalone"]
+    place: list[str | int] = ["--standalone"]
     if machines > 1:
         place = ["--nnodes", machines, "--node_rank", given.machine_rank, "--master_addr", given.main_process_ip]
         place += ["--master_port", given.main_process_port]

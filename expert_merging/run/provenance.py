@@ -1,6 +1,7 @@
 """Where a number comes from: the command, the versions, the commit."""
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import shlex
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PROTOCOL = ROOT / "docs" / "protocol.md"
 
 
 def command() -> str:
@@ -20,8 +22,8 @@ def command() -> str:
 
 @functools.cache  # of the start of the run, though the repository may move on
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on, the hash of the patched model's files as they are
-    installed, and the repository's commit."""
+    """Versions of Python and of the libraries that numbers depend on, the hashes of the patched model's files as they are
+    installed and of the protocol that says how results will be judged, and the repository's commit."""
     from caem_files import install
 
     names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge-score", "numpy")
@@ -29,6 +31,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{n: importlib.metadata.version(n) for n in names},
         "patch": install.fingerprint(),
+        "protocol": hashlib.sha256(PROTOCOL.read_bytes()).hexdigest()[:12],
         "commit": commit(ROOT),
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import hold, read_json, write_atomic, write_json
 from expert_merging.run import devices, provenance
+from expert_merging.run.released_keys import from_released
 
 # Where things lie, how often they are saved, and what only the use of memory depends on does not change a result.
 _WITHOUT_EFFECT = (
@@ -27,7 +28,12 @@ _WITHOUT_EFFECT = (
     "gradient_checkpointing", "merge_only", "test_each_epoch",
 )  # fmt: skip
 _KEYS = ("identity", "asked", "constants")  # under which an identity stands; the second and third in older records
-_BEFORE = {"precision": "fp32"}  # entries that older records lack
+_BEFORE = {
+    "precision": "fp32",
+    "train_sample": 0,
+    "shares": "entropy",
+    "pool_inputs": 256,
+}  # entries that older records lack
 
 
 # ---------------------------------------------------------------- names
@@ -78,7 +84,7 @@ def identity(constants: SimpleNamespace, only: Iterable[str] | None = None, **mo
 
 def made_with(record: dict[str, Any]) -> dict[str, Any]:
     """The identity that a record notes, also one of an older version, in which precision stood beside it."""
-    noted = next((record[key] for key in _KEYS if key in record), {})
+    noted: dict[str, Any] = next((record[key] for key in _KEYS if key in record), {})
     return {"precision": "bf16"} | noted if record.get("precision") == "bf16" else noted
 
 
@@ -139,7 +145,7 @@ def is_done(
 def part(path: str | Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """What `save` wrote on the way to a result, without the notes of its making; None where it is not there or was made
     with another identity, and is to be made again."""
-    record = read_json(path) if Path(path).exists() else None
+    record = from_released(read_json(path)) if Path(path).exists() else None
     if record is None or changes(made_with(record), wanted):
         return None
     return {name: value for name, value in record.items() if name not in (*_KEYS, "command", "versions")}
@@ -148,15 +154,18 @@ def part(path: str | Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 # ---------------------------------------------------------------- on disk
 
 
-def save(path: str | Path, identity: dict[str, Any], record: dict[str, Any], pickled: bool = False) -> dict[str, Any]:
+def save(
+    path: str | Path, identity: dict[str, Any], record: dict[str, Any], released: dict[str, Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Write a result with its identity, the command and the versions, and return all of it; an entry of `record` wins.
 
-    `pickled`: also as .pkl, for users of the released code. The JSON comes last: its being there means that both are.
+    `released`: what goes into the .pkl of the same name, for users of the released code. The JSON comes last: its being
+    there means that both are.
     """
     path = Path(path)
     content = {"command": provenance.command(), "versions": provenance.versions(), "identity": identity, **record}
-    if pickled:
-        write_atomic(path.with_name(f"{path.stem}.pkl"), pickle.dumps(content))
+    if released is not None:
+        write_atomic(path.with_name(f"{path.stem}.pkl"), pickle.dumps(released))
     write_json(path, content)
     return content
 
@@ -165,7 +174,7 @@ def load(path: str | Path, remedy: str) -> dict[str, Any]:
     """Read a result. Raises UserError where it is absent (`remedy` is the command that makes it) or damaged."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist; run: {remedy}")
-    return read_json(path)
+    return from_released(read_json(path))
 
 
 def _short(value: Any) -> str:

@@ -51,9 +51,9 @@ def beam_search(
         best, places = scores.flatten(1).topk(2 * beams)
 
         went_on = []  # (total, row it continues, token) of every row
+        ranked = torch.stack([best.double(), places.double()], dim=-1).tolist()  # the step's one wait for the device
         for number, example in enumerate(examples):
-            ranked = zip(best[number].tolist(), places[number].tolist(), strict=True)
-            went_on += _continue(ranked, number, hypotheses[example], tokens, scores.shape[-1], settings)
+            went_on += _continue(ranked[number], number, hypotheses[example], tokens, scores.shape[-1], settings)
         in_use = [number for number, example in enumerate(examples) if len(hypotheses[example]) < beams]
         if not in_use:
             return [_best(one) for one in hypotheses]
@@ -63,20 +63,19 @@ def beam_search(
             kept = torch.tensor(in_use, device=device)
             attention_mask, encoded = attention_mask[kept], (encoded[0][kept],)
             cache.cross_attention_cache.reorder_cache(kept)
-        total, origin, token = zip(*went_on, strict=True)
-        origin = torch.tensor(origin, device=device)
-        tokens = torch.cat([tokens[origin], torch.tensor(token, device=device).unsqueeze(1)], dim=1)
-        totals = torch.tensor(total, device=device).view(-1, beams)
+        total, origin, token = torch.tensor(went_on, dtype=torch.float64).T.to(device)
+        origin = origin.long()
+        tokens = torch.cat([tokens[origin], token.long().unsqueeze(1)], dim=1)
+        totals = total.float().view(-1, beams)
         cache.self_attention_cache.reorder_cache(origin)
         for module in keepers if leave else ():
             module.take_rows(origin)
 
     # No room for more: what is unfinished counts as it is.
-    for number, example in enumerate(examples):
+    for number, (example, unfinished) in enumerate(zip(examples, totals.tolist(), strict=True)):
         if len(hypotheses[example]) < beams:
-            for beam in range(beams):
-                written = tokens[number * beams + beam]
-                hypotheses[example].add(written, totals[number, beam].item(), generated_len=length - 1)
+            for beam, total in enumerate(unfinished):
+                hypotheses[example].add(tokens[number * beams + beam], total, generated_len=length - 1)
     return [_best(one) for one in hypotheses]
 
 
@@ -103,7 +102,7 @@ def _continue(ranked, number: int, found: BeamHypotheses, tokens, vocabulary: in
     """
     beams, went_on, was_done = settings.num_beams, [], len(found) == settings.num_beams
     for rank, (total, place) in enumerate(ranked):
-        row, token = number * beams + place // vocabulary, place % vocabulary
+        row, token = number * beams + int(place) // vocabulary, int(place) % vocabulary
         if token != settings.eos_token_id:
             went_on.append((total, row, token))
         elif rank < beams and not was_done:

@@ -77,9 +77,11 @@ def load_model(path: str | Path, constant: str):
         if kind != "switch_transformers":
             raise UserError(f"{constant}: {path} holds a {kind} model, not a Switch Transformer")
         config = SwitchTransformersConfig.from_pretrained(folder or path)
-        return SwitchTransformersForConditionalGeneration.from_pretrained(
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(
             folder or path, config=config, torch_dtype=torch.float32
         )
+        model.set_usage_counting(None)  # until it is asked for: it costs a product per sparse layer
+        return model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = f"a whole model in the folder {path}" if folder else f"the folder {path}, nor that model on the hub"
         raise UserError(f"{constant}: did not find {where} ({first_line(error)}); bring the model's folder") from error

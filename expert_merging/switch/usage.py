@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.models.switch_transformers.modeling_switch_transformers import normalized_entropy
+from transformers.models.switch_transformers.caem import normalized_entropy
 
 from expert_merging.run import sharding
 
@@ -23,11 +23,8 @@ def layer_entropies(grid: list[list[int]]) -> list[float]:
     return [round(value, 6) for value in normalized_entropy(torch.tensor(grid)).tolist()]
 
 
-def as_released(usage: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{task: {stack: grid}} under the released code's keys, with the entropies of each layer beside."""
+def per_stack(usage: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{task: {stack: grid}} as a history holds it: "usage" and the layers' "entropy", both {stack: {task: ...}}."""
     grids = {stack: {task: both[stack] for task, both in usage.items()} for stack in STACKS}
     entropies = {stack: {task: layer_entropies(grid) for task, grid in grids[stack].items()} for stack in STACKS}
-    return {
-        "expert_usage_grid": grids["encoder"], "expert_usage_grid_de": grids["decoder"],
-        "entropy": entropies["encoder"], "entropy_de": entropies["decoder"],
-    }  # fmt: skip
+    return {"usage": grids, "entropy": entropies}

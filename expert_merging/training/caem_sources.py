@@ -1,8 +1,9 @@
 """CAEM from the folders and histories that single_task_finetune.py leaves (paper, Algorithm 1).
 
-The method itself - entropy, allocation, merging - is in caem_files/modeling_switch_transformers.py, as pure functions.
+The method itself - entropy, allocation, merging - is in caem_files/caem.py, as pure functions.
 """
 
+import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,21 @@ from typing import Any
 
 import torch
 from transformers import SwitchTransformersConfig
-from transformers.models.switch_transformers.modeling_switch_transformers import merge_lazily, merged_config
+from transformers.models.switch_transformers.caem import merge_lazily, merged_config, normalized_entropy
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
+from expert_merging.data import features
 from expert_merging.merging.average import average_lazily
+from expert_merging.merging.pooled import Bring, merge_pools
+from expert_merging.merging.registry import POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.deviations import deviates, of_method
+from expert_merging.switch import expert_pool, models
 from expert_merging.switch.usage import STACKS
 from expert_merging.training.overall import single_task_history
-
-_USAGE_KEYS = {"encoder": "expert_usage_grid", "decoder": "expert_usage_grid_de"}
 
 
 @dataclass
@@ -45,8 +48,12 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
     Raises UserError where one is missing, damaged, of another ancestor, shape or number of experts, or without usage; and
     when `target_experts` is out of range or `c.merging` unknown.
     """
-    if c.merging not in ("caem", "average"):
-        raise UserError(f"merging is {c.merging!r}; it must be caem or average")
+    if c.merging not in ("caem", "average", *POOLED):
+        raise UserError(f"merging is {c.merging!r}; there are caem, average, {', '.join(POOLED)}")
+    if c.shares not in (*SHARES, *tasks):
+        raise UserError(f"shares is {c.shares!r}; there are {', '.join((*SHARES, *tasks))}")
+    if c.pool_inputs < 0:
+        raise UserError(f"pool_inputs is {c.pool_inputs}; give the number of inputs a task, or 0 for all")
     if c.merging == "average" and target_experts != experts:
         raise UserError(
             f"merging average keeps the {experts} experts of its sources; target_experts_num is {target_experts}"
@@ -103,7 +110,7 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
 def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int) -> dict[str, list[list[int]]]:
     """{stack: grid} counted as the reading asks: by the training run, or afterwards by tools/count_expert_usage.py."""
     if deviates(c.reading, "counts") == deviates(history["identity"]["reading"], "counts"):
-        return {stack: history[key][task] for stack, key in _USAGE_KEYS.items()}
+        return {stack: history["usage"][stack][task] for stack in STACKS}
     counted = counted_usage(c, task, experts)
     wanted = (of_method(c.reading, "counts"), c.max_input_length)
     return next(row["usage"] for row in counted["rows"] if (row["counting"], row["input_length"]) == wanted)
@@ -118,23 +125,29 @@ def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]
 def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:
     """Merge `sources` into the Hugging Face folder `folder` with `c.target_experts_num` experts a sparse layer.
 
-    `c.merging` is "caem" or, as a control, "average": every tensor averaged, experts slot by slot. Returns the record
-    that goes into the history; for CAEM each stack's entropies, the experts each task got in each layer
-    (record_stay_num_experts_en / _de) and the tasks' weights.
+    `c.merging` is "caem", or a method that pools the sources' experts, or, as a control, "average": every tensor averaged,
+    experts slot by slot. Returns the record that goes into the history; for CAEM, per stack, the sources' entropies, the
+    experts each task got in each layer ("allocation"), which these are, and the tasks' weights; for a pooled method, per
+    layer, the members of the pool in each expert (source 0's first).
 
     Raises UserError where the sources' tensors do not fit together.
     """
     identity, path = merging_identity(c, sources), folder / "merging.json"
     if accelerator.is_main_process and results.part(path, identity) is None:
         weights = [SafetensorsFolder(source.folder) for source in sources]
+        observed = observe_pool(c, accelerator, sources, weights) if c.merging in POOLED else {}
         with new_folder(folder) as temporary:
             try:
                 if c.merging == "average":
                     tensors, record, projection = average_lazily(weights), {}, "paper"
+                elif c.merging in POOLED:
+                    members, tensors = merge_pools(weights, observed, c.target_experts_num, pooled_method(c))
+                    record, projection = {"pool": members}, "paper"
                 else:
                     rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
                     usage = [source.usage for source in sources]
-                    record, tensors = merge_lazily(weights, usage, c.target_experts_num, c.alpha, rule, projection)
+                    by = None if c.shares == "entropy" else other_shares(c, sources)
+                    record, tensors = merge_lazily(weights, usage, c.target_experts_num, c.alpha, rule, projection, by)
                     _warn_of_no_entropy(record)
                     record = _as_history(record)
                 write_tensors(tensors, temporary)
@@ -144,18 +157,58 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
             sources[0].tokenizer.save_pretrained(temporary)
             results.save(temporary / "merging.json", identity, record)
     accelerator.wait_for_everyone()
-    record = results.part(path, identity)
+    written = results.part(path, identity)
+    assert written is not None  # above, where it was not there
     if c.merging == "caem":
-        accelerator.print(allocation_lines(record, tuple(source.task for source in sources)))
-    return record
+        accelerator.print(allocation_lines(written, tuple(source.task for source in sources)))
+    return written
 
 
 def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any]:
     """What the merged model depends on."""
-    return {
+    identity = {
         "sources": {source.task: source.weights_sha256 for source in sources},
         "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
     }  # fmt: skip
+    if c.merging in POOLED:
+        identity |= {
+            name: getattr(c, name) for name in ("pool_inputs", "validation_examples", "max_decoder_length", "seed")
+        }
+    return identity if c.shares == "entropy" else identity | {"shares": c.shares, "seed": c.seed}
+
+
+def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, list[float]]]:
+    """Of each source, per stack and sparse layer, what `c.shares` shares the experts out by in place of the entropies."""
+    shares: list[dict[str, list[float]]] = []
+    for number, source in enumerate(sources):
+        shares.append({})
+        for stack in STACKS:
+            usage = source.usage[stack]
+            if c.shares == "inverse":
+                values = 1 / normalized_entropy(usage).clamp_min(1e-6)
+            elif c.shares == "tokens":
+                values = usage.sum(-1)
+            elif c.shares == "random":
+                values = torch.rand(len(usage), generator=torch.Generator().manual_seed(1000 * c.seed + number))
+            else:  # a task's name: all but the least go to it
+                values = torch.full((len(usage),), float(source.task == c.shares))
+            shares[-1][stack] = values.tolist()
+    return shares
+
+
+def observe_pool(c: SimpleNamespace, accelerator, sources: list[Source], weights) -> dict[str, Any]:
+    """What `c.pool_inputs` validation inputs of each task say of the sources' experts, {layer: observed}."""
+    tokenizer = sources[0].tokenizer
+    inputs = [features.load(source.task, c, tokenizer)["validation"] for source in sources]
+    rows = [one.select(range(min(c.pool_inputs or len(one), len(one)))) for one in inputs]
+    loaders = [functools.partial(models.load_model, source.folder, "single-task model") for source in sources]
+    return expert_pool.observe(weights, loaders, rows, tokenizer, c, accelerator.device)
+
+
+def pooled_method(c: SimpleNamespace) -> Bring:
+    """The method `c.merging` with its arguments."""
+    method = POOLED[c.merging]
+    return functools.partial(method.load(), **method.arguments(vars(c)))
 
 
 def _warn_of_no_entropy(record: dict[str, Any]) -> None:
@@ -168,21 +221,18 @@ def _warn_of_no_entropy(record: dict[str, Any]) -> None:
 
 
 def _as_history(record: dict[str, Any]) -> dict[str, Any]:
-    """The merging record under the released code's keys."""
+    """The merging record as histories have it, {what: {stack: ...}}."""
     return {
-        "record_stay_num_experts_en": record["encoder"]["allocation"],
-        "record_stay_num_experts_de": record["decoder"]["allocation"],
-        "entropies": {stack: record[stack]["entropies"] for stack in STACKS},
-        "experts": {stack: record[stack]["experts"] for stack in STACKS},
-        "weights": {stack: record[stack]["weights"] for stack in STACKS},
+        what: {stack: record[stack][what] for stack in STACKS}
+        for what in ("allocation", "entropies", "experts", "weights")
     }
 
 
 def allocation_lines(record: dict[str, Any], tasks: tuple[str, ...]) -> str:
     """Experts a task in each sparse layer, and the weights of all else, for people to read."""
     lines = []
-    for stack, key in (("encoder", "en"), ("decoder", "de")):
-        for layer, counts in enumerate(record[f"record_stay_num_experts_{key}"]):
+    for stack in STACKS:
+        for layer, counts in enumerate(record["allocation"][stack]):
             shares = ", ".join(f"{task} {n}" for task, n in zip(tasks, counts, strict=True))
             lines.append(f"{stack}, sparse layer {layer + 1}: experts from {shares}")
         weights = ", ".join(f"{task} {w:.3f}" for task, w in zip(tasks, record["weights"][stack], strict=True))

@@ -4,9 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from expert_merging.data.scores import pack
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
-from expert_merging.switch import decoding
+from expert_merging.switch import decoding, usage
 from expert_merging.switch.cross_entropy import task_loss
 from expert_merging.training.overall import overall
 
@@ -28,6 +29,25 @@ def shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[
     ]
 
 
+def on_split(
+    c: SimpleNamespace, accelerator, model, tokenizer, data, split: str, label: str
+) -> dict[str, dict[str, Any]]:
+    """{task: its "scores" on a split, "each" example's main score, packed, the experts' "usage" there,
+    {stack: [sparse layer][expert]}, as the model was told to count, and a few "examples"}."""
+    found = {}
+    for task, features in data.items():
+        model.reset_expert_usage()
+        scores, predictions = decoding.evaluate_task(
+            model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
+        )
+        counted = usage.read_usage(model, accelerator)
+        scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
+        each = pack(get_task(task).score_each(predictions, features[split]["references"]))
+        examples = shown(features[split], predictions, tokenizer)
+        found[task] = {"scores": scores, "each": each, "usage": counted, "examples": examples}
+    return found
+
+
 def scoring_identity(c: SimpleNamespace, data: dict[str, str], goals: dict | None, **model: Any) -> dict[str, Any]:
     """What the scores of a model depend on: the constants `SCORED_WITH`, the data (each task's hash), what Overall divides
     by, and the `model`, by whatever tells it from others."""
@@ -39,21 +59,20 @@ def test_once(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of `model` as it is; noted in `path`, and read from there when they are there and have this identity.
 
-    {"validation": {task: scores}, "test": ..., "overall": {"validation": number, "test": ...}}
+    {"validation": {task: scores}, "test": ..., "test_each": {task: packed}, "overall": {"validation": number, "test": ...}}
     """
     if results.part(path, identity) is None:
         model = sharding.place(accelerator, model)
         result: dict[str, Any] = {"overall": {}}
         for split in ("validation", "test"):
-            result[split] = {}
-            for task, features in data.items():
-                scores, _ = decoding.evaluate_task(
-                    model, features[split], get_task(task), tokenizer, c, accelerator, f"{split}: {task}"
-                )
-                scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
-                result[split][task] = scores
+            found = on_split(c, accelerator, model, tokenizer, data, split, f"{split}:")
+            result[split] = {task: one["scores"] for task, one in found.items()}
+            if split == "test":
+                result["test_each"] = {task: one["each"] for task, one in found.items()}
             result["overall"][split] = goals and overall(result[split], goals[split])
         if accelerator.is_main_process:
             results.save(path, identity, result)
         accelerator.wait_for_everyone()
-    return results.part(path, identity)
+    written = results.part(path, identity)
+    assert written is not None  # above, where it was not there
+    return written

@@ -21,11 +21,13 @@ from expert_merging.data.features import collate, folder_of, padded_lengths
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
 from expert_merging.run.deviations import deviates, of_method
-from expert_merging.switch import decoding, models, usage
-from expert_merging.switch.cross_entropy import task_loss
+from expert_merging.switch import models
+from expert_merging.switch.idle_experts import pass_over_idle
 from expert_merging.training import checkpoints, loop
-from expert_merging.training.evaluate import shown
+from expert_merging.training.evaluate import on_split
+from expert_merging.training.histories import history_of
 from expert_merging.training.overall import overall, selection_split, summary
+from expert_merging.training.released_history import as_released
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def finetune(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
     )
+    if not sharding.is_sharded(model):
+        pass_over_idle(model, optimizer)
     lengths = {task: _lengths(features["train"]) for task, features in data.items()}
     per_epoch = min(len(features["train"]) for features in data.values())
 
@@ -95,18 +99,7 @@ def finetune(
         return token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
 
     def evaluate(split: str, label: str) -> dict[str, dict[str, Any]]:
-        result = {}
-        for task, features in data.items():
-            model.reset_expert_usage()
-            scores, predictions = decoding.evaluate_task(
-                model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
-            )
-            counted = usage.read_usage(model, accelerator)
-            scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
-            result[task] = {
-                "scores": scores, "usage": counted, "examples": shown(features[split], predictions, tokenizer),
-            }  # fmt: skip
-        return result
+        return on_split(c, accelerator, model, tokenizer, data, split, label)
 
     def after_epoch(epoch: int) -> dict[str, Any]:
         split = selection_split(c.reading)
@@ -116,12 +109,12 @@ def finetune(
         if c.test_each_epoch or split == "test":
             tested = evaluate("test", f"epoch {epoch + 1}: testing")
         chosen_by = {task: one["scores"] for task, one in (tested if split == "test" else result).items()}
-        value = overall(chosen_by, goals and goals[split])
+        value = overall(chosen_by, goals[split] if goals else None)
         line = ", ".join(f"{task} {one[get_task(task).main_score]:.2f}" for task, one in scores.items())
         accelerator.print(f"{name} epoch {epoch + 1}: {line}" + (f", Overall {value:.4f}" if goals else ""))
         return {
             "selection": value, "scores": scores, "usage": {task: one["usage"] for task, one in result.items()},
-            "test": {task: {key: one[key] for key in ("scores", "examples")} for task, one in tested.items()},
+            "test": {task: {key: one[key] for key in ("scores", "each", "examples")} for task, one in tested.items()},
         }  # fmt: skip
 
     started = time.strftime("%Y-%m-%d %H:%M")
@@ -136,39 +129,13 @@ def finetune(
     model = sharding.place(accelerator, models.load_model(checkpoints.best_folder(work, epochs), "best epoch"))
     result = epochs[best]["test"] or evaluate("test", "testing")
 
-    history = {
-        "name": name, "started": started,
-        "device": str(accelerator.device.type), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision, "sharded": sharding.is_sharded(model),
-        "seconds": sum(epoch["seconds"] for epoch in epochs),
-        "parameters": model.num_parameters(),
-        "experts_num": model.config.num_experts, "tasks": list(data),
-        "train_loss": [epoch["train_loss"] for epoch in epochs],
-        "epoch_seconds": [epoch["seconds"] for epoch in epochs],
-        "best_epoch": best + 1,
-        "selection": [epoch["selection"] for epoch in epochs],
-        **{
-            f"{task}_data": {
-                "main_score": get_task(task).main_score,
-                "validation": [epoch["scores"][task] for epoch in epochs],
-                "test": result[task]["scores"],
-                "test_epochs": [epoch["test"][task]["scores"] for epoch in epochs if epoch["test"]],
-                "examples": result[task]["examples"],
-            }
-            for task in data
-        },
-        **usage.as_released(epochs[best]["usage"]),
-        **(more or {}),
-    }  # fmt: skip
-    if goals:
-        scores = {task: one["scores"] for task, one in result.items()}
-        validation = overall(epochs[best]["scores"], goals["validation"])
-        history["overall"] = {"validation": validation, "test": overall(scores, goals["test"])}
+    history = history_of(accelerator, model, name, started, epochs, result, goals, more or {})
     model = sharding.whole(accelerator, model)
     if accelerator.is_main_process:
         models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
         models.save_model(model, tokenizer, models_folder / name)
-        results.save(histories_folder / f"{name}.json", identity, history, pickled=True)
+        released = as_released(history, [epoch["usage"] for epoch in epochs], goals)
+        results.save(histories_folder / f"{name}.json", identity, history, released)
         checkpoints.release(work)
     accelerator.wait_for_everyone()
     accelerator.print(summary(history))
@@ -222,8 +189,9 @@ def data_hashes(c: SimpleNamespace, tasks: list[str]) -> dict[str, str]:
 
 def _lengths(features) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of every input and of every target."""
-    columns = [features.with_format("arrow")[name] for name in ("input_ids", "labels")]
-    return tuple(np.array([len(ids) for ids in column.to_pylist()]) for column in columns)
+    columns = (features.with_format("arrow")[name] for name in ("input_ids", "labels"))
+    inputs, targets = (np.array([len(ids) for ids in column.to_pylist()]) for column in columns)
+    return inputs, targets
 
 
 def _passes(task: str, group: np.ndarray, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> list[Pass]:

@@ -61,7 +61,7 @@ def train(
         UserError: the loss or a weight is no longer a number, out of memory, or a checkpoint cannot be read or written
             or is another run's. The last good checkpoint stays.
     """
-    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": []}
+    progress: dict[str, Any] = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": []}
     if sharding.is_sharded(model):
         sharding.pass_over_unused(model, optimizer)
     else:

@@ -66,7 +66,7 @@ def summary(history: dict[str, Any]) -> str:
         f"{history['name']}: best epoch {history['best_epoch']} of {len(history['selection'])}, {history['seconds']:.0f} s",
         "test  " + scores_line(test, history.get("overall", {}).get("test")),
     ]
-    for stack, key in (("encoder", "entropy"), ("decoder", "entropy_de")):
-        for task, entropies in history[key].items():
+    for stack, of_tasks in history["entropy"].items():
+        for task, entropies in of_tasks.items():
             lines.append(f"expert-usage entropy, {stack}, {task}: " + " ".join(f"{value:.3f}" for value in entropies))
     return "\n".join(lines)

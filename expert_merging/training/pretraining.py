@@ -12,6 +12,7 @@ import torch
 from expert_merging.core.files import new_folder, read_json, write_json
 from expert_merging.data import docstring_reader, docstring_splits, documentation
 from expert_merging.switch.base_model import new_tokenizer
+from expert_merging.switch.idle_experts import pass_over_idle
 from expert_merging.switch.span_corruption import corrupt_spans
 from expert_merging.switch.usage import STACKS, layer_entropies, read_usage
 from expert_merging.training import loop
@@ -147,6 +148,7 @@ def pretrain(c: SimpleNamespace, accelerator, model, text: Corpus, work: Path) -
     # fast for the queries. So a tensor's rate follows its size, as Adafactor has it (Shazeer and Stern, 2018, section 8).
     groups = [{"params": [p], "lr": c.pretraining_lr * math.sqrt(p.square().mean().item())} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    pass_over_idle(model, optimizer)
     return loop.train(
         accelerator, model, optimizer, num_epochs=c.num_rounds, steps_of=lambda number: steps_of_round(number, text, c),
         loss_of=loss_of, after_epoch=after_round, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0,
@@ -169,7 +171,8 @@ def save_best(c: SimpleNamespace, best: Path, tokenizer, folder: Path) -> None:
 
     model = SwitchTransformersForConditionalGeneration.from_pretrained(best)
     model.config.router_aux_loss_coef = 0.001  # as in Switch-Base
-    if c.scale != "tiny":  # where epochs are few and random numbers cost a third of the time
+    if c.scale == "paper":  # at the others epochs are few and random numbers cost a third of the time
         model.config.dropout_rate = 0.1
+    model.config._name_or_path = ""  # not where the checkpoint lay
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

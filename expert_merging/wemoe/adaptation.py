@@ -94,7 +94,7 @@ def adapt(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     settings = {"steps": steps, "lr": lr, "guard": guard, "floor": floor, "window": window}
     identity = {"tasks": list(tasks), **settings, **(identity or {})}
-    record = {
+    record: dict[str, Any] = {
         **settings, "seconds": 0.0, "steps_done": 0,
         "loss": {task: [] for task in tasks}, "marginal_entropy": {task: [] for task in tasks}, "collapsed": [],
     }  # fmt: skip

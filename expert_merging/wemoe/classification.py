@@ -154,11 +154,15 @@ def evaluate(
     """
     layers = dict(ensembles(model))
     right, loss, count = ({task.name: 0.0 for task in tasks} for _ in range(3))
-    weights = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
+    # Sums, tensors from the first batch on.
+    weights: dict[str, dict[str, Any]] = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
     batches = list(_batches(tasks, s, mixed))
     for batch in progress_bar(batches, title, leave=False):
         embedded = embed(model, torch.cat([task.pixels(indices) for task, indices in batch]))
-        routing = {name: layer.last_weights.expand(len(embedded), -1) for name, layer in layers.items()}
+        routing = {}
+        for name, layer in layers.items():
+            assert layer.last_weights is not None  # the pass above has just left them
+            routing[name] = layer.last_weights.expand(len(embedded), -1)
         start = 0
         for task, indices in batch:
             here = slice(start, start := start + len(indices))
@@ -169,7 +173,9 @@ def evaluate(
             count[task.name] += len(indices)
             for name, of_layer in routing.items():
                 weights[name][task.name] = weights[name][task.name] + of_layer[here].float().sum(dim=0).cpu()
-    found = {name: {"accuracy": right[name] / count[name], "loss": loss[name] / count[name]} for name in right}
+    found: dict[str, Any] = {
+        name: {"accuracy": right[name] / count[name], "loss": loss[name] / count[name]} for name in right
+    }
     if layers:
         found["routing_weights"] = {
             layer: {name: [round(w, 5) for w in (total / count[name]).tolist()] for name, total in of_layer.items()}
@@ -212,7 +218,7 @@ def run_method(
         model = copy.deepcopy(base).requires_grad_(False)
         info = _model_info(model)  # of as many models as there are tasks
         info |= {key: len(experts) * info[key] for key in ("all_params", "effective_params", "bytes")}
-        record = {"model_info": info}
+        record: dict[str, Any] = {"model_info": info}
         model.to(device)
         for task in tasks:
             if task.name in experts:
@@ -230,6 +236,7 @@ def run_method(
         seconds["adapt"] = adaptation["seconds"]
     if isinstance(model, AdaMerged):
         coefficients = {name: [round(float(x), 5) for x in own] for name, own in model.learnt().items()}
+        assert adaptation is not None  # the coefficients have gradients
         adaptation["coefficients"] = coefficients if "layer" in method else next(iter(coefficients.values()))
         model = model.merged(model.model)
     started = time.monotonic()

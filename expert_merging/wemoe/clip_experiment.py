@@ -58,7 +58,7 @@ class Pool:
     """theta_0, {task: the tensors of its fine-tuned vision tower}, and what tells images apart: the tasks' data and heads."""
 
     base: nn.Module
-    experts: dict[str, Mapping[str, torch.Tensor]]
+    experts: Mapping[str, Mapping[str, torch.Tensor]]
     images: dict[str, clip.Images]
     heads: dict[str, torch.Tensor]
     processor: Any

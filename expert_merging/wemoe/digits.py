@@ -4,6 +4,8 @@ Everything CLIP has is there in small: a vision transformer whose projection is 
 frozen "text" embeddings of its classes, here random. So merging goes by the same code, offline, in minutes on a CPU.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +78,7 @@ def test_tasks(seed: int, examples: int = 0) -> list[Task]:
     made, head = [], heads(seed)
     for name, transform in TRANSFORMS.items():
         own = transform(pixels)
-        made.append(Task(name, labels.tolist(), head[name], lambda indices, own=own: own[indices]))
+        made.append(Task(name, labels.tolist(), head[name], functools.partial(operator.getitem, own)))
     return made
 
 

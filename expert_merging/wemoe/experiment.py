@@ -79,7 +79,7 @@ class Sources:
         """What `method` makes of the models with the constants `c`."""
         arguments = method.arguments(vars(self.c))
         if method.adapts:
-            return {"coefficients": self.adamerging, "routers": self.wemoe}[method.adapts](**arguments)
+            return self.adamerging(**arguments) if method.adapts == "coefficients" else self.wemoe(**arguments)
         if method.statistics:
             statistics = {"information": self.fisher_information, "grams": self.gram_matrices}
             arguments[method.statistics] = statistics[method.statistics]()
@@ -163,6 +163,7 @@ class Sources:
         )
 
     def _adapt(self, parameters: list[nn.Parameter], loss: AnswerLoss, lr: float) -> dict[str, Any]:
+        assert self.checkpoint is not None  # `make_once` says where
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         record = adapt(
             parameters, self.tasks, loss, self.c.adapt_steps, lr, self.c.adapt_guard, window=self.c.adapt_window,
@@ -377,7 +378,7 @@ def finish(
 ) -> str:  # fmt: skip
     """Write a method's history, and of a WEMoE the heat map of its routing; returns what it says in a line."""
     c = sources.c
-    history = {
+    history: dict[str, Any] = {
         "name": name, "method": method, "started": time.strftime("%Y-%m-%d %H:%M"),
         "device": str(accelerator.device.type), "processes": 1, "threads": torch.get_num_threads(),
         "experts_num": c.experts_num, "tasks": list(sources.tasks),
@@ -395,5 +396,5 @@ def finish(
         from expert_merging.report import figures
 
         figures.routing(history, Path(c.PICKLE_PATH) / f"{name}_routing.png")
-    results.save(f"{c.PICKLE_PATH}/{name}.json", identity, history, pickled=True)
+    results.save(f"{c.PICKLE_PATH}/{name}.json", identity, history)
     return f"{method}: " + overall.scores_line(tested["test"], tested["overall"].get("test"))

@@ -57,8 +57,11 @@ class WeightEnsemblingFFN(nn.Module):
         self.base = copy.deepcopy(base_ffn).requires_grad_(False)
         # Not named `router`: that name is the Switch layer's own, which other code asks for.
         self.gate = router
-        self.routing, self.form = routing, None
-        self.token_mask = self.given_weights = self.last_weights = None
+        self.routing = routing
+        self.form: str | None = None
+        self.token_mask: torch.Tensor | None = None
+        self.given_weights: torch.Tensor | None = None
+        self.last_weights: torch.Tensor | None = None
         self.names = [name for name, _ in self.base.named_parameters()]
         kind = SparseVectors if sparse else DenseVectors
         self.vectors = nn.ModuleList(kind([vector[name] for vector in task_vectors]) for name in self.names)
@@ -154,12 +157,13 @@ class _Routed:
 def _join(outputs: list):
     """Outputs of single samples, as one: tensors put together along the batch, tuples and dicts item by item."""
     first = outputs[0]
+    kind = type(first)
     if torch.is_tensor(first):
         return torch.cat(outputs)
     if isinstance(first, Mapping):
-        return type(first)({key: _join([output[key] for output in outputs]) for key in first})
+        return kind({key: _join([output[key] for output in outputs]) for key in first})
     if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(items)) for items in zip(*outputs, strict=True))
+        return kind(_join(list(items)) for items in zip(*outputs, strict=True))
     return first
 
 

@@ -23,7 +23,7 @@ MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "
 
 def seen_and_unseen(found: dict[str, Any], tasks: Sequence[str], unseen: Sequence[str]) -> dict[str, float]:
     """Mean accuracy over the tasks that were merged and over those that were not."""
-    means = {}
+    means: dict[str, float] = {}
     for key, names in (("seen_accuracy", [t for t in tasks if t not in unseen]), ("unseen_accuracy", unseen)):
         values = [found[name]["accuracy"] for name in names if name in found]
         means |= {key: sum(values) / len(values)} if values else {}

@@ -35,10 +35,11 @@ def with_tied_names(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Ma
 
 def route(model: nn.Module) -> nn.Module:
     """Let an up-scaled encoder-decoder model route as described above; returns it. To be called after `checkpoints.load`."""
-    stacks = [getattr(model, f"get_{name}", lambda: None)() for name in ("encoder", "decoder")]
-    if None in stacks:
+    encoder, decoder = (getattr(model, f"get_{name}", lambda: None)() for name in ("encoder", "decoder"))
+    if encoder is None or decoder is None:
         raise ValueError(f"{type(model).__name__} has no encoder and decoder")
-    for stack, hook in zip(stacks, (_RouteEncoder(), _RouteDecoder()), strict=True):
+    hooks: list[_RouteEncoder | _RouteDecoder] = [_RouteEncoder(), _RouteDecoder()]
+    for stack, hook in zip((encoder, decoder), hooks, strict=True):
         hook.layers = [layer for _, layer in ffn.ensembles(stack)]
         stack.register_forward_pre_hook(hook, with_kwargs=True)
     return model
@@ -76,7 +77,7 @@ class _RouteDecoder:
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is None:
             raise ValueError("the decoder routes by the encoder's output; give encoder_hidden_states")
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         if states is self.states and len(tokens) == self.rows and not torch.is_grad_enabled():
             return
         self.states, self.rows = None if torch.is_grad_enabled() else states, len(tokens)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from stock_switch import ours
+from stock_switch import caem
 
-allocate_experts, normalized_entropy = ours.allocate_experts, ours.normalized_entropy
+allocate_experts, normalized_entropy = caem.allocate_experts, caem.normalized_entropy
 
 
 def ideal_shares(entropies, target, alpha):

@@ -20,7 +20,8 @@ def merged(world, tmp_path):
 
     def merge(usage):
         c = SimpleNamespace(
-            merging="caem", reading="paper", alpha=1.0, target_experts_num=4, scale="tiny", seed=0,
+            merging="caem", shares="entropy", pool_inputs=256, reading="paper", alpha=1.0, target_experts_num=4,
+            scale="tiny", seed=0,
             SOURCE_MODEL_WEIGHT_PATH=str(tmp_path / "models"), SOURCE_PICKLE_PATH=str(tmp_path / "histories"),
         )  # fmt: skip
         (tmp_path / "histories").mkdir()
@@ -38,14 +39,14 @@ def merged(world, tmp_path):
 def test_a_layer_without_tokens_is_said_and_gets_one_expert(merged):
     with pytest.warns(UserWarning, match="xsum: no validation token reached encoder sparse layer 2"):
         record = merged({"ag_news": [EVEN, EVEN], "squad": [EVEN, EVEN], "xsum": [EVEN, NONE]})
-    assert record["record_stay_num_experts_en"][1] == [1, 2, 1]  # shares 2, 2, 0; one each at least, the first gives
+    assert record["allocation"]["encoder"][1] == [1, 2, 1]  # shares 2, 2, 0; one each at least, the first gives
     assert record["entropies"]["encoder"][2] == [1.0, 0.0]
 
 
 def test_no_entropy_in_any_task_is_said_and_shared_evenly(merged):
     with pytest.warns(UserWarning, match="decoder sparse layer 1: every task uses one expert only .* shared evenly"):
         record = merged({task: [ONE, EVEN] for task in TASKS})
-    assert record["record_stay_num_experts_de"] == [[2, 1, 1], [2, 1, 1]]  # 4/3 each, the odd one to the first
+    assert record["allocation"]["decoder"] == [[2, 1, 1], [2, 1, 1]]  # 4/3 each, the odd one to the first
     assert all(chosen[0] == 1 for chosen in record["experts"]["decoder"][0])  # the one in use comes along
 
 

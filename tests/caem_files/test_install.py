@@ -10,6 +10,7 @@ import pytest
 
 CAEM_FILES = Path(__file__).resolve().parents[2] / "caem_files"
 NAMES = ["configuration_switch_transformers.py", "modeling_switch_transformers.py"]
+ADDED = ["caem.py", "cpu_kernels.py"]
 
 
 @pytest.fixture
@@ -54,7 +55,10 @@ def test_apply_check_revert(site):
     assert contents(site) == after  # again changes nothing
 
     assert run(site, "--revert").returncode == 0
-    assert installed(site) == originals and set(before) <= set(contents(site))
+    assert installed(site) == originals
+    assert contents(site) == before | {
+        f"models/switch_transformers_stock/{name}": before[f"models/switch_transformers/{name}"] for name in NAMES
+    }
     assert run(site, "--check").returncode == 1
     assert run(site, "--revert").returncode == 0
 
@@ -73,7 +77,7 @@ def test_a_newer_patch_never_replaces_the_kept_originals(site, tmp_path):
 
 
 def test_files_copied_by_hand_count_as_patched_but_cannot_be_reverted(site):
-    for name in NAMES:
+    for name in NAMES + ADDED:
         shutil.copy(CAEM_FILES / name, site / "transformers" / "models" / "switch_transformers" / name)
     assert run(site, "--check").returncode == 0
     assert run(site).returncode == 0
@@ -113,7 +117,16 @@ def test_a_read_only_folder(site):
         folder.chmod(0o755)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ADDED)
+def test_a_missing_file_of_ours_is_half_a_patch(site, name):
+    run(site)
+    (site / "transformers" / "models" / "switch_transformers" / name).unlink()
+    half = run(site, "--check")
+    assert half.returncode == 1 and half.stdout.startswith("half a patch") and name in half.stdout
+    assert run(site).returncode == 0 and run(site, "--check").returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES + ADDED)
 def test_one_changed_byte_is_a_stale_patch(site, name):
     run(site)
     path = site / "transformers" / "models" / "switch_transformers" / name

@@ -1,6 +1,9 @@
 """The fast ways of the patched Switch Transformers, which models as small as the other tests' do not take by themselves."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -8,18 +11,28 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stock_switch import PLAIN, batch, build, needs_stock, ours, same, stock, switch_settings
+from stock_switch import PLAIN, batch, build, cpu_kernels, needs_stock, ours, same, stock, switch_settings
 
 few = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 10_000)
 
 
 def fast():
-    """Every float32 product takes the way of the large ones."""
-    return mock.patch.object(ours, "_PRODUCT_FROM", 1)
+    """Every float32 product takes the way of the large ones on a processor with AVX-512."""
+    return mock.patch.multiple(cpu_kernels, PRODUCT_FROM=1, ONEDNN=True)
 
 
-onednn = pytest.mark.skipif(not ours._ONEDNN, reason="this torch has no oneDNN")
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize(("capability", "used"), [("avx2", "False"), ("avx512", "True")])
+def test_the_kernels_are_for_avx512(capability, used):
+    code = "from transformers.models.switch_transformers import cpu_kernels; print(cpu_kernels.ONEDNN)"
+    if capability.upper() > torch.backends.cpu.get_cpu_capability():
+        pytest.skip(f"this processor has no {capability}")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == used
 
 
 @onednn
@@ -106,7 +119,7 @@ def test_attention_on_the_cpu_is_its_formula(seed, rows, heads, queries, keys, m
     torch.manual_seed(seed)
     if dropout:
         drawn = int(torch.randint(2**62, ()))
-        for row, head, _, one in ours._weights_by_head(query, key, bias, mask, dropout, drawn):
+        for row, head, _, one in cpu_kernels._weights_by_head(query, key, bias, mask, dropout, drawn):
             assert all(x in (0.0, pytest.approx(1 / (1 - dropout))) for x in one.unique().tolist())
             kept[row, head] = one
     given_ = torch.randn(rows, heads, queries, 4)
@@ -114,7 +127,7 @@ def test_attention_on_the_cpu_is_its_formula(seed, rows, heads, queries, keys, m
     wanted = torch.autograd.grad(expected, leaves, given_)
 
     torch.manual_seed(seed)
-    made = ours._Attend.apply(query, key, value, bias, mask, dropout)
+    made = cpu_kernels.Attend.apply(query, key, value, bias, mask, dropout)
     same(made, expected)
     same(torch.autograd.grad(made, leaves, given_), wanted)
 
@@ -123,7 +136,7 @@ def test_attention_on_the_cpu_is_its_formula(seed, rows, heads, queries, keys, m
 def test_attention_drops_as_many_weights_as_asked():
     query = torch.zeros(2, 3, 50, 4)
     torch.manual_seed(0)
-    made = ours._Attend.apply(query, query, torch.ones_like(query), None, None, 0.25)
+    made = cpu_kernels.Attend.apply(query, query, torch.ones_like(query), None, None, 0.25)
     assert made.mean().item() == pytest.approx(1.0, abs=0.02)  # mean of 15,000 weights, kept with 3/4, times 4/3
     assert made.std().item() == pytest.approx((1 / 3 / 50) ** 0.5, rel=0.2)
 
@@ -134,7 +147,7 @@ def test_attention_keeps_memory_linear_in_the_length():
         query, key, value, _, _, _ = attention_inputs(0, 2, 3, length, length, False, False)
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
-            ours._Attend.apply(query, key, value, None, None, 0.0)
+            cpu_kernels.Attend.apply(query, key, value, None, None, 0.0)
         return sum(numbers)
 
     assert kept(64) == 2 * kept(32) > 0
@@ -142,8 +155,8 @@ def test_attention_keeps_memory_linear_in_the_length():
 
 @contextlib.contextmanager
 def as_on_a_gpu():
-    """The way of GPUs, with torch's kernels for CPUs."""
-    with mock.patch.object(torch.Tensor, "is_cuda", True):
+    """The way of GPUs with grouped products, with torch's kernels for CPUs."""
+    with mock.patch.object(torch.Tensor, "is_cuda", True), mock.patch.object(ours, "_has_grouped_products", bool):
         yield
 
 
@@ -244,11 +257,48 @@ def test_quantised_or_adapted_experts_run_one_by_one():
 
 @onednn
 def test_linear_layers_without_a_bias_in_float32_only_go_by_onednn():
-    layer, states = ours._Linear(6, 4, bias=False), torch.randn(2, 3, 6)
-    with fast(), mock.patch.object(ours, "_product", side_effect=AssertionError("oneDNN")):
+    layer, states = cpu_kernels.Linear(6, 4, bias=False), torch.randn(2, 3, 6)
+    with fast(), mock.patch.object(cpu_kernels, "product", side_effect=AssertionError("oneDNN")):
         with pytest.raises(AssertionError, match="oneDNN"):
             layer(states)
         same(layer(states[:0]), F.linear(states[:0], layer.weight))
-        half, biased = layer.to(torch.bfloat16), ours._Linear(6, 4)
+        half, biased = layer.to(torch.bfloat16), cpu_kernels.Linear(6, 4)
         same(half(states.bfloat16()), F.linear(states.bfloat16(), half.weight))
         same(biased(states), F.linear(states, biased.weight, biased.bias))
+
+
+CAPABILITIES = [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
+
+
+@pytest.mark.parametrize(("capability", "grouped"), CAPABILITIES)
+def test_grouped_products_only_where_the_gpu_has_them(capability, grouped):
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
+        assert ours._has_grouped_products.__wrapped__(torch.device("cuda", 0)) == grouped
+    layer = ours.SwitchTransformersSparseMLP(ours.SwitchTransformersConfig(**PLAIN | {"d_model": 16})).bfloat16()
+    way = mock.Mock(side_effect=AssertionError("at once"))
+    with as_on_a_gpu(), mock.patch.object(layer, "_run_experts_at_once", way):
+        with mock.patch.object(ours, "_has_grouped_products", lambda device: grouped):
+            with pytest.raises(AssertionError, match="at once") if grouped else contextlib.nullcontext():
+                layer(torch.randn(2, 5, 16).bfloat16())
+
+
+@few
+@given(switch_settings(), seeds, st.booleans())
+def test_the_router_keeps_its_precision_under_autocast(config, seed, training):
+    """Its choices and probabilities are those of a router in float32 on the same states."""
+    torch.manual_seed(seed)
+    config = ours.SwitchTransformersConfig(**config | {"router_jitter_noise": 0.0})
+    router = ours.SwitchTransformersTop1Router(config).train(training)
+    for dtype in (torch.float32, torch.bfloat16):
+        states = torch.randn(3, 9, config.d_model).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            chosen, probability, logits = router(states)
+        wanted = router(states.float())
+        assert logits.dtype == torch.float32 and torch.equal(logits, wanted[2])
+        assert torch.equal(chosen, wanted[0]) and torch.equal(probability, wanted[1].to(dtype))
+
+
+def test_the_router_computes_in_bf16_where_its_dtype_says_so():
+    router = ours.SwitchTransformersTop1Router(ours.SwitchTransformersConfig(**PLAIN, router_dtype="bfloat16"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router(torch.randn(2, 5, 12))[2].dtype == torch.bfloat16

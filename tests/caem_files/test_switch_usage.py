@@ -54,10 +54,19 @@ def test_released_counts_all_positions_after_the_cut(config, seed):
         assert torch.equal(usage[stack], torch.stack(kept))
 
 
-def test_off_by_default_adds_up_and_resets():
+def test_until_asked_it_counts_in_evaluation_as_the_released_code_does():
     model, data = build(ours, PLAIN), batch(0)
-    model(**data)
+    model.train()(**data)
     assert not any(counts.any() for counts in model.expert_usage().values())
+    model.eval()(**data)
+    unasked = model.expert_usage()
+    assert unasked["encoder"].sum() > data["attention_mask"].sum()  # padding, too
+    for stack, counts in counted(model, "released", **data).items():
+        assert torch.equal(counts, unasked[stack])
+
+
+def test_it_adds_up_and_resets():
+    model, data = build(ours, PLAIN), batch(0)
     once = counted(model, **data)
     model(**data)
     assert torch.equal(model.expert_usage()["encoder"], 2 * once["encoder"])

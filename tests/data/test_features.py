@@ -89,6 +89,24 @@ def test_limits_take_the_first_of_one_order(data, tmp_path, tokenizer):
     assert len(features.load("ag_news", ample, tokenizer)["train"]) == 36
 
 
+def test_each_seed_draws_its_own_training_sample(data, tmp_path, tokenizer):
+    whole = raw_data.constants(data, tmp_path)
+    for task in ("ag_news", "squad"):
+        features.prepare(task, whole, tokenizer)
+
+    def sample(seed: int, task: str = "ag_news", size: int = 12) -> list[dict]:
+        return features.load(task, raw_data.constants(data, tmp_path, seed=seed, train_sample=size), tokenizer)[
+            "train"
+        ].to_list()
+
+    everything = features.load("ag_news", whole, tokenizer)["train"].to_list()
+    assert len(sample(0)) == 12 and all(row in everything for row in sample(0))
+    assert sample(0) == sample(0) and sample(0) != sample(1)
+    assert sorted(map(str, sample(3, size=len(everything)))) == sorted(map(str, everything))
+    asked = raw_data.constants(data, tmp_path, seed=0, train_sample=10_000)
+    assert "train_sample is 10000, but squad has" in refused("squad", asked, tokenizer)
+
+
 def test_same_again_however_it_is_batched(data, tmp_path, tokenizer, monkeypatch):
     manifests = [features.prepare("xsum", raw_data.constants(data, tmp_path / x), tokenizer) for x in "ab"]
     assert manifests[0] == manifests[1]

@@ -61,8 +61,9 @@ def test_ag_news(tmp_path):
 
 
 def test_ag_news_validation_is_the_tenth_that_datasets_draws(tmp_path):
+    """Shuffled before, as the released preprocessing does."""
     raw = load("ag_news", raw_data.write_ag_news(tmp_path, train=200))
-    whole = Dataset.from_dict({"i": list(range(200))}).train_test_split(test_size=0.1, seed=42)
+    whole = Dataset.from_dict({"i": list(range(200))}).shuffle(seed=42).train_test_split(test_size=0.1, seed=42)
     numbers = [int(e["text"].split()[1]) for e in raw["validation"]]
     assert numbers == list(whole["test"]["i"])
 

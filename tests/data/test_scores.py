@@ -1,13 +1,16 @@
 """Scores: tables of values worked out by hand from the published definitions, and properties."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.data.metrics.squad_v1 import exact_match, f1
-from expert_merging.data.scores import accuracy, rouge, squad
+from expert_merging.data.scores import accuracy, pack, rouge, squad, unpack
+from expert_merging.data.tasks import get_task, task_names
 
 words = st.lists(st.sampled_from(["cat", "The", "a", "mat.", "--", "naïve", "1,000"]), max_size=6).map(" ".join)
 
@@ -93,3 +96,33 @@ def test_accuracy():
 def test_scores_refuse_what_they_cannot_mean(score, predictions, references):
     with pytest.raises(ValueError):
         score(predictions, references)
+
+
+@given(st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=1, max_size=5))
+def test_the_main_score_is_the_mean_of_each_example_s(pairs):
+    predictions, references = zip(*pairs, strict=True)
+    for task in map(get_task, task_names()):
+        each = task.score_each(predictions, references)
+        assert len(each) == len(pairs) and np.mean(each) == pytest.approx(
+            task.score(predictions, references)[task.main_score]
+        )
+        alone = [task.score([p], [r])[task.main_score] for p, r in pairs]
+        assert each == pytest.approx(alone)
+
+
+@given(st.lists(st.integers(0, 10_000), max_size=50))
+def test_packed_scores_come_back_to_hundredths(hundredths):
+    text = pack([one / 100 for one in hundredths])
+    assert unpack(text).tolist() == [one / 100 for one in hundredths]
+    assert text.isascii() and "\n" not in text
+
+
+def test_packed_scores_are_short():
+    rng = random.Random(0)
+    assert len(pack([100.0 * (rng.random() < 0.4) for _ in range(2000)])) < 600
+
+
+@pytest.mark.parametrize("text", ["eJx", "AAAA", "not base 64"])
+def test_damaged_packed_scores_are_no_scores(text):
+    with pytest.raises(ValueError):
+        unpack(text)

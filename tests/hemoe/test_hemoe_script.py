@@ -197,6 +197,7 @@ def test_curves_are_compared_at_equal_shares():
         ({"eval_ks": (1, 9)}, "eval_ks holds 9"),
         ({"balance_scale": "n"}, "balance_scale: there is no 'n'"),
         ({"tune_steps": 0}, "tune_steps is 0"),
+        ({"solver_starts": 0}, "solver_starts is 0"),
         (
             {"domains_from": "clusters", "num_experts": 3, "methods": ("MoEBERT_domains",)},
             "MoEBERT_domains makes an expert a domain",

@@ -43,7 +43,7 @@ def test_half_precision_is_added_up_in_single():
     [
         (lambda m: m.clear(), None, "no model"),
         (lambda m: m[1].pop("b"), None, "only one of them has b"),
-        (lambda m: m[1].update(b=torch.zeros(5)), None, r"b is \(4,\) in model 0 and \(5,\) in model 1"),
+        (lambda m: m[1].update(b=torch.zeros(5)), None, r"b is \(4,\) in one model and \(5,\) in another"),
         (lambda m: None, [0.5, 0.6], "weights adding up"),
     ],
 )

@@ -34,9 +34,8 @@ def history(name, tasks, value, overall=None, experts=4, **more):
         "name": name, "command": f"python {name}.py", "versions": {"commit": "abc", "torch": "2"}, "tasks": list(tasks),
         "identity": {"lr": 0.1, "seed": 0}, "device": "cpu", "processes": 1, "threads": 1, "seconds": 12.5,
         "parameters": 4_800_000, "experts_num": experts, "selection": [0.5, 0.6], "best_epoch": 2,
-        "expert_usage_grid": {task: [[5, 3, 2, 0], [1, 1, 1, 7]] for task in tasks},
-        "expert_usage_grid_de": {task: [[5, 3, 2, 0], [1, 1, 1, 7]] for task in tasks},
-        "entropy": entropy, "entropy_de": entropy, **more,
+        "usage": {stack: {task: [[5, 3, 2, 0], [1, 1, 1, 7]] for task in tasks} for stack in ("encoder", "decoder")},
+        "entropy": {"encoder": entropy, "decoder": entropy}, **more,
     }  # fmt: skip
     for task in tasks:
         epochs = [scored(value - 1, 1.2)[task], scored(value, 1.1)[task]]
@@ -51,7 +50,7 @@ def history(name, tasks, value, overall=None, experts=4, **more):
 def caem(name, value, overall, counts=((1, 3), (2, 2))):
     return history(
         name, TASKS, value, overall, before=with_overall(value / 2, overall / 4),
-        record_stay_num_experts_en=[list(layer) for layer in counts], record_stay_num_experts_de=[[2, 2], [2, 2]],
+        allocation={"encoder": [list(layer) for layer in counts], "decoder": [[2, 2], [2, 2]]},
         weights={"encoder": [0.4, 0.6], "decoder": [0.5, 0.5]},
     )  # fmt: skip
 
@@ -97,7 +96,7 @@ def records(shift=0.0):
     made["Baseline-6"] = history("Baseline_[6]", TASKS, 40.0, 0.90, experts=6)
     for name, overall in (("CAEM-4", 1.0), ("CAEM-4-Avg", 0.95), ("Average-4", 0.94), ("CAEM-4-counts", 0.97)):
         made[name] = caem(name, 42.0, overall + shift)
-    made["CAEM-4-counts"]["record_stay_num_experts_en"] = [[1, 3], [3, 1]]
+    made["CAEM-4-counts"]["allocation"]["encoder"] = [[1, 3], [3, 1]]
     for name, overall in (("CAEM-4-to-6", 0.99), ("CAEM-6", 0.98), ("CAEM-6-Avg", 0.97)):
         made[name] = caem(name, 42.0, overall + shift) | {"experts_num": 6}
     made["merging-4 average"] = merged("average", 20.0, 0.4 + shift)

@@ -19,7 +19,7 @@ def script(tmp_path):
     path.write_text('task_type = "squad"  # which task\nnum_expert = 8\nmerge_only = False\n')
     return {
         "__file__": str(path), "__doc__": "A script.", "task_type": "squad", "num_expert": 8, "merge_only": False,
-        "steps": by_scale(paper=3, small=2, tiny=1), "NAME": "{task_type}-{num_expert}-{experts}", "_private": 1,
+        "steps": by_scale(paper=3, night=2, tiny=1), "NAME": "{task_type}-{num_expert}-{experts}", "_private": 1,
     }  # fmt: skip
 
 
@@ -38,13 +38,13 @@ def test_command_line_beats_scale_beats_line(script):
 
 
 def test_a_constant_of_the_library_is_an_option_with_its_comment(script, capsys):
-    script["depth"] = Constant("depth", by_scale(paper=3, small=2, tiny=1), "how deep")
+    script["depth"] = Constant("depth", by_scale(paper=3, night=2, tiny=1), "how deep")
     assert (
         read_constants(script, ["--scale", "tiny"]).depth == 1 and read_constants(script, ["--depth", "7"]).depth == 7
     )
     with pytest.raises(SystemExit):
         read_constants(script, ["--help"])
-    assert "how deep [paper 3, small 2, tiny 1]" in capsys.readouterr().out
+    assert "how deep [paper 3, night 2, tiny 1]" in capsys.readouterr().out
 
 
 def test_references_follow_overrides(script):
@@ -87,7 +87,7 @@ def test_help_shows_values_and_comments(script, capsys):
     with pytest.raises(SystemExit) as exit:
         read_constants(script, ["--help"])
     out = capsys.readouterr().out
-    assert exit.value.code == 0 and "which task [squad]" in out and "paper 3, small 2, tiny 1" in out
+    assert exit.value.code == 0 and "which task [squad]" in out and "paper 3, night 2, tiny 1" in out
 
 
 def test_shared_arguments_round_trip(script):

@@ -1,6 +1,7 @@
 """The protocol of a run: what a result depends on, whether it is done, what is taken up, and what runs are called."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -34,12 +35,12 @@ def test_auto_is_what_it_comes_to_on_this_machine(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not including_emulation)
     assert results.identity(constants(device="cuda"))["precision"] == "bf16"
     assert results.identity(constants(device="auto"))["precision"] == "bf16"
     assert results.identity(constants(device="cpu"))["precision"] == "fp32"
     assert results.identity(constants(device="cuda", precision="fp32"))["precision"] == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert results.identity(constants(device="cuda"))["precision"] == "fp32"
     with pytest.raises(UserError, match="precision is 'half'"):
         results.identity(constants(precision="half"))
@@ -66,9 +67,9 @@ def test_a_result_is_made_once_and_anothers_is_refused(tmp_path, capsys):
     now, other = results.identity(constants()), results.identity(constants(lr=0.2))
     assert not results.is_done(path, now, work)
     work.mkdir()
-    saved = results.save(path, now, {"score": 3}, pickled=True)
+    saved = results.save(path, now, {"score": 3}, released={"squad_data": [0.03]})
     assert saved == read_json(path) and saved["identity"] == now and {"command", "versions"} <= saved.keys()
-    assert path.with_suffix(".pkl").exists()
+    assert pickle.loads(path.with_suffix(".pkl").read_bytes()) == {"squad_data": [0.03]}
     assert results.is_done(path, now, work, again="train") and not work.exists()
     assert capsys.readouterr().out == f"{path} is there already; remove it to train again\n"
     before = path.read_bytes()
@@ -151,7 +152,16 @@ def test_the_grid_calls_runs_as_their_files_are_called():
 
     steps = grid.grid(read_constants(vars(reproduce_tables), ["--scale", "tiny"])).steps
     runs = {name: step for name, step in steps.items() if "multi_task_finetune" in step.script}
-    assert len(runs) == 11 and {"CAEM-8", "CAEM-8-to-16", "CAEM-16-Avg", "Baseline-8-same-compute"} <= runs.keys()
+    some = {
+        "CAEM-8",
+        "CAEM-8-to-16",
+        "CAEM-16-Avg",
+        "Baseline-8-same-compute",
+        "MSMoE-8",
+        "CAEM-8-inverse",
+        "CAEM-8-doc_qa",
+    }
+    assert len(runs) == 22 and some <= runs.keys()
     assert all(results.run_label(step.result.stem) == name for name, step in runs.items())
     for pattern in (name for name in steps if " + " in name):
         first, second = pattern.split(" + ")

@@ -92,8 +92,9 @@ def same_as_one(alone, runs) -> None:
     assert first.keys() == second.keys()
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
     # Every validation token was counted once, every test example decoded once.
-    for key in ("expert_usage_grid", "expert_usage_grid_de"):
-        assert [sum(layer) for layer in both[key]["xsum"]] == [sum(layer) for layer in one[key]["xsum"]]
+    for stack in ("encoder", "decoder"):
+        tokens = [[sum(layer) for layer in record["usage"][stack]["xsum"]] for record in (one, both)]
+        assert tokens[0] == tokens[1]
     assert both["xsum_data"]["examples"] == one["xsum_data"]["examples"]
     assert both["parameters"] == one["parameters"]
 

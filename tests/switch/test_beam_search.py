@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.generation import NoRepeatNGramLogitsProcessor
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    SwitchTransformersSparseMLP,
+    SwitchTransformersTop1Router,
+)
 
 from expert_merging.meo.switch import merged_experts
 from expert_merging.switch.beam_search import beam_search, forbid_repeated_ngrams
@@ -75,16 +78,20 @@ def test_as_transformers_does(
         assert torch.equal(counts, their_usage[stack])
 
 
+def three_beams(max_length: int) -> GenerationConfig:
+    return GenerationConfig(
+        num_beams=3, max_length=max_length, repetition_penalty=1.2, no_repeat_ngram_size=3, early_stopping=True,
+        decoder_start_token_id=0, eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["switch", "experts merged for each sequence"])
 def test_sentences_end_and_examples_leave_early(monkeypatch, merged):
     """That the comparison above is not of sentences that all run to the limit, and that the batch shrinks; also where a
     layer keeps something of each row."""
     model = random_model(3, 12, 3.0)
     ids, mask = batch_of([5] * 12, 12)
-    chosen = GenerationConfig(
-        num_beams=3, max_length=30, repetition_penalty=1.2, no_repeat_ngram_size=3, early_stopping=True,
-        decoder_start_token_id=0, eos_token_id=END, pad_token_id=0,
-    )  # fmt: skip
+    chosen = three_beams(30)
     rows, forward = [], model.decoder.forward
     monkeypatch.setattr(
         model.decoder, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
@@ -95,6 +102,21 @@ def test_sentences_end_and_examples_leave_early(monkeypatch, merged):
         assert found == one_by_one(model, ids, mask, chosen)
     assert len(set(map(len, found))) > 2 and min(map(len, found)) < 10
     assert rows[0] == 36 and rows == sorted(rows, reverse=True) and 3 <= rows[-1] < 36
+
+
+def test_the_host_waits_for_the_device_once_a_step(monkeypatch):
+    model = random_model(3, 30, 1.0)
+    ids, mask = batch_of([5] * 8, 30)
+    chosen = three_beams(12)
+    waits, steps, forward = [], [], model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda **given: steps.append(None) or forward(**given))
+    for name in ("tolist", "item"):
+        wait = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, wait=wait: waits.append(None) or wait(tensor))
+    monkeypatch.setattr(SwitchTransformersSparseMLP, "forward", lambda layer, states: (states, (None, None)))
+    with torch.inference_mode():
+        beam_search(model, ids, mask, chosen)
+    assert len(steps) > 5 and len(waits) <= len(steps) + 1 + len(ids)  # at the end, the answers
 
 
 @given(

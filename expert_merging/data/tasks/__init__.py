@@ -7,6 +7,8 @@ A task module has
     target(example) -> str                        what it learns to write
     references(example) -> list[str]              what its output is compared with
     score(predictions, references) -> dict[str, float]      0..100
+    score_each(predictions, references) -> list[float]      the main score of each example, 0..100
+    split: str                                    how validation is drawn, where `load` draws it; features note it
 """
 
 import importlib

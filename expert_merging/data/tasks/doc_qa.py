@@ -1,15 +1,20 @@
 """What is the type, or the default, of a parameter? Extractive question answering on the parameter sections of
-docstrings (NumPy, Google and Sphinx styles), the stand-in for SQuAD."""
+docstrings (NumPy, Google and Sphinx styles), the stand-in for SQuAD.
+
+Each section is shown in a style that is drawn: were all in their own, mostly NumPy's, the words after the parameter's
+name would be the answer to more than half of the questions.
+"""
 
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expert_merging.data import docstring_reader, docstring_splits
 from expert_merging.data.docstring_reader import Docstring
 from expert_merging.data.docstring_splits import Candidate
+from expert_merging.data.scores import exact_match_each as score_each
 from expert_merging.data.scores import squad as score
 
 main_score = "exact_match"
@@ -19,6 +24,7 @@ LONGEST_ANSWER = 8  # words
 LONGEST_DESCRIPTION = 22  # words kept of a parameter's description
 LONGEST_CONTEXT = 75  # words
 QUESTIONS_PER_DOCSTRING = 4
+STYLES = {"numpy": 2, "google": 2, "sphinx": 3, "javadoc": 3}  # and how often each is drawn, of ten
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Parameter:
     name: str
     kind: str
     description: str  # one line
-    style: str  # "numpy": name : kind, then the description; "google": name (kind): description; "sphinx"
+    style: str  # one of STYLES
 
     @property
     def line(self) -> str:
@@ -36,6 +42,8 @@ class Parameter:
             return f"{self.name} : {self.kind.rstrip('.')}. {self.description}".rstrip()
         if self.style == "google":
             return f"{self.name} ({self.kind}): {self.description}".rstrip()
+        if self.style == "javadoc":
+            return f"@param {{{self.kind}}} {self.name} {self.description}".rstrip()
         return f":param {self.name}: {self.description} :type {self.name}: {self.kind}".replace(":  :", ": :")
 
 
@@ -107,8 +115,7 @@ def _sphinx_entries(lines: list[str]) -> list[Parameter]:
     result = []
     for field in fields:
         match = _SPHINX_PARAM.match(field)
-        kind = match and (match[1] or kinds.get(match[2]))
-        if kind:
+        if match and (kind := match[1] or kinds.get(match[2])):
             result.append(Parameter(match[2], kind.strip(), match[3], "sphinx"))
     return result
 
@@ -182,9 +189,11 @@ def _context(lines: list[str], asked: int, rng: random.Random) -> str:
 def _questions(section: list[Parameter], rng: random.Random) -> Iterator[tuple[str, str, dict]]:
     """(the asked parameter's line, its answer, the example) of each question that a section answers."""
     names = Counter(parameter.name for parameter in section)
+    style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+    section = [replace(parameter, style=style) for parameter in section if not _is_remark(parameter)]
     lines = [_shortened(parameter) for parameter in section]
     for asked, parameter in enumerate(section):
-        if names[parameter.name] > 1 or len(parameter.name) < 2 or "arg" in parameter.name or _is_remark(parameter):
+        if names[parameter.name] > 1 or len(parameter.name) < 2 or "arg" in parameter.name:
             continue
         kind, default = type_and_default(parameter)
         for what, answer in (("type", kind), ("default", default)):
@@ -235,4 +244,4 @@ def references(example: dict) -> list[str]:
     return example["answers"]
 
 
-__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
+__all__ = ["load", "main_score", "prompt", "references", "score", "score_each", "target"]

@@ -7,6 +7,7 @@ from expert_merging.data import docstring_reader, docstring_splits
 from expert_merging.data.docstring_reader import Docstring
 from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.scores import accuracy as score
+from expert_merging.data.scores import accuracy_each as score_each
 
 main_score = "accuracy"
 
@@ -83,4 +84,4 @@ def references(example: dict) -> list[str]:
     return [example["label"]]
 
 
-__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
+__all__ = ["load", "main_score", "prompt", "references", "score", "score_each", "target"]

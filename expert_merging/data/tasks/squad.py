@@ -5,6 +5,7 @@ choose the best epoch and give the reported score, so that score is on examples 
 """
 
 from expert_merging.data import raw_files
+from expert_merging.data.scores import exact_match_each as score_each
 from expert_merging.data.scores import squad as score
 
 main_score = "exact_match"
@@ -45,4 +46,4 @@ _published = raw_files.Published(
     complaint=_complaint,
 )
 
-__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
+__all__ = ["load", "main_score", "prompt", "references", "score", "score_each", "target"]

@@ -2,6 +2,7 @@
 
 from expert_merging.data import raw_files
 from expert_merging.data.scores import rouge as score
+from expert_merging.data.scores import rouge_l_each as score_each
 
 main_score = "rougeL"
 
@@ -30,4 +31,4 @@ _published = raw_files.Published(
     complaint=lambda example: raw_files.not_text(example, "document", "summary"),
 )
 
-__all__ = ["load", "main_score", "prompt", "references", "score", "target"]
+__all__ = ["load", "main_score", "prompt", "references", "score", "score_each", "target"]

@@ -1,0 +1,173 @@
+"""Intervals over seeds and examples cover what they say; tests agree with closed cases."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_merging.analysis import crossed_bootstrap as bootstrap
+
+
+def simulated(random, seeds, examples, by_seed, by_example, noise, mean=1.0):
+    """The differences of two arms: [seeds, examples]."""
+    return (
+        mean
+        + by_seed * random.standard_normal((seeds, 1))
+        + by_example * random.standard_normal((1, examples))
+        + noise * random.standard_normal((seeds, examples))
+    )
+
+
+def contrast_of(difference, number=10_000):
+    return contrast(bootstrap.task_difference("t"), [{"t": difference}, {"t": np.zeros_like(difference)}], number)
+
+
+def contrast(statistic, arms, number=10_000):
+    means = bootstrap.resample({str(place): arm for place, arm in enumerate(arms)}, number)
+    return bootstrap.contrast(statistic, list(means.values()))
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "by_example", "noise"),
+    [(1.0, 0.0, 1.0), (0.0, 8.0, 1.0), (0.3, 3.0, 3.0), (0.05, 0.5, 8.0)],
+    ids=["seeds", "examples", "both", "noise"],
+)
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_interval_covers_as_often_as_it_says(seeds, by_seed, by_example, noise):
+    random, runs = np.random.default_rng(5), 700
+    covered = 0
+    for _ in range(runs):
+        low, high = bootstrap.interval(contrast_of(simulated(random, seeds, 100, by_seed, by_example, noise), 500))
+        covered += low <= 1.0 <= high
+    low, high = (0.93, 0.97) if seeds == 8 else (0.90, 0.985)  # three are few to see a spread by
+    assert low <= covered / runs <= high
+
+
+def test_example_draws_have_the_closed_variance():
+    difference = np.random.default_rng(0).standard_normal((4, 200))
+    found = contrast_of(difference, 20_000)
+    assert np.allclose(found.by_seed, difference.mean(1))
+    assert np.allclose(found.example_draws.var(0), difference.var(1) / 200, rtol=0.05)
+    # both ways: variance of (seed weight x example weight) sums, for independent multinomial weights (Owen, 2007)
+    rows, columns, total = difference.mean(1), difference.mean(0), difference.mean()
+    parts = rows.var() / 4, columns.var() / 200, (difference - rows[:, None] - columns + total).var() / 800
+    assert np.isclose(found.draws.var(), sum(parts), rtol=0.05)
+
+
+def test_same_draws_for_both_arms():
+    scores = np.random.default_rng(0).uniform(0, 100, (3, 50))
+    found = contrast(bootstrap.task_difference("t"), [{"t": scores + 2.0}, {"t": scores}], 600)
+    assert np.allclose(found.draws, 2.0) and bootstrap.interval(found) == pytest.approx((2.0, 2.0))
+
+
+def test_without_spread_the_interval_is_a_point():
+    found = contrast_of(np.zeros((3, 20)), 100)
+    assert bootstrap.interval(found) == (0.0, 0.0) and bootstrap.sign_flip_p(found.by_seed) == 1.0
+    assert bootstrap.verdict(found, 1.0, margin=0.02) == bootstrap.EQUIVALENT
+
+
+def test_overall_difference_is_overall_of_one_less_that_of_the_other():
+    random = np.random.default_rng(1)
+    first, second, single = ({task: random.uniform(20, 80, (2, 30)) for task in "ab"} for _ in range(3))
+    found = contrast(bootstrap.overall_difference, [first, second, single], 50)
+    for seed in range(2):
+        ratios = [[arm[t][seed].mean() / single[t][seed].mean() for t in "ab"] for arm in (first, second)]
+        assert found.by_seed[seed] == pytest.approx(np.mean(ratios[0]) - np.mean(ratios[1]))
+    pooled = contrast(bootstrap.overall_difference_pooled, [first, second, single], 50)
+    by_hand = np.mean([(first[t].mean(1) - second[t].mean(1)) / single[t].mean() for t in "ab"], axis=0)
+    assert np.allclose(pooled.by_seed, by_hand)
+
+
+def test_repeats_bit_for_bit():
+    difference = np.random.default_rng(2).standard_normal((3, 40))
+    assert np.array_equal(contrast_of(difference, 1200).draws, contrast_of(difference, 1200).draws)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-5, 5).filter(lambda x: abs(x) > 1e-3), min_size=2, max_size=9))
+def test_sign_flips_against_all_of_them(values):
+    by_seed = np.array(values)
+    flipped = [abs(np.mean(by_seed * signs)) for signs in itertools.product((-1, 1), repeat=len(values))]
+    exact = np.mean(np.array(flipped) >= abs(by_seed.mean()) * (1 - 1e-9))
+    assert bootstrap.sign_flip_p(by_seed) == pytest.approx(exact, abs=1e-9)
+
+
+def test_least_p_of_eight_seeds():
+    assert bootstrap.sign_flip_p(np.arange(1.0, 9.0)) == pytest.approx(2 / 2**8)
+
+
+@pytest.mark.parametrize(
+    ("ps", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([0.04, 0.01], [0.04, 0.02]),
+    ],
+)
+def test_holm_by_hand(ps, adjusted):
+    assert bootstrap.holm(ps) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "said"),
+    [(3.0, 0.1, "HELD"), (-3.0, 0.1, "NOT"), (0.0, 0.1, "EQUIVALENT"), (0.0, 9.0, "UNKNOWN"), (0.4, 0.1, "HELD")],
+)
+def test_verdicts(mean, spread, said):
+    difference = simulated(np.random.default_rng(3), 8, 200, spread, spread, spread, mean)
+    difference += mean - difference.mean()
+    found = contrast_of(difference, 2000)
+    p = bootstrap.sign_flip_p(found.by_seed)
+    assert bootstrap.verdict(found, p, margin=0.5) == getattr(bootstrap, said)
+
+
+@pytest.mark.parametrize(
+    ("arms", "problem"),
+    [
+        ([{"t": np.zeros((2, 5))}, {"t": np.zeros((2, 6))}], "number of examples of t: {'0': 5, '1': 6}"),
+        ([{"t": np.zeros((2, 5))}, {"u": np.zeros((2, 5))}], "differ in tasks"),
+        ([{"t": np.zeros((1, 5))}] * 2, r"\[1\] seeds; two"),
+        ([{"t": np.zeros((2, 5)), "u": np.zeros((3, 5))}] * 2, r"\[2, 3\] seeds"),
+    ],
+)
+def test_what_cannot_be_compared(arms, problem):
+    with pytest.raises(ValueError, match=problem):
+        contrast(bootstrap.task_difference("t"), arms)
+
+
+def test_a_difference_of_the_detectable_size_is_told_in_four_of_five_experiments():
+    random, spread = np.random.default_rng(2), {"by_seed": 1.0, "by_example": 4.0, "noise": 4.0}
+    sizes = [bootstrap.detectable(contrast_of(simulated(random, 8, 150, **spread), 400), family=5) for _ in range(25)]
+    told = 0
+    for _ in range(300):
+        found = contrast_of(simulated(random, 8, 150, **spread, mean=np.median(sizes)), 400)
+        p = bootstrap.holm([bootstrap.sign_flip_p(found.by_seed), 1.0, 1.0, 1.0, 1.0])[0]
+        told += bootstrap.verdict(found, p, margin=0.0) == bootstrap.HELD
+    assert 0.7 <= told / 300 <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("seeds", "family", "enough"), [(5, 1, False), (6, 1, True), (7, 5, False), (8, 5, True), (14, 5, True)]
+)
+def test_too_few_seeds_tell_nothing(seeds, family, enough):
+    found = contrast_of(simulated(np.random.default_rng(3), seeds, 50, 1.0, 1.0, 1.0), 200)
+    size = bootstrap.detectable(found, family)
+    assert np.isfinite(size) == enough and size > 0
+
+
+def test_seeds_needed_follow_the_closed_form():
+    by_seed = np.array([1.0, 3.0, 2.0, 2.0])[:, None] * np.ones((1, 40))  # no doubt from the examples
+    found = contrast_of(by_seed, 200)
+    z = 1.959964 + 0.841621
+    assert bootstrap.seeds_needed(found) == max(6, int(np.ceil(z**2 * (2 / 3) / 2.0**2)))
+    small = contrast_of(by_seed - 1.9, 200)
+    assert bootstrap.seeds_needed(small) == int(np.ceil(z**2 * (2 / 3) / 0.1**2))
+    assert bootstrap.seeds_needed(small, family=5) > bootstrap.seeds_needed(small)
+
+
+def test_no_number_of_seeds_makes_up_for_few_examples():
+    by_example = np.random.default_rng(4).standard_normal((1, 30)) * np.ones((6, 1))
+    found = contrast_of(by_example - by_example.mean() + 0.01, 400)
+    assert bootstrap.seeds_needed(found) is None

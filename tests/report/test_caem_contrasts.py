@@ -1,0 +1,97 @@
+"""The primary contrasts from made-up records with a score for each example."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expert_merging.core.errors import UserError
+from expert_merging.data.scores import pack
+from expert_merging.report import evidence
+from expert_merging.report.caem_contrasts import contrasts
+from expert_merging.report.evidence import Evidence
+
+TASKS = ("topic", "qa")
+NAMES = ("Baseline-4", "Baseline-4-same-compute", "CAEM-4-Avg", "Average-4", "REAP-4", "MSMoE-4", "CAEM-4")
+
+
+def record(random, level, tasks=TASKS, examples=300, validation=1.0):
+    easiness = np.random.default_rng(0).normal(size=(len(TASKS), examples))  # the same examples for all
+    content = {"tasks": list(tasks), "overall": {"validation": validation}}
+    for number, task in enumerate(TASKS):
+        if task in tasks:
+            right = level + 0.5 * easiness[number] + random.normal(size=examples) > 0
+            content[f"{task}_data"] = {"main_score": "accuracy", "test_each": pack(100.0 * right)}
+    return content
+
+
+def made(seeds, gain=0.0, spread=0.02):
+    random, found = np.random.default_rng(1), {}
+    for seed in range(seeds):
+        found[seed] = {f"single-task-4 {task}": record(random, 0.3, (task,)) for task in TASKS}
+        for name in NAMES:
+            level = 0.2 + gain * (name == "CAEM-4") + spread * random.normal()
+            found[seed][name] = record(random, level, validation=0.9 + 0.05 * (name == "MSMoE-4"))
+    return Evidence("night", 4, 6, TASKS, found)
+
+
+def rows(e):
+    return {(row["contrast"], row["measure"]): row for row in contrasts(e).rows}
+
+
+def test_five_contrasts_on_every_measure_and_the_rival_that_validates_best():
+    found = rows(made(3))
+    against = ["Baseline-4", "Baseline-4-same-compute", "CAEM-4-Avg", "Average-4", "MSMoE-4"]
+    assert list(found) == [(f"CAEM-4 - {b}", m) for m in ("Overall", "Overall, pooled", *TASKS) for b in against]
+    assert all(row["seeds"] == 3 and row["told"] == "nothing with so few seeds" for row in found.values())
+    assert all(row["verdict"].startswith(("cannot tell (", "equivalent")) for row in found.values())
+
+
+def test_a_real_gain_held_with_eight_seeds_and_none_did_not():
+    row = rows(made(8, gain=0.4))["CAEM-4 - Baseline-4", "Overall"]
+    assert row["verdict"] == "held" and float(row["p"]) < 0.05
+    mean, low, high = (float(x) for x in row["difference"].replace("[", "").replace("]", "").replace(",", "").split())
+    assert 0 < low < mean < high
+    assert rows(made(8, gain=-0.4))["CAEM-4 - Baseline-4", "Overall"]["verdict"] == "did not hold"
+    nothing = rows(made(8))["CAEM-4 - Baseline-4", "Overall"]
+    assert nothing["verdict"].startswith(("cannot tell (", "equivalent")) and "%)" in nothing["told"]
+
+
+def test_one_seed_says_so():
+    row = rows(made(1))["CAEM-4 - Baseline-4", "qa"]
+    assert row["verdict"] == "cannot tell: one seed" and row["seeds"] == 1 and row["p"] == row["told"] == ""
+
+
+def test_runs_without_scores_of_examples_are_left_out():
+    e = made(3)
+    del e.records[1]["CAEM-4-Avg"]["qa_data"]["test_each"]
+    assert rows(e)["CAEM-4 - CAEM-4-Avg", "qa"]["seeds"] == 2 and rows(e)["CAEM-4 - Average-4", "qa"]["seeds"] == 3
+    for of_seed in e.records.values():
+        del of_seed["single-task-4 topic"]["topic_data"]["test_each"]
+    assert contrasts(e).rows == []
+
+
+def test_other_test_examples_are_refused():
+    e = made(2)
+    e.records[1]["CAEM-4"] = record(np.random.default_rng(0), 0.2, examples=250)
+    with pytest.raises(UserError, match="CAEM-4: the seeds .* were not tested on the same examples of topic"):
+        contrasts(e)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"versions": {"protocol": "b"}}, "under different versions of docs/protocol.md"),
+        ({"identity": {"ancestor": "y"}}, "from different bases"),
+    ],
+)
+def test_records_of_several_protocols_or_bases_are_refused_by_name(tmp_path: Path, change, said):
+    one = {"versions": {"protocol": "a"}, "identity": {"ancestor": "x"}}
+    files = {}
+    for seed, content in enumerate((one, {**one, **change})):
+        files[seed] = {"Baseline-4": tmp_path / f"{seed}.json"}
+        files[seed]["Baseline-4"].write_text(json.dumps(content))
+    evidence.collect(tmp_path / "report", "night", (4, 6), TASKS, files)
+    with pytest.raises(UserError, match=f"Baseline-4 of seed 0 and Baseline-4 of seed 1 were made {said}"):
+        evidence.read(tmp_path / "report")
