@@ -8,7 +8,8 @@ beams, batches of 8 for theirs and of eval_batch_size at scale `paper` for ours.
 at a length like that of the task's answers: 4, 8 and 32 tokens. Inputs are as long as those of AG News, SQuAD and XSum. Padded
 to the limit an example costs stock the same however many there are, so it gets the first 8 of each task; ours gets
 all, as the more there are the more alike in length a batch is. With one thread the time is the processor's, which other
-programs disturb less. Needs the stock files that caem_files/install.py keeps. Writes benchmarks/results/evaluation.json.
+programs disturb less. Needs the stock files that caem_files/install.py keeps. Writes evaluation.json in the machine's
+folder of benchmarks/results.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = {"ag_news": (55, 4), "squad": (150, 8), "xsum": (480, 32)}  # tokens of inputs (mean) and of answers
@@ -41,9 +44,7 @@ def main() -> None:
     )
 
     import global_config
-    from expert_merging.core.files import write_json
     from expert_merging.core.host_memory import keep_freed_memory
-    from expert_merging.run.provenance import versions
     from expert_merging.switch import decoding
 
     keep_freed_memory()  # as the scripts do
@@ -115,10 +116,7 @@ def main() -> None:
             **row
         )
     )
-    write_json(
-        ROOT / "benchmarks" / "results" / "evaluation.json",
-        {"layers": chosen.layers, "threads": torch.get_num_threads(), "versions": versions(), "rows": rows},
-    )
+    machine.write("evaluation", {"layers": chosen.layers, "rows": rows})
 
 
 if __name__ == "__main__":

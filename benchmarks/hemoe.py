@@ -12,13 +12,12 @@ time there. Each part writes benchmarks/results/hemoe_{part}.json; partition and
 
 import argparse
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import time
 from pathlib import Path
 
+import machine
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +33,7 @@ def row(name: str, ours: float, theirs: float, unit: str, target: float | None, 
 
 
 def record_of(part: str) -> Path:
-    return ROOT / "benchmarks" / "results" / f"hemoe_{part}.json"
+    return machine.path_of(f"hemoe_{part}")
 
 
 def begun(part: str, shape: str):
@@ -315,7 +314,7 @@ def tables() -> None:
     from expert_merging.core.files import read_json, write_atomic
     from expert_merging.report.tables import Table
 
-    results = ROOT / "benchmarks" / "results"
+    results = record_of("partition").parent
     layers = Table("hemoe_partition", "Partition, layer by layer", "HiGHS was given as long as the alternating solver.")
     steps = Table("hemoe_full_size", "LLaMA-3.2-1B's shape on a CPU", "Each step is a process of its own.")
     source = results / "hemoe_partition.json"
@@ -359,14 +358,10 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.part == "tables":
         return tables()
-    from expert_merging.core.files import write_json
-    from expert_merging.run.provenance import versions
-
     rows, more = {"partition": partition, "importance": importance, "full_size": full_size}[chosen.part](chosen)
     for found in rows:
         print("{name}: {ours} against {theirs} {unit}: ratio {ratio}, target {target}".format(**found))
-    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
-    write_json(record_of(chosen.part), {"machine": machine, "versions": versions(), **more, "rows": rows})
+    machine.write(f"hemoe_{chosen.part}", {**more, "rows": rows})
     tables()
 
 

@@ -4,7 +4,7 @@ linear, k = 4, 16 sequences of 128 tokens, forward and backward in training.
 
     python benchmarks/meo.py [--threads N] [--pairs N] [--layers 12] [--device cpu]
 
-The ways are timed in turn; a ratio is the median over the turns. Writes benchmarks/results/meo.json (meo_cuda.json on a
+The ways are timed in turn; a ratio is the median over the turns. Writes meo_cpu.json (meo_cuda.json on a
 GPU) and the table meo_cpu.md (meo_cuda.md). Needs, with 12 layers, 8 GB of memory in all. With one thread the time is the
 processor's.
 """
@@ -12,17 +12,16 @@ processor's.
 import argparse
 import copy
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
+import machine
 import torch
 
 from expert_merging import meo
-from expert_merging.core.files import read_json, write_atomic, write_json
+from expert_merging.core.files import read_json, write_atomic
 from expert_merging.report.tables import Table
-from expert_merging.run.provenance import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,8 +105,6 @@ def main() -> None:
     })  # fmt: skip
     for one in rows:
         print("{name}: {ours} against {theirs} {unit}, ratio {ratio}, target {target}".format(**one))
-    where = torch.cuda.get_device_name() if ids.is_cuda else platform.processor() or platform.machine()
-    machine = {"device": where, "system": platform.platform(), "cores": os.cpu_count(), "threads": chosen.threads}
     shape = {
         "layers": chosen.layers,
         "hidden_size": SIZE,
@@ -117,8 +114,8 @@ def main() -> None:
         "batch": BATCH,
         "tokens": TOKENS,
     }
-    path = ROOT / "benchmarks" / "results" / ("meo_cuda.json" if ids.is_cuda else "meo.json")
-    write_json(path, {"machine": machine, "versions": versions(), "shape": shape, "rows": rows})
+    device = torch.cuda.get_device_name() if ids.is_cuda else "cpu"
+    path = machine.write(f"meo_{ids.device.type}", {"device": device, "shape": shape, "rows": rows})
     write_atomic(path.with_name(f"meo_{ids.device.type}.md"), table(read_json(path)).markdown())
 
 

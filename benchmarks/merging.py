@@ -2,8 +2,8 @@
 
     python benchmarks/merging.py FOLDER_WITH_SPACE [--layers 12] [--pairs 5]
 
-Writes random sources of 8 experts (2.5 GB each; six of them) and results into FOLDER (25 GB), and
-benchmarks/results/merging.json, or with other than 12 layers merging_N_layers.json.
+Writes random sources of 8 experts (2.5 GB each; six of them) and results into FOLDER (25 GB), and the
+machine's merging.json, or with other than 12 layers merging_N_layers.json.
 Each pair times the merge and, after it, plain reading of the source files and writing of the result's bytes. Both begin with
 nothing waiting to be written and without the sources in the system's cache, and end when all is on the disk.
 """
@@ -16,6 +16,8 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+
+import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ((3, 8), (3, 16), (6, 16))  # sources, target experts
@@ -100,8 +102,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of encoder and decoder each; 12 is Switch-Base [12]")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each case [5]")
     chosen = parser.parse_args()
-    from expert_merging.core.files import write_json
-    from expert_merging.run.provenance import versions
 
     sources = [chosen.folder / f"source-{number}-{chosen.layers}" for number in range(max(n for n, _ in CASES))]
     # Each in a process of its own: peak memory is that of a whole life.
@@ -138,9 +138,8 @@ def main() -> None:
             print("{name}: {ours} {unit} against {theirs}: ratio {ratio}, target {target}".format(**row))
     shutil.rmtree(result, ignore_errors=True)
     copy.unlink(missing_ok=True)
-    name = "merging.json" if chosen.layers == 12 else f"merging_{chosen.layers}_layers.json"
-    record = {"layers": chosen.layers, "versions": versions(), "rows": rows}
-    write_json(ROOT / "benchmarks" / "results" / name, record)
+    name = "merging" if chosen.layers == 12 else f"merging_{chosen.layers}_layers"
+    machine.write(name, {"layers": chosen.layers, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ words repeat decides how fast ours is, and the more examples there are the more 
 which 8% of the words are new; 40,000 take them six times over, with 1.4% new, about what is to be expected of the paper's
 data, which have 110 million words (a sample of 320,000 has 14% new ones, and a quarter less with every doubling). An example
 costs the released recipe the same however many there are, so it gets 500 a task at most. The time is the clock's. Writes
-benchmarks/results/preprocessing.json.
+the machine's preprocessing.json.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,9 +104,6 @@ def main() -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    from expert_merging.core.files import write_json
-    from expert_merging.run.provenance import versions
-
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_models" / "tiny-8")
     every, rows = make_examples(max(chosen.examples)), []
@@ -140,8 +139,7 @@ def main() -> None:
             }
             rows.append(row | {"pairs": [[round(a, 1), round(b, 1)] for a, b in pairs]})
             print("{name}: {ours} {unit} against {theirs}: ratio {ratio}, target {target}".format(**row))
-    about = {"threads": chosen.threads, "versions": versions()}
-    write_json(ROOT / "benchmarks" / "results" / "preprocessing.json", {**about, "rows": rows})
+    machine.write("preprocessing", {"rows": rows})
 
 
 if __name__ == "__main__":

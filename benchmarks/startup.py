@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--pairs 5]
 
-Writes benchmarks/results/startup.json.
+Writes startup.json in the machine's folder of benchmarks/results.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 1.5  # seconds
 
@@ -20,8 +22,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each script [5]")
     chosen = parser.parse_args()
-    from expert_merging.core.files import write_json
-    from expert_merging.run.provenance import versions
 
     paths = [path for folder in ("*.py", "neighbours/*.py", "tools/*.py") for path in sorted(ROOT.glob(folder))]
     scripts = [str(path.relative_to(ROOT)) for path in paths if path.name != "global_config.py"]
@@ -39,7 +39,7 @@ def main() -> None:
         row |= {"ours": middle, "theirs": TARGET, "unit": "s", "pairs": [[one, TARGET] for one in seconds]}
         rows.append(row | {"imports torch for a mistyped constant": " torch\n" in imported})
         print(f"{row['name']}: {middle} s, target {TARGET}; torch imported: {' torch' + chr(10) in imported}")
-    write_json(ROOT / "benchmarks" / "results" / "startup.json", {"versions": versions(), "rows": rows})
+    machine.write("startup", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ itself ("spinning") and as the library has it wait (expert_merging/core/threads.
 A step is forward, backward and AdamW on 8 examples of 60 to 120 tokens with targets of 20. Each variant is a process of
 its own, asleep but for its turn; they take turns within every round, so that what else the machine does meets all alike.
 The busy processes are empty loops, each in a session of its own: the scheduler shares the cores out among sessions.
-`--also` times further settings of the environment. Wants a quiet machine. Writes benchmarks/results/threads.json and .md.
+`--also` times further settings of the environment. Wants a quiet machine. Writes threads.json and .md.
 """
 
 import argparse
@@ -123,8 +123,9 @@ def main() -> None:
 
 def write(chosen: argparse.Namespace, speeds: dict, threads: dict[str, int], load: float) -> None:
     """The rows (as benchmarks/table.py reads them) and a table of all variants."""
-    from expert_merging.core.files import write_atomic, write_json
-    from expert_merging.run.provenance import versions
+    import machine
+
+    from expert_merging.core.files import write_atomic
 
     middle = {name: {where: statistics.median(of) for where, of in speed.items()} for name, speed in speeds.items()}
     ours, spinning = middle["ours"], middle["spinning"]
@@ -150,10 +151,8 @@ def write(chosen: argparse.Namespace, speeds: dict, threads: dict[str, int], loa
         f"| {name} | {threads[name]} | {of['idle']:.2f} | {of['beside']:.2f} | {of['beside'] / of['idle']:.2f} |"
         for name, of in middle.items()
     ]
-    results = ROOT / "benchmarks" / "results"
-    about = {"versions": versions(), "cores": os.cpu_count(), "threads": threads, "load_before": load}
-    write_json(results / "threads.json", {**about, "speeds": speeds, "rows": rows})
-    write_atomic(results / "threads.md", "\n".join(lines) + "\n")
+    path = machine.write("threads", {"threads": threads, "load_before": load, "speeds": speeds, "rows": rows})
+    write_atomic(path.with_suffix(".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -4,7 +4,7 @@ against the plain model and against a loop over the samples; and their bytes on 
 
     python benchmarks/wemoe.py [--threads N] [--pairs N] [--layers 12]
 
-Random weights, 8 task vectors. Writes benchmarks/results/wemoe.json. Models that are compared are timed in turn; with one
+Random weights, 8 task vectors. Writes wemoe.json. Models that are compared are timed in turn; with one
 thread the time is the processor's. Needs 5 GB of memory and 2 GB for
 temporary files.
 """
