@@ -36,12 +36,15 @@ class Constant:
     comment: str
 
 
-def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -> SimpleNamespace:
+def read_constants(
+    script: dict[str, Any], arguments: list[str] | None = None, positional: tuple[str, ...] = ()
+) -> SimpleNamespace:
     """The script's constants, after the command line, the scale and `{name}` references have had their say.
 
     Args:
         script: the script's `globals()`.
         arguments: the command line without the program's name; None reads `sys.argv`.
+        positional: constants that may be given without their name, in this order.
 
     Raises:
         SystemExit(2): an unknown name or a value of the wrong type, said in one line; SystemExit(0) after `--help`.
@@ -68,6 +71,8 @@ def read_constants(script: dict[str, Any], arguments: list[str] | None = None) -
             choices=SCALES if name == "scale" else None,
             help=f"{comments.get(name, '')} [{_shown(value)}]".replace("%", "%%").strip(),
         )  # fmt: skip
+    for name in positional:
+        parser.add_argument(name, default=argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     scale = given.get("scale", lines["scale"])
     if scale not in SCALES:
@@ -93,13 +98,14 @@ def shared_arguments(constants: SimpleNamespace) -> list[str]:
     return words
 
 
-def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any]) -> NoReturn:
-    """Read the constants, call `main` with them, and leave with 0, with 2 and one line for a user's mistake, or with
-    130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has died."""
+def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any], positional: tuple[str, ...] = ()) -> NoReturn:
+    """Read the constants (`read_constants`), call `main` with them, and leave with 0, with 2 and one line for a user's
+    mistake, or with 130 and one line after Ctrl-C or SIGTERM; with 1 and one line where another process of the run has
+    died."""
     try:
         interrupts.watch()
         share_cores()
-        constants = read_constants(script)
+        constants = read_constants(script, positional=positional)
         become_several()
         keep_freed_memory()
         main(constants)
