@@ -1,14 +1,17 @@
 # Licensed under the Apache License, Version 2.0: see the LICENSE file, or http://www.apache.org/licenses/LICENSE-2.0
 """
-Faster linear layers and attention for float32 on a CPU with AVX-512. Optional: without this file beside it the model is
-slower there, and the same otherwise.
+Faster linear layers and attention for float32 on AMD's processors with AVX-512. Optional: without this file beside it the
+model is slower there, and the same otherwise.
 
-torch calls MKL, which leaves half the speed of AMD's processors with AVX-512 unused; oneDNN does not. With AVX2 alone
-oneDNN is no faster, and half as fast where a matrix is transposed: there all goes torch's way (docs/speed.md).
+torch calls MKL, which leaves half of Zen 5's speed unused and a fifth of Zen 4's; oneDNN does not. With AVX2 alone oneDNN
+is no faster, and half as fast where a matrix is transposed; on Intel's processors MKL is itself fast. The choice goes by
+the processor's family, not by a measurement at the start, so that a run repeats bit for bit (docs/speed.md).
 """
 
 import itertools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,14 +25,36 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+def _processor() -> tuple[str, int]:
+    """Vendor and family; ("", 0) where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", 0
+    found = dict(re.findall(r"^(vendor_id|cpu family)\s*: (\S+)", text, re.MULTILINE))
+    return found.get("vendor_id", ""), int(found.get("cpu family", 0))
+
+
+def gains(vendor: str, family: int, capability: str) -> tuple[bool, bool]:
+    """Whether (`product`, `Attend`) is the faster way there, as measured by benchmarks/layer.py; `capability` is torch's."""
+    zen4, zen5 = (vendor == "AuthenticAMD" and family == number for number in (25, 26))
+    wide = "AVX512" in capability
+    return wide and (zen4 or zen5), wide and zen5
+
+
+ONEDNN, BY_HEAD = gains(*_processor(), torch.backends.cpu.get_cpu_capability())
+if not torch.backends.mkldnn.is_available():
+    ONEDNN = BY_HEAD = False
 PRODUCT_FROM = 2**21  # multiplications from which on `product` is faster, its calls being dearer
 
 
-def large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
-    """Whether `product` is the way to a product of so many multiplications with these states."""
-    on_cpu = ONEDNN and states.device.type == "cpu" and states.dtype == torch.float32
-    return on_cpu and multiplications >= PRODUCT_FROM
+def _large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
+    return states.device.type == "cpu" and states.dtype == torch.float32 and multiplications >= PRODUCT_FROM
+
+
+def attends_by_head(query: torch.Tensor, multiplications: int) -> bool:
+    """Whether `Attend` is the way for this query [batch, heads, tokens, d_kv], with so many multiplications a head."""
+    return BY_HEAD and _large_on_cpu(query, multiplications)
 
 
 class _LinearByOneDNN(torch.autograd.Function):
@@ -51,15 +76,33 @@ class _LinearByOneDNN(torch.autograd.Function):
         return to_states, product(grad.flatten(0, -2).t(), states.flatten(0, -2).t())
 
 
+def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`; large float32 products on a CPU go by oneDNN where that is faster."""
+    plain = weight.dtype != states.dtype or weight.device != states.device or not weight.is_contiguous()
+    if (
+        plain
+        or not ONEDNN
+        or not _large_on_cpu(states, states.numel() * len(weight))
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return nn.functional.linear(states, weight, bias)
+    made = _LinearByOneDNN.apply(states.contiguous(), weight)
+    return made if bias is None else made + bias
+
+
 class Linear(nn.Linear):
-    """`nn.Linear`; large float32 products on a CPU go by oneDNN."""
+    """`nn.Linear` by `linear`."""
 
     def forward(self, states):
-        weight = self.weight
-        plain = self.bias is not None or weight.dtype != states.dtype or weight.device != states.device
-        if plain or not large_on_cpu(states, states.numel() * len(weight)) or torch.is_autocast_enabled("cpu"):
-            return super().forward(states)
-        return _LinearByOneDNN.apply(states.contiguous(), weight)
+        return linear(states, self.weight, self.bias)
+
+
+def use_in(model: nn.Module) -> nn.Module:
+    """Make every plain `nn.Linear` of any model compute by `linear`; weights and names stay. Returns `model`."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+    return model
 
 
 class Attend(torch.autograd.Function):

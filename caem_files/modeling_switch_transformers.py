@@ -172,7 +172,7 @@ class SwitchTransformersAttention(T5Attention):
 
 def _by_head(query, multiplications: int) -> bool:
     """Whether attention of so many multiplications a head goes by cpu_kernels."""
-    return cpu_kernels is not None and cpu_kernels.large_on_cpu(query, multiplications)
+    return cpu_kernels is not None and cpu_kernels.attends_by_head(query, multiplications)
 
 
 def _attention_weights(query, key, bias, mask):

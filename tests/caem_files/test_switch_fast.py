@@ -1,6 +1,7 @@
 """The fast ways of the patched Switch Transformers, which models as small as the other tests' do not take by themselves."""
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -18,21 +19,32 @@ seeds = st.integers(0, 10_000)
 
 
 def fast():
-    """Every float32 product takes the way of the large ones on a processor with AVX-512."""
-    return mock.patch.multiple(cpu_kernels, PRODUCT_FROM=1, ONEDNN=True)
+    """Every float32 product, and attention, takes the way of the large ones on a Zen 5."""
+    return mock.patch.multiple(cpu_kernels, PRODUCT_FROM=1, ONEDNN=True, BY_HEAD=True)
 
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
-@pytest.mark.parametrize(("capability", "used"), [("avx2", "False"), ("avx512", "True")])
-def test_the_kernels_are_for_avx512(capability, used):
-    code = "from transformers.models.switch_transformers import cpu_kernels; print(cpu_kernels.ONEDNN)"
-    if capability.upper() > torch.backends.cpu.get_cpu_capability():
-        pytest.skip(f"this processor has no {capability}")
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+@pytest.mark.parametrize(
+    ("processor", "capability", "gains"),
+    [
+        (("AuthenticAMD", 26), "AVX512", (True, True)),
+        (("AuthenticAMD", 25), "AVX512", (True, False)),
+        (("AuthenticAMD", 25), "AVX2", (False, False)),  # Zen 3, which has no more, and Zen 4 told to use no more
+        (("GenuineIntel", 6), "AVX512", (False, False)),
+        (("", 0), "DEFAULT", (False, False)),
+    ],
+)
+def test_which_kernels_are_used_where(processor, capability, gains):
+    assert cpu_kernels.gains(*processor, capability) == gains
+
+
+def test_a_processor_told_to_use_avx2_gets_no_kernel():
+    code = "from transformers.models.switch_transformers import cpu_kernels as c; print(c.ONEDNN or c.BY_HEAD)"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == used
+    assert done.stdout.strip() == "False"
 
 
 @onednn
@@ -256,15 +268,40 @@ def test_quantised_or_adapted_experts_run_one_by_one():
 
 
 @onednn
-def test_linear_layers_without_a_bias_in_float32_only_go_by_onednn():
+def test_large_linear_layers_in_float32_only_go_by_onednn():
     layer, states = cpu_kernels.Linear(6, 4, bias=False), torch.randn(2, 3, 6)
     with fast(), mock.patch.object(cpu_kernels, "product", side_effect=AssertionError("oneDNN")):
         with pytest.raises(AssertionError, match="oneDNN"):
             layer(states)
         same(layer(states[:0]), F.linear(states[:0], layer.weight))
-        half, biased = layer.to(torch.bfloat16), cpu_kernels.Linear(6, 4)
+        half = layer.to(torch.bfloat16)
         same(half(states.bfloat16()), F.linear(states.bfloat16(), half.weight))
-        same(biased(states), F.linear(states, biased.weight, biased.bias))
+
+
+@onednn
+@few
+@given(seeds, st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
+def test_any_models_linear_layers_compute_the_same_by_onednn(seed, inputs, outputs, biased, frozen):
+    """Of the neighbours' models: with biases, and with weights that LoRA leaves as they are."""
+    torch.manual_seed(seed)
+    plain = torch.nn.Sequential(
+        torch.nn.Linear(inputs, outputs, bias=biased), torch.nn.Tanh(), torch.nn.Linear(outputs, 3)
+    )
+    plain[0].weight.requires_grad_(not frozen)
+    ours_, states, made = cpu_kernels.use_in(copy.deepcopy(plain)), torch.randn(2, 4, inputs, requires_grad=True), []
+    assert ours_.state_dict().keys() == plain.state_dict().keys() and type(plain[0]) is torch.nn.Linear
+    for model in (ours_, plain):
+        with fast():
+            out = model(states)
+            made.append(
+                [
+                    out,
+                    *torch.autograd.grad(
+                        out.square().sum(), [states, *(p for p in model.parameters() if p.requires_grad)]
+                    ),
+                ]
+            )
+    same(*made)
 
 
 CAPABILITIES = [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
