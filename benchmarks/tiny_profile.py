@@ -8,6 +8,8 @@ and weights in processes of their own, in turn. Writes tiny_profile.json and tin
 """
 
 import argparse
+import importlib
+import os
 import random
 import statistics
 import subprocess
@@ -19,20 +21,29 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "base_models" / "tiny-8"
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise")
 MOVES = ("copy_", "fill_", "zero_", "cat", "index_select", "index", "_index_put_impl_", "index_add_", "gather", "clone")
-DECODING = {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "max_length": 48}
+DECODING = {
+    "num_beams": 3,
+    "repetition_penalty": 1.2,
+    "no_repeat_ngram_size": 3,
+    "max_length": 48,
+    "early_stopping": True,
+}
 TARGET = 1.5
 
 
-def works() -> dict:
-    """{name: function}: the two pieces of work, with the patched model that this interpreter imports."""
+def works(fused: bool = True) -> dict:
+    """{name: function}: the two pieces of work, with the patched model that this interpreter imports; AdamW as a checkout
+    has it, one operation a tensor (`fused`) or ten."""
+    _of_library("host_memory").keep_freed_memory()
     import torch
-    from transformers import SwitchTransformersForConditionalGeneration
+    from transformers import GenerationConfig, SwitchTransformersForConditionalGeneration
 
+    beam_search = _of_library("beam_search").beam_search
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rng = random.Random(0)
     model = SwitchTransformersForConditionalGeneration.from_pretrained(BASE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
 
     def inputs(examples: int) -> dict:
         lengths = [rng.randint(60, 120) for _ in range(examples)]
@@ -43,6 +54,8 @@ def works() -> dict:
 
     for_training = inputs(4) | {"labels": torch.tensor([[rng.randrange(2, 8000) for _ in range(20)] for _ in range(4)])}
     for_decoding = inputs(32)
+    settings = GenerationConfig.from_model_config(model.config)
+    settings.update(**DECODING)
 
     def step() -> None:
         model.train()(**for_training, use_cache=False).loss.backward()
@@ -51,14 +64,21 @@ def works() -> dict:
 
     def decode() -> None:
         with torch.inference_mode():
-            model.eval().generate(**for_decoding, **DECODING)
+            beam_search(model.eval(), **for_decoding, settings=settings)
 
     return {"training step": step, "decoding": decode}
 
 
-def serve() -> None:
+def _of_library(name: str):
+    """The module of that name of the library in this interpreter's checkout, in whatever folder it lies there."""
+    root = Path(sys.executable).parents[2]
+    (found,) = (root / "expert_merging").rglob(f"{name}.py")
+    return importlib.import_module(".".join(found.relative_to(root).with_suffix("").parts))
+
+
+def serve(fused: bool) -> None:
     """For every line with a name, do that work once and answer with its seconds of the processor."""
-    named = works()
+    named = works(fused)
     for work in named.values():
         work()
     print("ready", flush=True)
@@ -87,8 +107,12 @@ def shares(work) -> dict:
 
 def beside(other: str, turns: int) -> list[dict]:
     """The rows that compare with the checkout of the interpreter `other`."""
-    start = [[python, __file__, "--serve"] for python in (sys.executable, other)]
-    both = [subprocess.Popen(one, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") for one in start]
+    start = [[sys.executable, __file__, "--serve", "fused"], [other, __file__, "--serve", "plain"]]
+    both = []
+    for words in start:
+        environment = {**os.environ, "PYTHONPATH": str(Path(words[0]).parents[2])}  # not every checkout is installed
+        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        both.append(subprocess.Popen(words, env=environment, cwd="/", **piped))
     for process in both:
         process.stdout.readline()
     rows = []
@@ -117,10 +141,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", default="", help="the interpreter of another checkout's environment")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("fused", "plain"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        return serve()
+        return serve(chosen.serve == "fused")
     import machine
 
     from expert_merging.core.files import write_atomic

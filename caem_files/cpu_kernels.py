@@ -45,16 +45,17 @@ def gains(vendor: str, family: int, capability: str) -> tuple[bool, bool]:
 ONEDNN, BY_HEAD = gains(*_processor(), torch.backends.cpu.get_cpu_capability())
 if not torch.backends.mkldnn.is_available():
     ONEDNN = BY_HEAD = False
-PRODUCT_FROM = 2**21  # multiplications from which on `product` is faster, its calls being dearer
+PRODUCT_FROM = 2**23  # multiplications from which on `product` is faster, its calls being dearer
+ATTEND_FROM = 2**21  # and `Attend`, a head
 
 
-def _large_on_cpu(states: torch.Tensor, multiplications: int) -> bool:
-    return states.device.type == "cpu" and states.dtype == torch.float32 and multiplications >= PRODUCT_FROM
+def _is_float_on_cpu(states: torch.Tensor) -> bool:
+    return states.device.type == "cpu" and states.dtype == torch.float32
 
 
 def attends_by_head(query: torch.Tensor, multiplications: int) -> bool:
     """Whether `Attend` is the way for this query [batch, heads, tokens, d_kv], with so many multiplications a head."""
-    return BY_HEAD and _large_on_cpu(query, multiplications)
+    return BY_HEAD and multiplications >= ATTEND_FROM and _is_float_on_cpu(query)
 
 
 class _LinearByOneDNN(torch.autograd.Function):
@@ -78,13 +79,14 @@ class _LinearByOneDNN(torch.autograd.Function):
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear`; large float32 products on a CPU go by oneDNN where that is faster."""
-    plain = weight.dtype != states.dtype or weight.device != states.device or not weight.is_contiguous()
-    if (
-        plain
-        or not ONEDNN
-        or not _large_on_cpu(states, states.numel() * len(weight))
-        or torch.is_autocast_enabled("cpu")
-    ):
+    ours = (
+        ONEDNN
+        and _is_float_on_cpu(states)
+        and _is_float_on_cpu(weight)
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not ours or states.numel() * len(weight) < PRODUCT_FROM:
         return nn.functional.linear(states, weight, bias)
     made = _LinearByOneDNN.apply(states.contiguous(), weight)
     return made if bias is None else made + bias

@@ -43,6 +43,7 @@ _CKA = (
     "CAEM-{m} + Baseline-{m}",
     "CAEM-{n}-to-{m} + CAEM-{n}",
     "CAEM-{n}-to-{m} + CAEM-{m}",
+    "CAEM-{n}-to-{m} + Baseline-{m}",
 )
 
 

@@ -73,6 +73,7 @@ def load_dense(c: SimpleNamespace):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from caem_files import cpu_kernels
     from expert_merging.hemoe.gated_ffn import gated_ffns
 
     try:
@@ -88,7 +89,7 @@ def load_dense(c: SimpleNamespace):
     layers = model.config.num_hidden_layers
     if bad := [layer for layer in c.moe_layers if not 0 <= layer < layers]:
         raise UserError(f"moe_layers names layer {bad[0]}; {c.base_model} has layers 0 to {layers - 1}")
-    return model, tokenizer
+    return cpu_kernels.use_in(model), tokenizer
 
 
 def tokenizer_of(c: SimpleNamespace):

@@ -77,6 +77,7 @@ def tuning(c: SimpleNamespace) -> None:
 
 def load_mixture(folder: Path):
     """The mixture in a folder of the steps conversion or tuning. Raises UserError where there is none, or it is damaged."""
+    from caem_files import cpu_kernels
     from expert_merging.core.hub import first_line
     from expert_merging.hemoe.modeling import HEMoEForCausalLM
 
@@ -85,6 +86,6 @@ def load_mixture(folder: Path):
             f"{folder} does not exist; run the step {'tuning' if folder.name == 'tuned' else 'conversion'} first"
         )
     try:
-        return HEMoEForCausalLM.from_pretrained(folder)
+        return cpu_kernels.use_in(HEMoEForCausalLM.from_pretrained(folder))
     except Exception as error:  # a file cut short surfaces as whatever its reader raises
         raise UserError(f"{folder} is damaged ({first_line(error)}); remove it and run its step again") from error

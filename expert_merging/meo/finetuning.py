@@ -89,6 +89,8 @@ def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None)
     """The pre-trained model with a head for the task; a new head is random (seed before). Raises UserError for none."""
     import transformers
 
+    from caem_files import cpu_kernels
+
     kind = {
         "classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM",
         "language modelling": "AutoModelForMaskedLM" if family == "bert" else "AutoModelForCausalLM",
@@ -103,7 +105,7 @@ def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None)
         model = getattr(transformers, kind).from_pretrained(path, torch_dtype=torch.float32, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"found no whole {family} model in {path} ({first_line(error)}); bring its folder") from error
-    return model
+    return cpu_kernels.use_in(model)
 
 
 def load_tokenizer(path: str):

@@ -1,5 +1,6 @@
 """The primary contrasts of docs/protocol.md: what each run's difference to CAEM says, over seeds and test examples."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,26 +25,33 @@ _NOTE = (
 def contrasts(e: Evidence) -> Table:
     """A row for each primary contrast and measure, as far as the runs are there with each example's score."""
     table = Table("contrasts", "Primary contrasts", _NOTE)
-    pairs = [(f"CAEM-{e.n}", name) for name in _against(e) if _seeds(e, f"CAEM-{e.n}", name)]
+    pairs = [(f"CAEM-{e.n}", name) for name in _against(e) if seeds_of(e, f"CAEM-{e.n}", name)]
+    for measure, of_pairs in compared(e, pairs, ("Overall", "Overall, pooled", *e.tasks)).items():
+        ps = bootstrap.holm([bootstrap.sign_flip_p(found.by_seed) for found, _ in of_pairs])
+        for (first, second), (found, arms), p in zip(pairs, of_pairs, ps, strict=True):
+            unit = 1.0 if measure.startswith("Overall") else float(arms[2].found[measure].mean())
+            table.rows.append(_row(e, measure, first, second, found, p, len(of_pairs), unit))
+    return table
+
+
+def compared(
+    e: Evidence, pairs: Sequence[tuple[str, str]], measures: Sequence[str]
+) -> dict[str, list[tuple[bootstrap.Contrast, list[bootstrap.Means]]]]:
+    """{measure: for each pair of runs the contrast, and the mean scores of both and of the single-task models}, all over
+    the same draws of test examples."""
     if not pairs:
-        return table
+        return {}
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    models = {name: {task: _scores(e, name, _seeds(e, name), task) for task in e.tasks} for name in names}
-    singles = _seeds(e)
+    models = {name: {task: _scores(e, name, seeds_of(e, name), task) for task in e.tasks} for name in names}
+    singles = seeds_of(e)
     models["single"] = {task: _scores(e, f"single-task-{e.n} {task}", singles, task) for task in e.tasks}
     means = bootstrap.resample(models)
-    for measure in ("Overall", "Overall, pooled", *e.tasks):
-        found, units = [], []
-        for pair in pairs:
-            seeds = _seeds(e, *pair)
-            arms = [means[name].of([_seeds(e, name).index(seed) for seed in seeds]) for name in pair]
-            single = means["single"].of([singles.index(seed) for seed in seeds])
-            found.append(_contrast(measure, [*arms, single]))
-            units.append(1.0 if measure.startswith("Overall") else float(single.found[measure].mean()))
-        ps = bootstrap.holm([bootstrap.sign_flip_p(one.by_seed) for one in found])
-        for (first, second), one, p, unit in zip(pairs, found, ps, units, strict=True):
-            table.rows.append(_row(e, measure, first, second, one, p, len(found), unit))
-    return table
+    arms_of = []
+    for pair in pairs:
+        seeds = seeds_of(e, *pair)
+        arms = [means[name].of([seeds_of(e, name).index(seed) for seed in seeds]) for name in pair]
+        arms_of.append([*arms, means["single"].of([singles.index(seed) for seed in seeds])])
+    return {measure: [(_contrast(measure, arms), arms) for arms in arms_of] for measure in measures}
 
 
 def _against(e: Evidence) -> list[str]:
@@ -54,7 +62,7 @@ def _against(e: Evidence) -> list[str]:
     return [name for name in (*fixed, best) if name]
 
 
-def _seeds(e: Evidence, *names: str) -> list[int]:
+def seeds_of(e: Evidence, *names: str) -> list[int]:
     """The seeds that have all of these runs and the single-task ones, each with every example's score."""
     needed = (*names, *(f"single-task-{e.n} {task}" for task in e.tasks))
     return [

@@ -1,7 +1,11 @@
 """Tables of expert use: entropies, allocations, and how entropy depends on the input length and the way of counting."""
 
+import itertools
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from expert_merging.report.evidence import STACKS, Evidence, entropy
 from expert_merging.report.tables import Table, stat
@@ -13,17 +17,45 @@ def entropies_after(e: Evidence) -> Table:
     """Table 3, for all configurations."""
     table = Table(
         "entropies_after", "Expert-usage entropy after multi-task training (table 3)",
-        "Normalised entropy on validation, mean over tasks and sparse layers: 1 is even use, 0 is one expert for all.",
+        "Normalised entropy on validation, mean over tasks and sparse layers: 1 is even use, 0 is one expert for all. Pooled: "
+        "of the tasks' uses added up. Distance: Jensen-Shannon's between the uses of two tasks, mean over pairs and layers: 0 "
+        "is the same use, 1 no expert in common.",
     )  # fmt: skip
     for name in e.multi_task():
         row: dict[str, Any] = {"configuration": name}
         for stack in STACKS:
             row[stack] = stat([fmean(entropy(one, stack, task) for task in e.tasks) for (one,) in e.get(name)], 4)
+            row[f"{stack}, pooled"] = stat([pooled_entropy(one, stack) for (one,) in e.get(name)], 4)
+            row[f"{stack}, distance"] = stat([task_distance([one["usage"][stack]]) for (one,) in e.get(name)], 3)
         if e.scale == "paper":
             paper = PAPER_ENTROPIES.get(name, (None, None))
             row |= {"paper: encoder": paper[0], "paper: decoder": paper[1]}
         table.rows.append(row | {"from": e.source(name)})
     return table
+
+
+def pooled_entropy(record: Any, stack: str) -> float:
+    """Normalised entropy of the use of all tasks together, each with the same weight, mean over sparse layers."""
+    shares = np.mean([_shares(grid) for grid in record["usage"][stack].values()], axis=0)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return float((-(shares * logs).sum(1) / np.log(shares.shape[1])).mean())
+
+
+def task_distance(uses: Sequence[dict[str, Any]]) -> float:
+    """Jensen-Shannon distance (base 2) between the expert use of two tasks, mean over pairs of tasks and sparse layers.
+
+    Args:
+        uses: {task: [sparse layer][expert] tokens} of one model, or of several that hold a task each.
+    """
+    from scipy.spatial.distance import jensenshannon
+
+    shares = [_shares(grid) for use in uses for grid in use.values()]
+    return float(np.mean([jensenshannon(a, b, base=2, axis=1) for a, b in itertools.combinations(shares, 2)]))
+
+
+def _shares(grid: Sequence[Sequence[int]]) -> np.ndarray:
+    counts = np.asarray(grid, dtype=float)
+    return counts / counts.sum(1, keepdims=True).clip(min=1)
 
 
 def entropies_by_task(e: Evidence) -> Table:

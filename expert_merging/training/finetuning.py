@@ -69,10 +69,11 @@ def finetune(
     model.set_usage_counting(of_method(c.reading, "counts"))
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = sharding.is_sharded(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
+        model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay, fused=not sharded
     )
-    if not sharding.is_sharded(model):
+    if not sharded:
         pass_over_idle(model, optimizer)
     lengths = {task: _lengths(features["train"]) for task, features in data.items()}
     per_epoch = min(len(features["train"]) for features in data.values())

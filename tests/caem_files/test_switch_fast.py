@@ -20,7 +20,7 @@ seeds = st.integers(0, 10_000)
 
 def fast():
     """Every float32 product, and attention, takes the way of the large ones on a Zen 5."""
-    return mock.patch.multiple(cpu_kernels, PRODUCT_FROM=1, ONEDNN=True, BY_HEAD=True)
+    return mock.patch.multiple(cpu_kernels, PRODUCT_FROM=1, ATTEND_FROM=1, ONEDNN=True, BY_HEAD=True)
 
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

@@ -95,3 +95,38 @@ def test_records_of_several_protocols_or_bases_are_refused_by_name(tmp_path: Pat
     evidence.collect(tmp_path / "report", "night", (4, 6), TASKS, files)
     with pytest.raises(UserError, match=f"Baseline-4 of seed 0 and Baseline-4 of seed 1 were made {said}"):
         evidence.read(tmp_path / "report")
+
+
+def test_secondary_contrasts_by_the_interval_alone():
+    from expert_merging.report.caem_secondary import secondary
+
+    e = made(4, gain=0.5)
+    for seed, of_seed in e.records.items():
+        of_seed["CAEM-4-to-6"] = record(np.random.default_rng(100 + seed), -0.5)
+        of_seed["CAEM-6"] = record(np.random.default_rng(200 + seed), 0.4)
+    found = {(row["contrast"], row["measure"]): row for row in secondary(e).rows}
+    pairs = [
+        "CAEM-4 - Baseline-4",
+        "CAEM-4-Avg - CAEM-4",
+        "CAEM-4 - CAEM-4-to-6",
+        "CAEM-4-to-6 - CAEM-6",
+    ]  # those with runs
+    assert list(found) == [(pair, measure) for measure in ("Overall", *TASKS) for pair in pairs]
+    assert {found[pairs[0], measure]["verdict"] for measure in ("Overall", *TASKS)} == {"above"}
+    assert found["CAEM-4-Avg - CAEM-4", "Overall"]["verdict"] == "below"
+    assert [found[pair, "qa"]["verdict"] for pair in pairs[2:]] == ["above", "below"]
+    assert found["CAEM-4 - CAEM-4-to-6", "qa"]["paper"] == "above"
+    row = found[pairs[0], "topic"]
+    ours = np.mean([one["test"] for one in _means(e, "CAEM-4", "topic")])
+    theirs = np.mean([one["test"] for one in _means(e, "Baseline-4", "topic")])
+    assert row["share"] == f"{ours / theirs - 1:+.1%}" and float(row["difference"].split()[0]) == pytest.approx(
+        ours - theirs, abs=0.01
+    )
+    alone = {(row["contrast"], row["measure"]): row for row in secondary(made(1)).rows}
+    assert alone[pairs[0], "Overall"]["verdict"] == "cannot tell: one seed"
+
+
+def _means(e, name, task):
+    from expert_merging.data.scores import unpack
+
+    return [{"test": unpack(of_seed[name][f"{task}_data"]["test_each"]).mean()} for of_seed in e.records.values()]

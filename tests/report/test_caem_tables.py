@@ -200,6 +200,53 @@ def test_claims(without_figures, folder):
     assert next(row for claim, row in by_claim.items() if "CKA > 0.999" in claim)["verdict"] == "held"
 
 
+def test_what_the_paper_reads_off_its_figures_is_tested(without_figures, folder):
+    """CKA rises from `before` to `after` but for 8-to-16; a joint model's tasks share experts more than their own models."""
+    for number, path in enumerate(sorted(folder.glob("seed*.json"))):
+        content = json.loads(path.read_text())
+        for name, after in (
+            ("CAEM-4 + Baseline-4", 0.7),
+            ("CAEM-4-to-6 + Baseline-6", 0.9),
+            ("CAEM-4-to-6 + CAEM-6", 0.6),
+        ):
+            content[name] = content[name] if name in content else json.loads(json.dumps(content["CAEM-4 + Baseline-4"]))
+            for task in TASKS:
+                content[name]["cka"]["after"][task]["encoder"] = [after + 0.01 * number, 1.0]
+        content["CAEM-6 + Baseline-6"] = json.loads(json.dumps(content["CAEM-4 + Baseline-4"]))
+        content["CAEM-6 + Baseline-6"]["cka"]["after"]["ag_news"]["decoder"] = [0.2 - 0.01 * number, 0.9]
+        for stack in ("encoder", "decoder"):
+            content["single-task-4 squad"]["usage"][stack]["squad"] = [[0, 0, 0, 10 + number], [9, 1, 0, 0]]
+        path.write_text(json.dumps(content))
+    write(folder)
+    by_claim = {row["claim"]: row for row in rows_of(folder, "claims")}
+    assert by_claim["fine-tuning makes the encoders of CAEM-4 and Baseline-4 more alike (CKA)"]["verdict"] == "held"
+    assert not any("encoders of CAEM-4-to-6" in claim for claim in by_claim)
+    assert by_claim["the decoders of CAEM-6 and Baseline-6 part most on ag_news (CKA)"]["verdict"] == "held"
+    nearer = "CAEM-4-to-6 is nearer to Baseline-6 than to CAEM-6 (CKA): "
+    assert by_claim[nearer + "encoder"]["verdict"] == "held"
+    assert by_claim[nearer + "decoder"]["verdict"] == "cannot tell"  # the same in all
+    for stack in ("encoder", "decoder"):
+        alike = by_claim[f"tasks use the experts of CAEM-4 more alike than those of their own models: {stack}"]
+        assert alike["verdict"] == "held" and "- CAEM-4: +0." in alike["numbers"]
+
+
+def test_entropy_pooled_and_distance_between_tasks_by_hand():
+    from expert_merging.report.caem_usage import pooled_entropy, task_distance
+
+    apart = {"a": [[4, 0], [1, 1]], "b": [[0, 7], [5, 5]]}  # one layer without an expert in common, one used alike
+    record = {"usage": {"encoder": apart}}
+    assert pooled_entropy(record, "encoder") == pytest.approx(1.0)  # tasks weigh the same, whatever their tokens
+    assert task_distance([apart]) == pytest.approx((1 + 0) / 2)
+    assert task_distance([{"a": apart["a"]}, {"b": apart["b"]}]) == pytest.approx(0.5)
+    assert pooled_entropy({"usage": {"encoder": {"a": [[3, 0]], "b": [[5, 0]]}}}, "encoder") == 0
+
+
+def test_table_3_has_pooled_entropy_and_distance(without_figures, folder):
+    write(folder)
+    row = next(row for row in rows_of(folder, "entropies_after") if row["configuration"] == "CAEM-4")
+    assert 0 < float(row["encoder, pooled"]) < 1 and float(row["decoder, distance"]) == 0  # both tasks use alike
+
+
 def test_audit_tables(without_figures, folder):
     write(folder)
     counts = next(row for row in rows_of(folder, "deviations") if row["deviation"] == "counts")
