@@ -5,7 +5,7 @@ A script's own constants stand at its top. `by_scale(paper, night, tiny)` holds 
 
 from expert_merging.core.scales import by_scale
 
-scale = "paper"  # paper (Switch-Base on a GPU) | night (tables with power, hours of a laptop) | tiny (minutes)
+scale = "paper"  # paper (Switch-Base on a GPU) | night (a laptop, hours) | tiny (minutes) | real (neighbours)
 seed = 0  # of everything random but the data splits
 reading = "paper"  # paper: Algorithm 1 as printed | released: the authors' code | paper+counts: see docs/audit.md
 device = by_scale(paper="cuda", night="auto", tiny="auto")  # cuda | cpu | auto

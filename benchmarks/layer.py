@@ -36,11 +36,11 @@ SHAPE = {
 LAYERS = 4
 # Models whose plain linear layers `cpu_kernels.use_in` makes compute as ours do.
 NEIGHBOURS = (
-    ("4 layers of SmolLM2-135M", "Llama", {
+    ("4 layers of SmolLM2-135M", "LlamaForCausalLM", {
         "vocab_size": 4096, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
         "num_key_value_heads": 3,
     }),
-    ("6 layers of MiniLM", "Bert", {
+    ("6 layers of MiniLM", "BertLMHeadModel", {
         "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
         "is_decoder": True,
     }),
@@ -177,7 +177,8 @@ def main() -> None:
         compare(f"model, 2 examples of {task}'s length", [training_pass(model, batch) for model in pair], MODEL)
     for name, kind, settings in NEIGHBOURS:
         torch.manual_seed(0)
-        plain = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings)).train()
+        model_class = getattr(transformers, kind)
+        plain = model_class(model_class.config_class(**settings)).train()
         ids = torch.randint(2, settings["vocab_size"], (8, 64), generator=rng)
         batch = {"input_ids": ids, "labels": ids}
         both = [training_pass(model, batch) for model in (cpu_kernels.use_in(copy.deepcopy(plain)), plain)]

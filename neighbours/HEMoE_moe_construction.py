@@ -1,16 +1,18 @@
 """7  HEMoE: a dense LLaMA-style model (Llama, Mistral, Qwen2) becomes a mixture of experts of different sizes.
 
 Reads   base_model; INSTRUCTIONS_PATH/{task}.jsonl, lines {"instruction": ..., "output": ...}; the tasks `eval_tasks`, which
-        lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The step base makes all three at the scales tiny, night.
+        lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The steps data and base make all three at the scales
+        tiny and night. At real: SmolLM2-135M (tools/packaged_model.py), your instructions, and QUESTIONS_PATH.
 Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `methods` a folder with split.npz, the mixtures
         model/ and tuned/ (they load alone), measure.json and evaluation.json; HEMOE_DIR/report: table, figure, records.
-Takes   at tiny about ten minutes a seed on one CPU core. Interrupted, it goes on. Steps run alone: --steps partition report.
+Takes   at tiny about ten minutes a seed on one CPU core, at real a night. Interrupted, it goes on. Steps run alone:
+        --steps partition report.
 """
 
 from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
-steps = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
+steps = ("data", "base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 methods = (
     "HEMoE",
     "HEMoE_start",  # routers start from the domains' map
@@ -27,7 +29,10 @@ methods = (
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(
-    paper="meta-llama/Llama-3.2-1B", night="{HEMOE_DIR}/seed{seed}/base", tiny="{HEMOE_DIR}/seed{seed}/base"
+    paper="meta-llama/Llama-3.2-1B",
+    night="{HEMOE_DIR}/seed{seed}/base",
+    tiny="{HEMOE_DIR}/seed{seed}/base",
+    real="models/smollm2-135m",
 )  # hub name or local folder
 INSTRUCTIONS_PATH = by_scale(
     paper="instructions", night="{HEMOE_DIR}/data/train", tiny="{HEMOE_DIR}/data/train"
@@ -36,22 +41,30 @@ EVAL_TASKS_PATH = by_scale(
     paper="", night="{HEMOE_DIR}/data/eval", tiny="{HEMOE_DIR}/data/eval"
 )  # folder of lm_eval task files; "" for lm_eval's own alone
 
+QUESTIONS_PATH = ""  # at real: folder of {task}/test.jsonl, {"question", "choices", "answer"}; "" asks about docstrings
+eval_questions = by_scale(paper=0, night=0, tiny=0, real=200)  # of these a task, a fixed sample; 0 takes all
 PARTS_PATH = ""  # of the method parts: a folder of the released {layer}.part.{experts} files
 
 # -- domains and importance
-domains_from = by_scale(paper="clusters", night="tasks", tiny="tasks")  # tasks | clusters
-num_domains = by_scale(paper=8, night=6, tiny=6)  # D
-embedder = "tfidf"  # of clusters: tfidf, or the local folder of an encoder
-held_out = by_scale(paper=100, night=100, tiny=40)  # examples a task that measure and nothing else sees
-score_sequences = by_scale(paper=5000, night=1000, tiny=200)  # a domain
+domains_from = by_scale(paper="clusters", night="tasks", tiny="tasks", real="clusters")  # tasks | clusters
+num_domains = by_scale(paper=8, night=6, tiny=6, real=8)  # D
+embedder = by_scale(
+    paper="tfidf", night="tfidf", tiny="tfidf", real="models/minilm-l6"
+)  # of clusters: tfidf, or the local folder of an encoder
+held_out = by_scale(paper=100, night=100, tiny=40, real=30)  # examples a task that measure and nothing else sees
+score_sequences = by_scale(paper=5000, night=1000, tiny=200, real=150)  # a domain
 score_sums = "float64"  # float64 | bfloat16: the released code's, which stop growing
-max_tokens = by_scale(paper=1024, night=128, tiny=64)  # of an instruction with its output, in scoring and tuning
+max_tokens = by_scale(
+    paper=1024, night=128, tiny=64, real=160
+)  # of an instruction with its output, in scoring and tuning
 
 # -- partition
-num_experts = by_scale(paper=8, night=6, tiny=6)  # n
+num_experts = by_scale(paper=8, night=6, tiny=6, real=8)  # n
 size_ratio = 4.0  # R: the largest expert over the smallest
 experts_per_domain = 2.0  # l, in units of n / D
-num_modules = by_scale(paper=128, night=128, tiny=32)  # of HEMoE_modules: groups of neurons that stay together
+num_modules = by_scale(
+    paper=128, night=128, tiny=32, real=128
+)  # of HEMoE_modules: groups of neurons that stay together
 solver = "alternating"  # alternating | highs | gurobi
 solver_starts = 16
 solver_seconds = 60.0  # a layer, at most
@@ -59,7 +72,7 @@ rounding = "exact"  # exact | released: the authors' roundings of sizes
 
 # -- the mixture
 moe_layers = by_scale(
-    paper=tuple(range(3, 15)), night=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3)
+    paper=tuple(range(3, 15)), night=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3), real=tuple(range(3, 27))
 )  # from 0; others stay dense
 router_k = by_scale(paper=4, night=0, tiny=0)  # experts that fire in tuning; 0 draws 1..n anew for each step
 router_std = 1e-3  # of a learned router's initial weights
@@ -72,8 +85,8 @@ lora_rank = 8
 lora_alpha = 16
 lora_dropout = 0.05
 tune_tasks = ("all",)  # whose examples; the authors tune a model for each task
-tune_steps = by_scale(paper=2000, night=1000, tiny=50)
-tune_batch = by_scale(paper=16, night=32, tiny=16)  # examples in one forward pass
+tune_steps = by_scale(paper=2000, night=1000, tiny=50, real=80)
+tune_batch = by_scale(paper=16, night=32, tiny=16, real=16)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, night=1, tiny=1)  # passes a step
 tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
@@ -84,13 +97,14 @@ eval_tasks = by_scale(
     paper=("arc_easy", "arc_challenge", "piqa", "openbookqa", "winogrande", "sciq", "social_iqa"),
     night=("doc_topic", "doc_type", "doc_default", "doc_summary", "doc_next", "doc_order"),
     tiny=("doc_topic", "doc_type", "doc_default", "doc_summary", "doc_next", "doc_order"),
-)  # 0-shot
+    real=("all",),
+)  # 0-shot; all: those in EVAL_TASKS_PATH
 eval_examples = 0  # a task; 0 takes all
-eval_ks = (0,)  # experts that fire; 0 takes 1..n
+eval_ks = by_scale(paper=(0,), night=(0,), tiny=(0,), real=(2, 4, 6, 8))  # experts that fire; 0 takes 1..n
 
 # -- the dense model of the scales tiny and night, and its data
-doc_train_examples = by_scale(paper=0, night=8000, tiny=4000)  # a task
-doc_test_examples = by_scale(paper=0, night=300, tiny=50)  # a task
+doc_train_examples = by_scale(paper=0, night=8000, tiny=4000, real=4000)  # a task
+doc_test_examples = by_scale(paper=0, night=300, tiny=50, real=200)  # a task
 base_vocab_size = by_scale(paper=0, night=8192, tiny=2048)
 base_hidden_size = by_scale(paper=0, night=256, tiny=64)
 base_intermediate_size = by_scale(paper=0, night=1024, tiny=256)  # neurons of an FFN
@@ -110,7 +124,7 @@ def main(c):
 
     pipeline.check(c)
 
-    from expert_merging.hemoe import dense_model, examples, measuring, mixtures, report, splitting
+    from expert_merging.hemoe import data, dense_model, examples, measuring, mixtures, report, splitting
 
     if c.check:
         return report.check()
@@ -120,7 +134,9 @@ def main(c):
         require_commit()
 
     in_order = {
-        # At tiny and night: six multiple-choice tasks made of docstrings, and a small Llama trained on their text.
+        # At tiny and night: six multiple-choice tasks made of docstrings, and a small Llama trained on their text. At real:
+        # questions as tasks for lm_eval.
+        "data": data.data,
         "base": dense_model.base,
         # Domains: the tasks of the instruction data, or clusters of its embeddings.
         "domains": examples.domains,

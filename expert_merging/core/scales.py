@@ -1,9 +1,10 @@
-"""Constants that depend on the scale of an experiment: paper, night or tiny. Imports nothing, so that global_config.py can."""
+"""Constants that depend on the scale of an experiment: paper, night, tiny or real. Imports nothing, so that global_config.py
+can."""
 
 from dataclasses import dataclass
 from typing import Any
 
-SCALES = ("paper", "night", "tiny")
+SCALES = ("paper", "night", "tiny", "real")
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,14 @@ class ByScale:
     paper: Any
     night: Any
     tiny: Any
+    real: Any
+    has_real: bool
 
 
-def by_scale(paper: Any, night: Any, tiny: Any) -> Any:
-    """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales."""
-    return ByScale(paper, night, tiny)
+def by_scale(paper: Any, night: Any, tiny: Any, real: Any = None) -> Any:
+    """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales.
+
+    `real` (pre-trained weights of a small published model, real tasks, a night on a laptop) is night's value where none is
+    given; a script none of whose constants gives one has no such scale.
+    """
+    return ByScale(paper, night, tiny, night if real is None else real, real is not None)

@@ -5,29 +5,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, read_json, write_json
+from expert_merging.core.files import new_folder, read_json
 from expert_merging.hemoe import pipeline
 from expert_merging.hemoe.examples import read_examples
 from expert_merging.hemoe.pipeline import seed_folder
 
 
 def base(c: SimpleNamespace) -> None:
-    """Instruction data and tasks from docstrings, then a small Llama trained on both and on the docstrings' text."""
-    if c.scale == "paper":
-        return  # the dense model and the data are the user's
-    from expert_merging.data import docstring_reader, docstring_splits
-    from expert_merging.hemoe import doc_choice, small_llama, tuning
+    """A small Llama trained on the instruction data and on the docstrings' text."""
+    if not pipeline.makes_base(c):
+        return
+    from expert_merging.hemoe import small_llama, tuning
 
     data, folder = Path(c.HEMOE_DIR) / "data", seed_folder(c) / "base"
-    wanted = pipeline.identity(c, "data")
-    if not pipeline.is_done(data / "complete.json", wanted):
-        docs = docstring_reader.read_docstrings()
-        found = doc_choice.examples(docs, c.doc_train_examples, c.doc_test_examples)
-        doc_choice.write(found, data / "train", data / "eval")
-        texts = docstring_splits.pretraining_texts(docs)
-        random.Random(docstring_splits.DATA_SEED).shuffle(texts)
-        write_json(data / "texts.json", texts[: 2 * c.doc_train_examples])
-        pipeline.save(c, data / "complete.json", wanted, {"texts_sha256": docstring_reader.corpus_hash(texts)})
     wanted, work = pipeline.identity(c, "base"), folder.with_suffix(".run")
     if pipeline.is_done(folder / "base.json", wanted, work, claim=folder):
         return

@@ -12,6 +12,7 @@ import torch
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
+from expert_merging.data.scores import pack
 from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
 
 
@@ -44,8 +45,11 @@ def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, An
     return loaded
 
 
-def accuracy(model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int, limit: int = 0) -> dict[str, float]:
-    """{task: accuracy} by lm_eval: acc_norm (by the likelihood a byte) where the task has it, else acc.
+def accuracy(
+    model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int, limit: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What lm_eval finds, {task: {"main": acc_norm (by the likelihood a byte) where the task has it, else acc; "acc" and
+    "acc_norm" as there are; "each": the main one of each question, packed (data/scores.py)}}.
 
     Args:
         tasks: `load_tasks`'s.
@@ -54,15 +58,25 @@ def accuracy(model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from expert_merging.hemoe.shared_prompts import FAMILIES, SharedPrompts
+
     was_training = model.training
     model.eval()
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # its four bars a task
-        found = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR")[
-            "results"
-        ]
+    dense = model.config.dense if isinstance(model, HEMoEForCausalLM) else model.config.to_dict()
+    reader = SharedPrompts if dense["model_type"] in FAMILIES else HFLM
+    lm = reader(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=True)
+    hidden = contextlib.nullcontext() if reader is SharedPrompts else contextlib.redirect_stderr(io.StringIO())
+    with hidden:  # HFLM's four bars a task
+        found = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
     model.train(was_training)
-    return {task: found[task].get("acc_norm,none", found[task].get("acc,none")) for task in tasks["tasks"]}
+    return {task: _scores(found["results"][task], found["samples"][task]) for task in tasks["tasks"]}
+
+
+def _scores(result: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    said = {name: result[f"{name},none"] for name in ("acc", "acc_norm") if f"{name},none" in result}
+    main = "acc_norm" if "acc_norm" in said else "acc"
+    each = [100.0 * sample[main] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return {"main": said[main], **said, "each": pack(each)}
 
 
 def measure(model, batches_of: Mapping[str, Iterable[dict[str, torch.Tensor]]]) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def evaluation(c: SimpleNamespace) -> None:
     def prepare():
         from expert_merging.hemoe.evaluation import accuracy, load_tasks
 
-        tasks = load_tasks(c.eval_tasks, c.EVAL_TASKS_PATH)
+        names = c.eval_tasks
+        if names == ("all",):
+            names = tuple(sorted(path.stem for path in Path(c.EVAL_TASKS_PATH).glob("*.yaml")))
+        tasks = load_tasks(names, c.EVAL_TASKS_PATH)
         return lambda model, tokenizer: accuracy(model, tokenizer, tasks, c.eval_batch_size, c.eval_examples)
 
     _for_each_k(c, "evaluation", "evaluation", prepare)

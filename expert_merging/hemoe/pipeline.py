@@ -1,7 +1,7 @@
 """What the steps of neighbours/HEMoE_moe_construction.py share: their constants, what a result depends on, where it lies.
 
-HEMOE_DIR/data           instruction data and evaluation tasks made of docstrings (scales tiny and night)
-HEMOE_DIR/seed{s}/base   the dense model trained on them (the same scales)
+HEMOE_DIR/data           instruction data and evaluation tasks: of docstrings, or of QUESTIONS_PATH (not at scale paper)
+HEMOE_DIR/seed{s}/base   the dense model trained on them (scales tiny and night)
 HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
 .../{method}/            split.npz, split.json, parts/; model/ as converted; tuned/, tuning.json; measure.json; evaluation.json
 
@@ -17,7 +17,7 @@ from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import read_json, sha256
 from expert_merging.run import provenance, results
 
-STEPS = ("base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
+STEPS = ("data", "base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
 
 # name: (partition, its settings that differ, the router: noise at the start, domains (the map's), fixed (EMoE's mean gate))
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 # What each step's result follows from, beside the earlier steps'.
 _CONSTANTS = {
-    "data": ("doc_train_examples", "doc_test_examples"),
+    "data": ("doc_train_examples", "doc_test_examples", "eval_questions"),
     "base": (
         "base_vocab_size", "base_hidden_size", "base_intermediate_size", "base_layers", "base_heads",
         "base_tokens", "base_steps", "base_batch", "base_lr",
@@ -98,12 +98,12 @@ def seed_folder(c: SimpleNamespace) -> Path:
 def identity(c: SimpleNamespace, step: str, **more: Any) -> dict[str, Any]:
     """What the result of `step` depends on: its constants and those of the steps before it.
 
-    At scale paper the data and the dense model are the user's. At the others the model is made by the step base, and its
-    constants tell what it is; where `base_model` names another, the hash of its weights does.
+    At scale paper the data and the dense model are the user's. At tiny and night the model is made by the step base, and
+    its constants tell what it is; where `base_model` names another, the hash of its weights does.
     """
     names = ["scale"] if step == "data" else ["scale", "seed"]
     for one, its in _CONSTANTS.items():
-        if c.scale != "paper" or one not in ("data", "base"):
+        if (one != "data" or c.scale != "paper") and (one != "base" or makes_base(c)):
             names += its
         if one == step:
             break
@@ -111,6 +111,11 @@ def identity(c: SimpleNamespace, step: str, **more: Any) -> dict[str, Any]:
     if c.scale != "paper" and wanted.pop("base_model", None) and Path(c.base_model) != seed_folder(c) / "base":
         wanted["base_model"] = _weights_sha256(c.base_model)
     return wanted
+
+
+def makes_base(c: SimpleNamespace) -> bool:
+    """Whether the dense model is one that is trained here."""
+    return c.scale in ("tiny", "night")
 
 
 @functools.cache

@@ -79,8 +79,15 @@ def _collected(folder: Path, method: str) -> dict[str, Any] | None:
     return {
         **{name: last[name] for name in ("command", "versions", "seed", "identity")}, "method": method,
         "split": there.get("split", {}).get("split"), "training": there.get("tuning", {}).get("training"),
-        "k": {k: {**there["measure"]["k"][k], "accuracy": last["k"][k]} for k in ks},
+        "k": {k: {**there["measure"]["k"][k], **_accuracies(last["k"][k])} for k in ks},
     }  # fmt: skip
+
+
+def _accuracies(found: dict[str, Any]) -> dict[str, Any]:
+    """{"accuracy": {task: main}, and of each task "acc", "acc_norm" and the questions' packed scores}."""
+    names = dict.fromkeys(name for of_task in found.values() for name in of_task if name != "main")
+    by_name = {name: {task: of[name] for task, of in found.items() if name in of} for name in names}
+    return {"accuracy": {task: of["main"] for task, of in found.items()}, **by_name}
 
 
 def curve(record: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -119,6 +119,9 @@ def fit(
     )  # fmt: skip
     trainer = _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad))
     trainer.any_k = any_k
+    # A model whose forward takes any keyword is believed to divide by the tokens of all passes itself; HEMoE's balance loss
+    # would then be summed over the passes of a step, not averaged.
+    trainer.model_accepts_loss_kwargs = False
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None
     bar = _one_bar(trainer, label)

@@ -17,7 +17,7 @@ from transformers import (
 )  # fmt: skip
 
 from expert_merging.core.errors import UserError
-from expert_merging.hemoe import domains
+from expert_merging.hemoe import domains, importance
 from expert_merging.hemoe.importance import Scores, processed, score, sequence_scores
 
 SIZES = {
@@ -236,3 +236,10 @@ def test_domains_that_cannot_be_made(tmp_path):
         domains.by_task([])
     with pytest.raises(UserError, match="no config.json"):
         domains.by_cluster(make_examples(), 2, embedder=str(tmp_path))
+
+
+def test_passes_are_no_larger_than_their_sequences_and_tokens(monkeypatch):
+    monkeypatch.setattr(importance, "_TOGETHER", 3)
+    monkeypatch.setattr(importance, "_TOKENS", 20)
+    assert importance._passes([1, 2, 3, 4, 5, 9, 11, 30]) == [3, 2, 1, 1, 1]
+    assert importance._passes([5, 5, 5, 5]) == [3, 1]

@@ -1,6 +1,8 @@
 """The mixture of experts of different sizes: what it must equal, what it may compute, what training may change."""
 
 import copy
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -403,6 +405,32 @@ def test_training_lowers_the_loss_and_the_result_loads_alone(tmp_path):
     after = evaluation.measure(loaded, batches)["loss"]["a"]
     assert after == pytest.approx(evaluation.measure(model, batches)["loss"]["a"], abs=1e-6)
     assert after < before - 0.2
+
+
+def test_passes_of_a_step_are_averaged(tmp_path):
+    """Four examples in one, two or four passes move the routers alike, balance loss and all; so the dense model's LoRA."""
+    rows = [{"input_ids": ROWS[0]["input_ids"], "labels": ROWS[0]["labels"]}] * 4
+    for model_of in (lambda: mixture(dense_model(), k=2, balance_coef=0.5), dense_model):
+        gradients = []
+        for passes in (1, 2, 4):
+            model = tuning.add_lora(model_of(), 2, 4, 0.0)
+            found: list[torch.Tensor] = []
+            watched = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
+            optimizer_step = torch.optim.AdamW.step
+
+            def look(self, *arguments, watched=watched, found=found, optimizer_step=optimizer_step, **more):
+                found.append(torch.cat([p.grad.flatten() for p in watched if p.grad is not None]))
+                return optimizer_step(self, *arguments, **more)
+
+            with mock.patch.object(torch.optim.AdamW, "step", look):
+                tuning.fit(
+                    model, rows, 0, tmp_path / f"{passes}", steps=1, batch_size=4 // passes, accumulation=passes, lr=1e-3,
+                )  # fmt: skip
+            shutil.rmtree(tmp_path / f"{passes}")
+            gradients.append(found[0])
+        assert gradients[0].abs().max() > 0
+        for other in gradients[1:]:
+            torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
 
 
 def test_training_goes_on_where_it_was(tmp_path, monkeypatch):

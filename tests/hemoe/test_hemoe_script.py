@@ -10,6 +10,7 @@ from conftest import call_main, run_script
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
+from expert_merging.data.scores import unpack
 
 SCRIPT = "neighbours/HEMoE_moe_construction.py"
 METHODS = ("HEMoE", "HEMoE_start", "random_heterogeneous", "EMoE")
@@ -74,7 +75,7 @@ def test_from_dense_model_to_report(place, done):
     for method in METHODS:
         measured, accuracy = (read_json(seed / method / f"{name}.json")["k"] for name in ("measure", "evaluation"))
         assert list(measured) == list(accuracy) == ["1", "2"]
-        assert all(0 <= value <= 1 for found in accuracy.values() for value in found.values())
+        assert all(0 <= of_task["main"] <= 1 for found in accuracy.values() for of_task in found.values())
         shares = [measured[k]["share"]["copy"] for k in ("1", "2")]
         assert shares[0] < shares[1]
         assert shares[1] == pytest.approx(1.0)
@@ -191,7 +192,7 @@ def test_curves_are_compared_at_equal_shares():
 @pytest.mark.parametrize(
     ("constants", "said"),
     [
-        ({"steps": ("scoring",)}, "steps: there is no 'scoring'; there are base, domains"),
+        ({"steps": ("scoring",)}, "steps: there is no 'scoring'; there are data, base, domains"),
         ({"methods": ("moe",)}, "methods: there is no 'moe'; there are HEMoE"),
         ({"router_k": 3}, "router_k is 3; give 1 to 2"),
         ({"eval_ks": (1, 9)}, "eval_ks holds 9"),
@@ -318,7 +319,8 @@ def test_lm_eval_scores_are_those_of_the_likeliest_choice(place):
                 of_choice = logs[torch.arange(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum().item()
                 values.append(of_choice / len(choice.encode()))
             right += values.index(max(values)) == row["label"]
-        assert accuracy == pytest.approx(right / len(rows))
+        assert accuracy["main"] == accuracy["acc_norm"] == pytest.approx(right / len(rows))
+        assert unpack(accuracy["each"]).mean() == pytest.approx(100 * right / len(rows), abs=0.01)
 
 
 # ---------------------------------------------------------------- the tasks made of docstrings

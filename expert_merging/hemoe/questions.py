@@ -1,0 +1,86 @@
+"""Multiple-choice questions in a folder, for lm_eval: {task}/test.jsonl, lines {"question", "choices", "answer" (index)}.
+
+A question with a `_` is one of WinoGrande's kind: the choices go where the blank is, and what follows it is scored.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import write_atomic, write_json
+
+# As lm_eval's own tasks of these names put the question; others like ARC's.
+PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:"}
+PROMPT = "Question: {}\nAnswer:"
+SAMPLE_SEED = 0  # of which questions are asked: the same for every model, seed and machine
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{task: its questions}, sorted by task. Raises UserError, by file and line, for what is no question."""
+    if not folder.is_dir():
+        raise UserError(f"QUESTIONS_PATH: there is no folder {folder}; it holds a folder TASK with test.jsonl a task")
+    files = sorted(folder.glob("*/test.jsonl"))
+    if not files:
+        raise UserError(f"QUESTIONS_PATH: {folder} holds no TASK/test.jsonl")
+    found = {}
+    for path in files:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"{path} holds no questions")
+        found[path.parent.name] = [_question(path, number, line) for number, line in enumerate(lines, 1)]
+    return found
+
+
+def _question(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        question, choices, answer = row["question"], row["choices"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}, line {number}: not a JSON object with "question", "choices" and "answer"') from error
+    texts = [question, *choices] if isinstance(choices, list) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{path}, line {number}: the question and each of its choices must be a text that is not empty")
+    if len(choices) < 2:
+        raise UserError(f"{path}, line {number}: a question with {len(choices)} choice; two are the least")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise UserError(
+            f"{path}, line {number}: answer is {answer!r}; of {len(choices)} choices it is 0 to {len(choices) - 1}"
+        )
+    return row
+
+
+def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> None:
+    """Write `folder`/{task}.yaml and .jsonl of at most `most` questions a task (0: all), a fixed sample."""
+    for task, rows in found.items():
+        if most and len(rows) > most:
+            chosen = random.Random(f"{SAMPLE_SEED} {task}").sample(range(len(rows)), most)
+            rows = [rows[number] for number in sorted(chosen)]
+        blank = all("_" in row["question"] for row in rows)
+        path = (folder / f"{task}.jsonl").absolute()
+        asked = [_with_blank(row) if blank else _with_prompt(row, PROMPTS.get(task, PROMPT)) for row in rows]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
+        metrics = ("acc",) if blank else ("acc", "acc_norm")
+        # lm_eval takes a whole number in doc_to_text for the place of the right context among several.
+        fields = {"doc_to_text": "answer", "doc_to_choice": "contexts", "doc_to_target": "rest"}
+        if not blank:
+            fields = {"doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "answer"}
+        write_json(  # JSON is YAML
+            folder / f"{task}.yaml",
+            {
+                "task": task, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
+                "test_split": "test", "output_type": "multiple_choice", **fields, "num_fewshot": 0,
+                "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+                "metadata": {"version": 1.0},
+            },
+        )  # fmt: skip
+
+
+def _with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:
+    return {"prompt": prompt.format(row["question"]), "choices": row["choices"], "answer": row["answer"]}
+
+
+def _with_blank(row: dict[str, Any]) -> dict[str, Any]:
+    before, _, after = row["question"].partition("_")
+    return {"contexts": [before + choice for choice in row["choices"]], "rest": after.strip(), "answer": row["answer"]}
