@@ -119,9 +119,10 @@ def fit(
     )  # fmt: skip
     trainer = _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad))
     trainer.any_k = any_k
-    # A model whose forward takes any keyword is believed to divide by the tokens of all passes itself; HEMoE's balance loss
-    # would then be summed over the passes of a step, not averaged.
+    # transformers 4.46 leaves it to the model to divide by what all passes of a step hold, which Llama does and a mixture
+    # does not: its passes would be summed. Here the mean of the passes' losses counts, for every model.
     trainer.model_accepts_loss_kwargs = False
+    trainer.accelerator.gradient_accumulation_steps = accumulation
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainer.moe = inner if isinstance(inner, HEMoEForCausalLM) else None
     bar = _one_bar(trainer, label)

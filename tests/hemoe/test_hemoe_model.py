@@ -411,26 +411,29 @@ def test_passes_of_a_step_are_averaged(tmp_path):
     """Four examples in one, two or four passes move the routers alike, balance loss and all; so the dense model's LoRA."""
     rows = [{"input_ids": ROWS[0]["input_ids"], "labels": ROWS[0]["labels"]}] * 4
     for model_of in (lambda: mixture(dense_model(), k=2, balance_coef=0.5), dense_model):
-        gradients = []
+        gradients, losses = [], []
         for passes in (1, 2, 4):
             model = tuning.add_lora(model_of(), 2, 4, 0.0)
-            found: list[torch.Tensor] = []
             watched = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
-            optimizer_step = torch.optim.AdamW.step
+            found: list[torch.Tensor] = []
+            one_pass = tuning._Trainer.training_step
 
-            def look(self, *arguments, watched=watched, found=found, optimizer_step=optimizer_step, **more):
+            def look(self, *arguments, watched=watched, found=found, one_pass=one_pass, **more):
+                loss = one_pass(self, *arguments, **more)
                 found.append(torch.cat([p.grad.flatten() for p in watched if p.grad is not None]))
-                return optimizer_step(self, *arguments, **more)
+                return loss
 
-            with mock.patch.object(torch.optim.AdamW, "step", look):
-                tuning.fit(
+            with mock.patch.object(tuning._Trainer, "training_step", look):
+                fitted = tuning.fit(
                     model, rows, 0, tmp_path / f"{passes}", steps=1, batch_size=4 // passes, accumulation=passes, lr=1e-3,
                 )  # fmt: skip
+            losses.append(fitted["loss"])
             shutil.rmtree(tmp_path / f"{passes}")
-            gradients.append(found[0])
+            gradients.append(found[-1])  # as they are before they are clipped
         assert gradients[0].abs().max() > 0
         for other in gradients[1:]:
             torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
 
 
 def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
