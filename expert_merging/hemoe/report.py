@@ -8,6 +8,7 @@ import numpy as np
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
+from expert_merging.hemoe import question_gains
 from expert_merging.hemoe.pipeline import DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
@@ -125,7 +126,10 @@ def mean_difference(one: dict[str, Any], other: dict[str, Any], what: str) -> fl
 
 def tables(records: Groups) -> list[Table]:
     """What there is to say, from the records alone."""
-    made = (_at_shares(records), _questions(records), _points(records), _splits(records))
+    made = (
+        _at_shares(records), question_gains.by_task(records, (*DENSE, *METHODS), _LABELS), _questions(records),
+        question_gains.gains(records, _QUESTIONS, _LABELS), _points(records), _splits(records),
+    )  # fmt: skip
     return [table for table in made if table.rows]
 
 

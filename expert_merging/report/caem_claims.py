@@ -88,7 +88,7 @@ def _of_similarity(e: Evidence, add: Callable[..., None]) -> None:
             claim = f"fine-tuning makes the encoders of {name.replace(' + ', ' and ')} more alike (CKA)"
             add(claim, claims.above(rises), f"after - before: {claims.shown(rises)}", name)
     name = f"CAEM-{m} + Baseline-{m}"
-    if found := pairs.get(name):
+    if found := pairs.get(name, []):
         first, *others = e.tasks
         apart = [
             similarity(one, "decoder", tasks=tuple(others)) - similarity(one, "decoder", tasks=(first,))

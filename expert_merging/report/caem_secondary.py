@@ -20,22 +20,23 @@ def secondary(e: Evidence) -> Table:
     for measure, of_pairs in compared(e, pairs, ("Overall", *e.tasks)).items():
         for (first, second), (found, arms) in zip(pairs, of_pairs, strict=True):
             digits = 4 if measure == "Overall" else 2
-            row = {"contrast": f"{first} - {second}", "measure": measure, "seeds": len(found.by_seed)}
-            row |= {"difference": f"{found.mean:+.{digits}f}", "share": _share(measure, found, arms)}
-            verdict = "cannot tell: one seed"
+            difference, verdict = f"{found.mean:+.{digits}f}", "cannot tell: one seed"
             if len(found.by_seed) > 1:
                 low, high = bootstrap.interval(found)
-                row["difference"] += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+                difference += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
                 verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
-            row |= {"paper": said[first, second].get(measure, ""), "verdict": verdict}
-            table.rows.append(row | {"from": e.source(first, second)})
+            table.rows.append({
+                "contrast": f"{first} - {second}", "measure": measure, "seeds": len(found.by_seed), "difference": difference,
+                "share": _share(measure, found, arms), "paper": said[first, second].get(measure, ""), "verdict": verdict,
+                "from": e.source(first, second),
+            })  # fmt: skip
     return table
 
 
 def _said(e: Evidence) -> dict[tuple[str, str], dict[str, str]]:
     """{(first, second): {measure: what the paper says}}."""
     n, m = e.n, e.m
-    topic, _, summary = e.tasks if len(e.tasks) == 3 else (None,) * 3
+    topic, summary = (e.tasks[0], e.tasks[2]) if len(e.tasks) == 3 else ("", "")
     between = dict.fromkeys(e.tasks, "above")
     return {
         (f"CAEM-{n}", f"Baseline-{n}"): {"Overall": "above", topic: "-0.16%", summary: "+6.47%"},

@@ -1,0 +1,79 @@
+"""Differences between methods from made-up scores of single questions."""
+
+import numpy as np
+import pytest
+
+from expert_merging.core.errors import UserError
+from expert_merging.data.scores import pack
+from expert_merging.hemoe import question_gains
+
+TASKS = ("easy", "hard")
+
+
+def record(random, right, shares=(0.25, 0.5, 1.0), questions=400):
+    """Accuracy `right` of k's at those activated shares."""
+    ks = {}
+    for k, (share, level) in enumerate(zip(shares, right, strict=True), 1):
+        each = {task: 100.0 * (random.random(questions) < level - 0.1 * (task == "hard")) for task in TASKS}
+        accuracy = {task: values.mean() / 100 for task, values in each.items()}
+        packed = {task: pack(values) for task, values in each.items()}
+        ks[str(k)] = {"share": dict.fromkeys(TASKS, share), "loss": {}, "accuracy": accuracy, "each": packed}
+    return {"k": ks, "method": "x"}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_gain_is_found_and_none_is_not(seeds):
+    random = np.random.default_rng(seeds)
+    good, weak, alike = (
+        [record(random, right) for _ in range(seeds)] for right in ((0.7, 0.8, 0.8), (0.5, 0.6, 0.6), (0.5, 0.6, 0.6))
+    )
+    mean, low, high = question_gains.difference(good, weak)
+    assert 0 < low < mean < high and mean == pytest.approx(20, abs=4)
+    _, low, high = question_gains.difference(weak, alike)
+    assert low < 0 < high
+
+
+def test_curves_are_compared_over_the_shares_that_both_cover():
+    """Of straight lines the mean over shares is known: 20 to 60 over 0.2..1 against 30, 50, 70 at 0.1, 0.6, 1."""
+
+    def exact(shares, percents):
+        ks = {}
+        for k, (share, percent) in enumerate(zip(shares, percents, strict=True), 1):
+            each = pack([100.0] * percent + [0.0] * (100 - percent))
+            ks[str(k)] = {"share": {"a": share}, "accuracy": {"a": percent / 100}, "each": {"a": each}}
+        return {"k": ks}
+
+    low, high = exact((0.2, 1.0), (20, 60)), exact((0.1, 0.6, 1.0), (30, 50, 70))
+    mean, _, _ = question_gains.difference([high], [low])
+    assert mean == pytest.approx((12 + 10) / 2, abs=0.1)
+    assert question_gains.difference([high], [high]) == pytest.approx((0.0, 0.0, 0.0), abs=1e-9)
+
+
+def test_the_interval_of_one_seed_is_that_of_its_questions():
+    random = np.random.default_rng(0)
+    one, other = ([record(random, [level], shares=(0.5,), questions=1000)] for level in (0.6, 0.5))
+    _, low, high = question_gains.difference(one, other)
+    variance = sum((p * (1 - p)) for p in (0.6, 0.5, 0.5, 0.4)) / 1000 / 4  # of the mean over two tasks, in both arms
+    assert high - low == pytest.approx(2 * 1.96 * 100 * variance**0.5, rel=0.08)
+
+
+def test_tables_and_what_they_leave_out():
+    random = np.random.default_rng(1)
+    groups = {
+        f"seed{s}": {"HEMoE": record(random, (0.7, 0.8, 0.8)), "random": record(random, (0.5, 0.6, 0.6))}
+        for s in (0, 1)
+    }
+    groups["seed0"]["EMoE"] = {
+        "k": {"1": {"share": {"easy": 0.5}, "accuracy": {"easy": 0.4}}}
+    }  # of before each was kept
+    rows = question_gains.gains(groups, [("both", "HEMoE", "random"), ("x", "HEMoE", "EMoE")], {"HEMoE": "H"}).rows
+    assert [(row["difference"], row["seeds"], row["verdict"]) for row in rows] == [("H - random", 2, "above")]
+    table = question_gains.by_task(groups, ("HEMoE", "random", "EMoE"), {"HEMoE": "H"})
+    assert [(row["model"], row["fire"]) for row in table.rows] == [(m, k) for m in ("H", "random") for k in "123"]
+
+
+def test_seeds_with_other_questions_are_refused():
+    random = np.random.default_rng(2)
+    ours = [record(random, (0.7, 0.8, 0.8)), record(random, (0.7, 0.8, 0.8), questions=300)]
+    with pytest.raises(UserError, match="not asked the same questions of easy"):
+        question_gains.difference(ours, ours)
