@@ -52,6 +52,7 @@ embedder = by_scale(
     paper="tfidf", night="tfidf", tiny="tfidf", real="models/minilm-l6"
 )  # of clusters: tfidf, or the local folder of an encoder
 held_out = by_scale(paper=100, night=100, tiny=40, real=30)  # examples a task that measure and nothing else sees
+task_examples = by_scale(paper=0, night=0, tiny=0, real=400)  # of a task besides, for domains and tuning; 0 takes all
 score_sequences = by_scale(paper=5000, night=1000, tiny=200, real=150)  # a domain
 score_sums = "float64"  # float64 | bfloat16: the released code's, which stop growing
 max_tokens = by_scale(

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_lines
 from expert_merging.hemoe import pipeline
 from expert_merging.hemoe.pipeline import seed_folder
 
@@ -19,7 +20,7 @@ def read_examples(folder: Path) -> list[dict[str, str]]:
     files |= {path.parent.name.removesuffix("_template"): path for path in folder.glob("*/train.json")}
     examples = []
     for task, path in sorted(files.items()):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(path), 1):
             try:
                 row = json.loads(line)
                 one = {"instruction": row["instruction"].strip(), "output": row["output"].strip(), "task": task}
@@ -33,7 +34,7 @@ def read_examples(folder: Path) -> list[dict[str, str]]:
 
 
 def domains(c: SimpleNamespace) -> None:
-    """Put aside `held_out` examples of each task, and choose `score_sequences` of each domain from the others."""
+    """Put aside `held_out` examples of each task, and choose `score_sequences` of each domain from `task_examples` others."""
     from expert_merging.data.docstring_reader import corpus_hash
     from expert_merging.hemoe.domains import by_cluster, by_task
 
@@ -44,9 +45,14 @@ def domains(c: SimpleNamespace) -> None:
     order = random.Random(c.seed).sample(range(len(examples)), len(examples))
     held: dict[str, list[int]] = {task: [] for task in sorted({one["task"] for one in examples})}
     used: list[int] = []
+    left = dict.fromkeys(held, c.task_examples or len(examples))
     for i in order:
-        its = held[examples[i]["task"]]
-        (its if len(its) < c.held_out else used).append(i)
+        task = examples[i]["task"]
+        if len(held[task]) < c.held_out:
+            held[task].append(i)
+        elif left[task]:
+            used.append(i)
+            left[task] -= 1
     if short := [task for task in held if not any(examples[i]["task"] == task for i in used)]:
         raise UserError(
             f"INSTRUCTIONS_PATH: task {short[0]} has no examples beside the {c.held_out} held out; lower held_out"

@@ -43,7 +43,7 @@ _CONSTANTS = {
         "base_vocab_size", "base_hidden_size", "base_intermediate_size", "base_layers", "base_heads",
         "base_tokens", "base_steps", "base_batch", "base_lr",
     ),
-    "domains": ("base_model", "domains_from", "num_domains", "embedder", "held_out", "score_sequences"),
+    "domains": ("base_model", "domains_from", "num_domains", "embedder", "held_out", "task_examples", "score_sequences"),
     "scores": ("max_tokens", "score_sums"),
     "split": (
         "moe_layers", "num_experts", "size_ratio", "experts_per_domain", "num_modules", "solver", "solver_starts",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import write_atomic, write_json
+from expert_merging.core.files import read_lines, write_atomic, write_json
 
 # As lm_eval's own tasks of these names put the question; others like ARC's.
 PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:"}
@@ -26,7 +26,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
         raise UserError(f"QUESTIONS_PATH: {folder} holds no TASK/test.jsonl")
     found = {}
     for path in files:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_lines(path) if line.strip()]
         if not lines:
             raise UserError(f"{path} holds no questions")
         found[path.parent.name] = [_question(path, number, line) for number, line in enumerate(lines, 1)]
