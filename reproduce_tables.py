@@ -54,8 +54,8 @@ def main(c):
         steps.run_missing(missing, times, Path(c.RUN_DIR) / "logs", published / "times.json", c.runs_at_once)
 
     # Every result that is there, whatever part it belongs to, becomes a record; tables and figures follow from those.
-    folder = Path(c.REPORT_DIR)
-    evidence.collect(folder, c.scale, (c.experts_num, c.larger_experts_num), c.task_types, results(), times)
+    folder, sizes = Path(c.REPORT_DIR), (c.experts_num, c.larger_experts_num)
+    evidence.collect(folder, c.scale, sizes, c.task_types, results(), times, published if c.publish else None)
     for table in publish.write(folder, caem_tables.WING):
         if table.name in ("scores", "contrasts"):
             print(table.markdown())

@@ -73,17 +73,22 @@ def collect(
     tasks: tuple[str, ...],
     files: dict[int, dict[str, Path]],
     times: Path | None = None,
+    earlier: Path | None = None,
 ) -> None:
     """Write the results of runs, {seed: {name: file}}, as they are, into `folder` as the records of a report.
 
     Args:
         sizes: few and many experts.
         times: the file in which the seconds that each run took are noted, if there is one.
+        earlier: a report's folder, if it is there, whose seeds and runs join those that are new: what was published from
+            another machine, say.
     """
-    facts = {"scale": scale, "seeds": list(files), "experts_num": sizes[0], "larger_experts_num": sizes[1]}
-    groups = {
-        f"seed{seed}": {name: read_json(path) for name, path in of_seed.items()} for seed, of_seed in files.items()
-    }
+    groups = records.read(earlier) if earlier is not None and (earlier / "experiment.json").exists() else {}
+    for seed, of_seed in files.items():
+        new = {name: read_json(path) for name, path in of_seed.items()}
+        groups[f"seed{seed}"] = groups.get(f"seed{seed}", {}) | new
+    seeds = sorted(int(group.removeprefix("seed")) for group in groups)
+    facts = {"scale": scale, "seeds": seeds, "experts_num": sizes[0], "larger_experts_num": sizes[1]}
     for old in set(records.group_files(folder)) - {folder / f"{group}.json" for group in groups}:
         old.unlink()
     records.write(folder, groups)

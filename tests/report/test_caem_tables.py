@@ -287,6 +287,23 @@ def test_the_grid_and_the_script_name_the_methods_of_the_registry():
     assert grid.names_of("merging-4", c, grid.grid(c)) == named and script.methods == tuple(METHODS)
 
 
+def test_seeds_and_runs_published_before_stay(without_figures, folder, tmp_path):
+    """A seed at a time may come from machines that do not keep what they made."""
+    files = {}
+    for seed, names in ((1, ("CAEM-4",)), (7, ("CAEM-4", "Baseline-4"))):
+        files[seed] = {}
+        for name in names:
+            files[seed][name] = tmp_path / f"new-{seed}-{name}.json"
+            files[seed][name].write_text(json.dumps(caem(name, 60.0, 2.0)))
+    evidence.collect(tmp_path / "next", "tiny", (4, 6), TASKS, files, earlier=folder)
+    found = evidence.read(tmp_path / "next").records
+    assert list(found) == [0, 1, 2, 7] and found[0] == evidence.read(folder).records[0]
+    assert found[1]["CAEM-4"]["overall"]["test"] == 2.0  # the new one
+    assert found[1]["Baseline-4"] == evidence.read(folder).records[1]["Baseline-4"]
+    evidence.collect(tmp_path / "first", "tiny", (4, 6), TASKS, files, earlier=tmp_path / "nothing yet")
+    assert list(evidence.read(tmp_path / "first").records) == [1, 7]
+
+
 def test_one_seed_cannot_tell(without_figures, tmp_path):
     files = {0: {}}
     for name, content in records().items():
