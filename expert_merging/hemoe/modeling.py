@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from caem_files.cpu_kernels import linear
 from expert_merging.core.errors import UserError
 from expert_merging.hemoe.gated_ffn import gated_ffns
 
@@ -140,8 +139,8 @@ class ExpertFFN(nn.Module):
             at = weights[:, expert].nonzero().squeeze(1)
             if len(at):
                 its = tokens[at]
-                hidden = self.act_fn(linear(its, gate)) * linear(its, up)
-                output = output.index_add(0, at, (linear(hidden, down) * weights[at, expert, None]).to(x.dtype))
+                hidden = self.act_fn(its @ gate.T) * (its @ up.T)  # of another size each time: not for oneDNN
+                output = output.index_add(0, at, (hidden @ down.T * weights[at, expert, None]).to(x.dtype))
         return output.reshape(x.shape)
 
     def mean_gate_rows(self) -> torch.Tensor:
