@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,30 @@ def test_costs_are_the_formulas(done):
     assert added == (n - 1) * (ffn + d + d_ff) + gates
     assert found["meo_sequence_k2"]["parameters"] == found["moe_sequence_k2"]["parameters"]
     assert all(record["kept_bytes"] > 0 for record in found.values())
+
+
+def test_measuring_leaves_no_tensor_behind(folder):
+    """Of each measured model nothing may stay alive, or a comparison of many fills the memory."""
+    import gc
+
+    from expert_merging.meo import finetuning, recipes
+
+    recipe = replace(recipes.RECIPES["doc_topic"], length=12, batch_size=4)
+    tokenizer = finetuning.load_tokenizer(str(folder / "bert"))
+    rows = [{"input_ids": np.arange(5, 15), "label": i % 2} for i in range(4)]
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    counts, kept = [], []
+    for _ in range(4):
+        model = finetuning.load_model(str(folder / "bert"), "bert", recipe, ["a", "b"])
+        kept.append(finetuning.measure(model, rows, tokenizer, "bert", recipe, torch.device("cpu"))["kept_bytes"])
+        del model
+        counts.append(alive())
+    assert len(set(counts[1:])) == 1, counts
+    assert kept[0] > 4 * 10 * 32 * 4 and len(set(kept)) == 1  # the FFN's states of 4 rows at least
 
 
 def test_moe_and_meo_have_equal_curves(done):
