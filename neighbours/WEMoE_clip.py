@@ -36,6 +36,7 @@ adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 1000  # of 16 images a task; as published, 200 come within a point of 1000
 adapt_batch_size = 16  # images of a task in a step
 images_per_batch = 128  # when testing
+statistics_examples = 256  # of a task's test images, without labels: what Fisher and RegMean look at
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all

@@ -27,6 +27,7 @@ adapt_lr = 1e-3  # of routers; 1e-4 at CLIP's size
 adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 200
 adapt_batch_size = 16  # images of a task in a step
+statistics_examples = 256  # of a task's test images, without labels: what Fisher and RegMean look at
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all 597

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expert_merging.merging.registry import FROM_WEIGHTS
+from expert_merging.merging.registry import FROM_WEIGHTS, METHODS
 from expert_merging.report import publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import every, source
@@ -43,7 +43,8 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for group, method, record in every(read_groups(Path(folder))):
         found.setdefault(method, {})[group] = record
-    order = ("pretrained", "individual", *FROM_WEIGHTS, "adamerging", "wemoe", "ewemoe")
+    with_statistics = [name for name, method in METHODS.items() if method.statistics]
+    order = ("pretrained", "individual", *FROM_WEIGHTS, *with_statistics, "adamerging", "wemoe", "ewemoe")
     rank = {method: min(i for i, kind in enumerate(order) if method.startswith(kind)) for method in found}
     return {method: found[method] for method in sorted(found, key=lambda m: (rank[m], len(m), m))}
 

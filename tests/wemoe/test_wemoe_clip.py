@@ -29,7 +29,9 @@ def words(place, results, **more) -> list[str]:
 
 
 def test_multi_task_with_every_kind_of_method(place, tmp_path):
-    methods = "pretrained individual average ties_sum iso_c tsv_m adamerging_task wemoe ewemoe_90_batch"
+    methods = (
+        "pretrained individual average ties_sum dare iso_c tsv_m fisher regmean adamerging_task wemoe ewemoe_90_batch"
+    )
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods=methods, save_models="true"))
     records = report.read(tmp_path / "r")
     assert set(records) == set(methods.split())
@@ -160,6 +162,7 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
         ({"adapt_steps": 0}, "adapt_steps is 0; it must be 1 or more"),
         ({"adapt_batch_size": 0}, "adapt_batch_size is 0"),
         ({"images_per_batch": 0}, "images_per_batch is 0"),
+        ({"statistics_examples": 0}, "statistics_examples is 0"),
         ({"guard": "hope"}, "the guard is 'hope'"),
         ({"tables_only": "true"}, "has no records"),
     ],
