@@ -14,8 +14,9 @@ from expert_merging.run.constants import run
 
 globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 experiment = "multi_task"  # or generalization: unseen_tasks only tested; or robustness: robust_tasks, corrupted
-CLIP_PATH = "openai/clip-vit-base-patch32"  # the pre-trained CLIP with its text tower: hub name or folder
-EXPERT_PATH = "tanganke/clip-vit-base-patch32_*"  # fine-tuned vision towers, * standing for the task
+clip_size = "base-patch32"  # base-patch32 | base-patch16 | large-patch14: the published models, and the results' folder
+CLIP_PATH = "openai/clip-vit-{clip_size}"  # the pre-trained CLIP with its text tower: hub name or folder
+EXPERT_PATH = "tanganke/clip-vit-{clip_size}_*"  # fine-tuned vision towers, * standing for the task
 DATASET_PATH = ""  # folders of the data sets, * standing for the task; empty takes the published ones
 CLASS_NAMES_PATH = ""  # folder with {task}.json, a list of class names, where the data set's own will not do
 clip_tasks = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
@@ -41,7 +42,7 @@ guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all
 save_models = False  # write merged WEMoE models too, not only their routers
-WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{experiment}"
+WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{clip_size}/{experiment}"
 tables_only = False  # make the tables and figures in WEMOE_CLIP_DIR again from its records, and stop
 
 

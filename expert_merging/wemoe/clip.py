@@ -40,6 +40,9 @@ TEMPLATES = {
 }  # fmt: skip
 PLAIN = ("a photo of a {}.",)  # for any other task
 
+# The published sizes: (width of the vision model, side of a patch).
+SIZES = {"base-patch32": (768, 32), "base-patch16": (768, 16), "large-patch14": (1024, 14)}
+
 # Where the eight data sets are on the hub: (name, configuration).
 ON_HUB = {
     "sun397": ("tanganke/sun397", ""), "stanford-cars": ("tanganke/stanford_cars", ""),
@@ -83,6 +86,14 @@ def load_clip(path: str, constant: str) -> tuple[nn.Module, nn.Module, Any, Any]
     vision = CLIPVisionModelWithProjection(config)
     vision.load_state_dict({name: tensor for name, tensor in text.state_dict().items() if name in vision.state_dict()})
     return vision.eval().requires_grad_(False), text, tokenizer, processor
+
+
+def check_size(size: str, vision: nn.Module, path: str) -> None:
+    """Raises UserError where the model is of another published size than the one named, among whose results its would lie."""
+    own = vision.config.hidden_size, vision.config.patch_size
+    published = next((name for name, numbers in SIZES.items() if numbers == own), size)
+    if published != size:
+        raise UserError(f"clip_size is {size!r}, but {path} is CLIP {published}; give --clip_size {published}")
 
 
 class Expert(Mapping[str, torch.Tensor]):

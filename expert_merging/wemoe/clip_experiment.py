@@ -88,9 +88,11 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
 def open_pool(c: SimpleNamespace, e: Experiment, device: torch.device) -> Pool:
     """The models to merge, and the test images with each task's frozen head, made by the text tower.
 
-    Raises UserError where one is missing or does not fit, and for a `first_layer` that CLIP does not have.
+    Raises UserError where one is missing or does not fit, for a `clip_size` that is not CLIP's, and for a `first_layer` that
+    it does not have.
     """
     base, text, tokenizer, processor = clip.load_clip(c.CLIP_PATH, "CLIP_PATH")
+    clip.check_size(c.clip_size, base, c.CLIP_PATH)
     layers = base.config.num_hidden_layers
     if not 0 <= c.first_layer < layers:
         raise UserError(f"first_layer is {c.first_layer}; {c.CLIP_PATH} has layers 0 to {layers - 1}")

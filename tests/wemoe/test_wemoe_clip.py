@@ -1,5 +1,7 @@
 """The CLIP experiments end to end on a tiny CLIP and tiny image data sets, in local folders of the hub's formats."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,30 @@ def test_another_seed_is_another_row_of_the_table_but_another_clip_is_not(place,
     with pytest.raises(UserError, match="CLIP_PATH was .*choose another WEMOE_CLIP_DIR"):
         words_ = words(place, tmp_path / "r", seed=2, CLIP_PATH=tmp_path / "larger", **small)
         call_main("neighbours/WEMoE_clip.py", words_)
+
+
+def test_the_size_of_clip_names_its_models_and_the_folder_of_its_results():
+    from expert_merging.run.constants import read_constants
+    from neighbours import WEMoE_clip
+
+    c = read_constants(vars(WEMoE_clip), ["--clip_size", "large-patch14", "--RUN_DIR", "r"])
+    assert c.WEMOE_CLIP_DIR == "r/wemoe_clip/large-patch14/multi_task"
+    assert c.CLIP_PATH == "openai/clip-vit-large-patch14"
+    assert c.EXPERT_PATH == "tanganke/clip-vit-large-patch14_*"
+
+
+def test_a_model_of_another_size_than_its_folder_says_is_refused():
+    from transformers import CLIPVisionConfig
+
+    def model(width, patch):
+        return SimpleNamespace(config=CLIPVisionConfig(hidden_size=width, patch_size=patch))
+
+    clip.check_size("base-patch16", model(768, 16), "clip")
+    clip.check_size("my-own", model(48, 2), "clip")
+    with pytest.raises(
+        UserError, match="clip_size is 'base-patch32', but clip is CLIP large-patch14; give --clip_size"
+    ):
+        clip.check_size("base-patch32", model(1024, 14), "clip")
 
 
 def test_a_head_is_the_mean_of_unit_text_embeddings(place):
