@@ -28,9 +28,10 @@ corruptions = (
 )  # a split of that name where the data set has one, else made here at severity 2
 methods = (
     "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
-    "wemoe", "wemoe_batch", "ewemoe_90", "ewemoe_90_batch",
+    "wemoe", "wemoe_batch", "ewemoe", "ewemoe_batch",
 )  # or others of those in expert_merging/wemoe/classification.py, to which belongs all that merges weights in the registry
 # fmt: on
+prune_ratios = (0.9,)  # shares of each task vector that E-WEMoE drops: a model each, and from three on a figure of them
 first_layer = 0  # layers before it are merged once and for all: shallow routers hardly tell tasks apart
 adapt_lr = 1e-4  # of routers
 adamerging_lr = 1e-3  # of coefficients
@@ -68,7 +69,7 @@ def main(c):
     # The models to merge: theta_0 and a fine-tuned vision tower a task. The text tower makes each task's frozen head.
     experiment = clip_experiment.experiment_of(c)
     device = make_accelerator(c).device
-    wanted = (c.methods, experiment.identity, "WEMOE_CLIP_DIR", experiment.apart)
+    wanted = (experiment.methods, experiment.identity, "WEMOE_CLIP_DIR", experiment.apart)
     missing = {group: records.missing(folder, group, *wanted) for group in experiment.groups}
     pool = clip_experiment.open_pool(c, experiment, device) if any(missing.values()) else None
 

@@ -7,7 +7,7 @@ several tasks can share a batch, which tells a router that looks at each sample 
 import copy
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -36,7 +36,7 @@ STATIC = {
 }  # fmt: skip
 ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
 METHODS = ", ".join(
-    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe_PERCENT[...]")
+    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe[_PERCENT][...]")
 )
 CONSTANTS = constants(FROM_WEIGHTS.values())
 
@@ -105,6 +105,34 @@ def check_method(method: str) -> None:
     found = _WEMOE.match(method)
     if found and (bool(found["pruned"]) != bool(found["percent"]) or float((found["percent"] or "_0")[1:]) > 100):
         raise UserError(f"{method!r} should read ewemoe_90 for task vectors pruned by 90 percent, wemoe for whole ones")
+
+
+def expanded(methods: Sequence[str], prune_ratios: Sequence[float]) -> tuple[str, ...]:
+    """The methods, each once, with an E-WEMoE for every ratio in the place of one that names none: of ewemoe_batch at 0.9 and
+    0.99 are made ewemoe_90_batch and ewemoe_99_batch. Raises UserError for a ratio that cannot be, and for unknown methods."""
+    if wrong := [ratio for ratio in prune_ratios if not 0 <= ratio <= 1]:
+        raise UserError(f"prune_ratios has {wrong[0]:g}; it is the share of a task vector that is dropped, from 0 to 1")
+    names: dict[str, None] = {}
+    for method in methods:
+        found = _WEMOE.match(method)
+        if found and found["pruned"] and not found["percent"]:
+            tail = method.removeprefix("ewemoe")
+            names |= dict.fromkeys(f"ewemoe_{100 * ratio:.10g}{tail}" for ratio in prune_ratios)
+        else:
+            names[method] = None
+    for method in names:
+        check_method(method)
+    return tuple(names)
+
+
+def sweep_of(methods: Iterable[str]) -> dict[str, dict[str, float]]:
+    """{how else the E-WEMoEs among the methods are made ("", "_batch", "_depth1" ..): {method: percent pruned}}, ascending."""
+    found: dict[str, dict[str, float]] = {}
+    for method in methods:
+        if (match := _WEMOE.match(method)) and match["pruned"] and match["percent"]:
+            kind = f"{match['depth'] or ''}{match['batch'] or ''}"
+            found.setdefault(kind, {})[method] = float(match["percent"][1:])
+    return {kind: dict(sorted(own.items(), key=lambda item: item[1])) for kind, own in found.items()}
 
 
 def build(

@@ -108,9 +108,16 @@ def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
 def draw(records: dict[str, dict[str, dict[str, Any]]], folder: Path) -> dict[str, str]:
     """Draw accuracy, and each method's routing and adaptation, into `folder`; returns {name of a figure: caption}."""
     from expert_merging.wemoe import figures
+    from expert_merging.wemoe.classification import sweep_of
 
     captions = {"accuracy": "Average accuracy by method, dots the seeds."}
     figures.accuracy(records, folder / "accuracy.png")
+    sweep = {kind: own for kind, own in sweep_of(records).items() if len(own) > 2}
+    if sweep:
+        captions["pruning"] = (
+            "Average accuracy, and bytes in memory, against the share of each task vector that is dropped."
+        )
+        figures.pruning(records, sweep, folder / "pruning.png")
     for method, of_method in records.items():
         if any("routing_weights" in record for record in of_method.values()):
             captions[f"routing_{method}"] = f"{method}: mean routing weights by the task of the input."

@@ -412,10 +412,39 @@ def test_what_is_merged_with_statistics_is_not_the_average(trained_digits, metho
         torch.testing.assert_close(tensor, experts["plain"][name], atol=1e-4, rtol=1e-4)
 
 
-def test_an_unknown_method_is_one_line():
-    with pytest.raises(UserError, match="ewemoe_90") as error:
-        call_main("neighbours/WEMoE_digits.py", [*SMALLEST, "--methods", "wemoe", "ewemoe"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--methods", "wemoe", "ewemo"], "no merging method 'ewemo'"),
+        (["--methods", "ewemoe_101"], "ewemoe_90"),
+        (["--methods", "ewemoe", "--prune_ratios", "0.9", "90"], "prune_ratios has 90; it is the share"),
+    ],
+)
+def test_an_unknown_method_is_one_line(wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        call_main("neighbours/WEMoE_digits.py", [*SMALLEST, *wrong])
     assert "\n" not in str(error.value)
+
+
+def test_an_ewemoe_that_names_no_percent_stands_for_one_at_each_ratio():
+    methods = ("average", "ewemoe", "wemoe", "ewemoe_90", "ewemoe_depth1_batch")
+    expected = ("average", "ewemoe_90", "ewemoe_99.9", "wemoe", "ewemoe_90_depth1_batch", "ewemoe_99.9_depth1_batch")
+    assert classification.expanded(methods, (0.9, 0.999)) == expected
+    assert classification.sweep_of(expected) == {
+        "": {"ewemoe_90": 90.0, "ewemoe_99.9": 99.9},
+        "_depth1_batch": {"ewemoe_90_depth1_batch": 90.0, "ewemoe_99.9_depth1_batch": 99.9},
+    }
+
+
+def test_a_sweep_over_prune_ratios_is_one_command_with_its_figure(tmp_path):
+    words = [*SMALLEST, "--WEMOE_DIR", str(tmp_path), "--methods", "task_arithmetic", "ewemoe"]
+    call_main("neighbours/WEMoE_digits.py", [*words, "--prune_ratios", "0.9", "0.5"])
+    assert not (tmp_path / "figures" / "pruning.png").exists()  # two points are no curve
+    call_main("neighbours/WEMoE_digits.py", [*words, "--prune_ratios", "0.29", "0.5", "0.9"])
+    records = report.read(tmp_path)
+    percents = {name: records[name]["seed0"]["model_info"]["effective_params"] for name in records if "ewemoe" in name}
+    assert sorted(percents, key=percents.get) == ["ewemoe_90", "ewemoe_50", "ewemoe_29"]
+    assert (tmp_path / "figures" / "pruning.png").stat().st_size > 10_000
 
 
 def test_committed_tables_follow_from_their_records():

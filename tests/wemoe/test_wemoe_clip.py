@@ -178,7 +178,8 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
     [
         ({"experiment": "all"}, "no experiment 'all'"),
         ({"methods": "wemoe magic"}, "no merging method 'magic'"),
-        ({"methods": "ewemoe"}, "should read ewemoe_90"),
+        ({"methods": "ewemoe_200"}, "should read ewemoe_90"),
+        ({"prune_ratios": "0.9 1.5", "methods": "ewemoe"}, "prune_ratios has 1.5"),
         ({"CLIP_PATH": "/nowhere/clip"}, "CLIP_PATH: there is no folder"),
         ({"EXPERT_PATH": "/nowhere/*"}, "EXPERT_PATH: there is no folder '/nowhere/mnist'"),
         ({"DATASET_PATH": "/nowhere/*"}, "DATASET_PATH: there is no folder"),
