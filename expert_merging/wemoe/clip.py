@@ -15,7 +15,7 @@ from torch import nn
 from expert_merging.core import interrupts
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
-from expert_merging.core.hub import first_line, local_folder
+from expert_merging.core.hub import first_line, local_folder, weights_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.wemoe.classification import Task
 
@@ -101,17 +101,7 @@ class Expert(Mapping[str, torch.Tensor]):
     was never trained) is the pre-trained model's."""
 
     def __init__(self, path: str, constant: str, base: Mapping[str, torch.Tensor]):
-        folder = local_folder(path, constant)
-        if folder is None:
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{constant}: {path} is no folder here and cannot be had from the hub ({first_line(error)}); "
-                    f"bring the model's folder and give --{constant} FOLDER"
-                ) from error
+        folder = weights_folder(path, constant)
         self.tensors, self.base, self.folder = SafetensorsFolder(folder), base, folder
         if not any(name in self.tensors for name in base):
             raise UserError(f"{constant}: {path} holds no vision model of CLIP")
