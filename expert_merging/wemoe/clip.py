@@ -38,6 +38,7 @@ TEMPLATES = {
         f"a photo of {article} {{}} {what}." for article in ("a", "the") for what in ("texture", "pattern", "thing", "object")
     ),
 }  # fmt: skip
+CLASS_NAMES = Path(__file__).with_name("class_names")  # {task}.json, CLIP's class names
 PLAIN = ("a photo of a {}.",)  # for any other task
 
 # The published sizes: (width of the vision model, side of a patch).
@@ -173,13 +174,29 @@ def has_split(path: str, name: str, split: str) -> bool:
     return True
 
 
+def _clips_names(task: str, images: Images) -> list[str]:
+    """The names by which CLIP was measured, in the order of the data set's labels; none where the task has none or the data set
+    another number of classes. They lie in the order of the published data sets; a data set whose own names are numbers is
+    read by these."""
+    path = CLASS_NAMES / f"{task}.json"
+    names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if len(names) != (len(images.names) or max(images.labels) + 1) or set(names) == set(images.names):
+        return []
+    if all(name.isdecimal() for name in images.names) and sorted(map(int, images.names)) == list(range(len(names))):
+        return [names[int(name)] for name in images.names]
+    return names
+
+
 def class_names(task: str, images: Images, folder: str) -> list[str]:
-    """`folder`/{task}.json, a list, where there is one; else the names in the data set's features.
+    """`folder`/{task}.json, a list, where there is one; else CLIP's names where they fit; else the data set's own.
 
     Raises UserError where there are none, or too few for the labels.
     """
     path = Path(folder) / f"{task}.json" if folder else None
-    names = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else images.names
+    if path is not None and path.exists():
+        names = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        names = _clips_names(task, images) or images.names
     if len(names) <= max(images.labels):
         raise UserError(
             f"{task} has labels up to {max(images.labels)} and {len(names)} class names; "

@@ -159,6 +159,31 @@ def test_class_names_come_from_the_data_or_a_file(place, tmp_path):
         clip.class_names("x", images, "")
 
 
+def test_clips_class_names_are_as_many_as_the_data_sets_classes():
+    lists = {path.stem: read_json(path) for path in clip.CLASS_NAMES.glob("*.json")}
+    counts = {"eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47, "resisc45": 45}
+    assert {task: len(names) for task, names in lists.items()} == counts
+    for names in lists.values():
+        assert len(set(names)) == len(names) and all(name == name.strip() and "_" not in name for name in names)
+    for task in ("dtd", "resisc45"):  # whose folders are in this order
+        assert lists[task] == sorted(lists[task])
+
+
+def test_clips_class_names_stand_in_the_order_of_the_labels():
+    def names(task, own, classes):
+        return clip.class_names(task, SimpleNamespace(names=own, labels=list(range(classes))), "")
+
+    folders = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"]
+    assert names("eurosat", [*folders, "Residential", "River", "SeaLake"], 10)[2] == "brushland or shrubland"
+    assert names("gtsrb", [], 43)[14] == "stop"
+    by_text = sorted(str(number) for number in range(43))  # 0, 1, 10, 11 .. as folders are listed
+    assert names("gtsrb", by_text, 43)[by_text.index("14")] == "stop"
+    shuffled = read_json(clip.CLASS_NAMES / "dtd.json")[::-1]
+    assert names("dtd", shuffled, 47) == shuffled
+    assert names("mnist", ["a", "b", "c"], 3) == ["a", "b", "c"]  # not those ten
+    assert names("sun397", ["abbey", "alley"], 2) == ["abbey", "alley"]
+
+
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
     y, x = np.mgrid[0:64, 0:80]
