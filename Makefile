@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PEERS := .venv-peers
 
-.PHONY: setup reproduce evidence test lint bench faults
+.PHONY: setup reproduce evidence test test-peers lint bench faults
 
 setup: $(VENV)/ready
 	@$(RUN) caem_files/install.py
@@ -25,6 +26,18 @@ evidence: setup
 
 test: setup
 	$(RUN) -m pytest
+
+# The comparisons with fusion-bench and mergekit, which `make test` skips, in an environment of its own with all that they need.
+test-peers: $(PEERS)/with-peers
+	$(PEERS)/bin/python -c "import fusion_bench, mergekit"
+	$(PEERS)/bin/python -m pytest -rs -k "fusion_bench or mergekit" tests/merging tests/wemoe
+
+# mergekit asks for another transformers than ours (5, where it is 4.46.3), but its merging does without.
+$(PEERS)/with-peers: requirements.txt requirements.lock requirements-peers.txt
+	$(MAKE) setup VENV=$(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mergekit==0.1.5
+	touch $@
 
 # Kills every script thirty times and feeds the readers broken files; ten minutes on 2 free cores.
 faults: setup

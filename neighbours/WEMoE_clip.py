@@ -14,10 +14,11 @@ from expert_merging.run.constants import run
 
 globals().update(constants(FROM_WEIGHTS.values()))  # lam, ties_keep ..: those of the registry
 experiment = "multi_task"  # or generalization: unseen_tasks only tested; or robustness: robust_tasks, corrupted
-CLIP_PATH = "openai/clip-vit-base-patch32"  # the pre-trained CLIP with its text tower: hub name or folder
-EXPERT_PATH = "tanganke/clip-vit-base-patch32_*"  # fine-tuned vision towers, * standing for the task
+clip_size = "base-patch32"  # base-patch32 | base-patch16 | large-patch14: the published models, and the results' folder
+CLIP_PATH = "openai/clip-vit-{clip_size}"  # the pre-trained CLIP with its text tower: hub name or folder
+EXPERT_PATH = "tanganke/clip-vit-{clip_size}_*"  # fine-tuned vision towers, * standing for the task
 DATASET_PATH = ""  # folders of the data sets, * standing for the task; empty takes the published ones
-CLASS_NAMES_PATH = ""  # folder with {task}.json, a list of class names, where the data set's own will not do
+CLASS_NAMES_PATH = ""  # folder with {task}.json, a list of class names, where neither CLIP's nor the data set's will do
 clip_tasks = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 unseen_tasks = ("mnist", "eurosat")  # in the experiment generalization
 robust_tasks = ("stanford-cars", "eurosat", "resisc45", "gtsrb")  # in the experiment robustness
@@ -27,20 +28,22 @@ corruptions = (
 )  # a split of that name where the data set has one, else made here at severity 2
 methods = (
     "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
-    "wemoe", "wemoe_batch", "ewemoe_90", "ewemoe_90_batch",
+    "wemoe", "wemoe_batch", "ewemoe", "ewemoe_batch",
 )  # or others of those in expert_merging/wemoe/classification.py, to which belongs all that merges weights in the registry
 # fmt: on
+prune_ratios = (0.9,)  # shares of each task vector that E-WEMoE drops: a model each, and from three on a figure of them
 first_layer = 0  # layers before it are merged once and for all: shallow routers hardly tell tasks apart
 adapt_lr = 1e-4  # of routers
 adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 1000  # of 16 images a task; as published, 200 come within a point of 1000
 adapt_batch_size = 16  # images of a task in a step
 images_per_batch = 128  # when testing
+statistics_examples = 256  # of a task's test images, without labels: what Fisher and RegMean look at
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all
 save_models = False  # write merged WEMoE models too, not only their routers
-WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{experiment}"
+WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{clip_size}/{experiment}"
 tables_only = False  # make the tables and figures in WEMOE_CLIP_DIR again from its records, and stop
 
 
@@ -66,7 +69,7 @@ def main(c):
     # The models to merge: theta_0 and a fine-tuned vision tower a task. The text tower makes each task's frozen head.
     experiment = clip_experiment.experiment_of(c)
     device = make_accelerator(c).device
-    wanted = (c.methods, experiment.identity, "WEMOE_CLIP_DIR", experiment.apart)
+    wanted = (experiment.methods, experiment.identity, "WEMOE_CLIP_DIR", experiment.apart)
     missing = {group: records.missing(folder, group, *wanted) for group in experiment.groups}
     pool = clip_experiment.open_pool(c, experiment, device) if any(missing.values()) else None
 

@@ -16,9 +16,14 @@ seeds = (0, 1, 2)
 # fmt: off
 methods = (
     "pretrained", "individual", "average", "task_arithmetic", "ties_mean", "ties_sum", "adamerging_task", "adamerging_layer",
-    "wemoe", "wemoe_depth0", "wemoe_batch", "ewemoe_0", "ewemoe_90", "ewemoe_100",
+    "wemoe", "wemoe_depth0", "wemoe_batch", "ewemoe",
 )  # or others of those in expert_merging/wemoe/classification.py, to which belongs all that merges weights in the registry
 # fmt: on
+prune_ratios = (
+    0.0,
+    0.9,
+    1.0,
+)  # shares of each task vector that E-WEMoE drops: a model each, and from three on a figure
 pretrain_examples = 500  # of the 1200 training images; few, or there is nothing left for fine-tuning to add
 pretrain_steps = 400  # of 64 images; the tasks in turn
 finetune_steps = 300  # of 64 images, for each task
@@ -27,6 +32,7 @@ adapt_lr = 1e-3  # of routers; 1e-4 at CLIP's size
 adamerging_lr = 1e-3  # of coefficients
 adapt_steps = 200
 adapt_batch_size = 16  # images of a task in a step
+statistics_examples = 256  # of a task's test images, without labels: what Fisher and RegMean look at
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 images_per_task = 0  # test images; 0 takes all 597
@@ -47,15 +53,14 @@ def main(c):
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.wemoe import digits, records
-    from expert_merging.wemoe.classification import Settings, changed, check_method, run_method
+    from expert_merging.wemoe.classification import Settings, changed, expanded, run_method
 
     digits.check_constants(c)
-    for method in c.methods:
-        check_method(method)
+    methods = expanded(c.methods, c.prune_ratios)
     device = make_accelerator(c).device
     identity = results.identity(c, (*digits.DEPENDS_ON, *changed(c)))
     for seed in c.seeds:
-        missing = records.missing(folder, f"seed{seed}", c.methods, identity, "WEMOE_DIR")
+        missing = records.missing(folder, f"seed{seed}", methods, identity, "WEMOE_DIR")
         if not missing:
             continue
 

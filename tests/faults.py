@@ -110,7 +110,7 @@ CASES = {
     ),
     "meo": Case(
         "neighbours/MEO_finetune.py",
-        ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--task", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
+        ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--tasks", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
          "--n", "3", "--ks", "2", "--levels", "sequence", "--epochs", "2", "--train_batch", "4", "--input_length", "24",
          "--learning_rate", "0.01"],
         ignored=("meo/bert_rte/report",),  # it shows times

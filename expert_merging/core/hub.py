@@ -43,6 +43,22 @@ def offline_if_unreachable(seconds: float = 5.0) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def weights_folder(path: str, constant: str) -> Path:
+    """The folder that `path` names, or a copy of the hub's safetensors and JSON files. Raises UserError where there is none."""
+    folder = local_folder(path, constant)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{constant}: {path} is no folder here and cannot be had from the hub ({first_line(error)}); "
+            f"bring the model's folder and give --{constant} FOLDER"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for a message of one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

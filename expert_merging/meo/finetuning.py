@@ -208,15 +208,16 @@ def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) 
 
 def run_variant(
     c: SimpleNamespace, accelerator, variant: Variant, base: str, tokenizer, path: Path, identity: dict[str, Any],
-    recipe: Recipe, rows: dict[str, list[dict]], labels: list[str] | None,
+    task: str, recipe: Recipe, rows: dict[str, list[dict]], facts: dict[str, Any],
 ) -> None:  # fmt: skip
-    """`train_variant`, with checkpoints in `path`.run meanwhile, and the record in `path`.json."""
+    """`train_variant`, with checkpoints in `path`.run meanwhile, and the record in `path`.json. `facts`: as of `rows_of`."""
     work = Path(f"{path}.run")
     checkpoints.claim(work, identity)
     record = train_variant(
-        c, accelerator, variant, family=c.family, task=c.task, recipe=recipe, base=base, tokenizer=tokenizer, rows=rows,
-        labels=labels, seed=identity["seed"], work=work,
+        c, accelerator, variant, family=c.family, task=task, recipe=recipe, base=base, tokenizer=tokenizer, rows=rows,
+        labels=facts.get("labels"), seed=identity["seed"], work=work,
     )  # fmt: skip
+    record["cut"] = facts["cut"]
     if accelerator.is_main_process:
         results.save(f"{path}.json", identity, record)
         checkpoints.release(work)
@@ -380,8 +381,9 @@ def _kept_for_backward(model):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            alive.append(tensor.detach())
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield kept
+    alive.clear()

@@ -29,7 +29,7 @@ class Recipe:
     kind: str  # classification | language modelling | seq2seq
     model: str  # on the hub; none for the embedded tasks
     main_score: str
-    n: int = 8
+    n: int = 8  # experts, of which k are active and share a gate at `level`: where the script's constants leave it to the task
     k: int = 2
     level: str = "sequence"
     batch_size: int = 16
@@ -102,9 +102,9 @@ RECIPES = {
 }  # fmt: skip
 
 
-def chosen(c: SimpleNamespace) -> Recipe:
-    """The recipe of `c.task` with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
-    recipe = recipe_of(c.task, c.family)
+def chosen(c: SimpleNamespace, task: str) -> Recipe:
+    """The recipe of a task with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
+    recipe = recipe_of(task, c.family)
     own = {"lr": c.learning_rate, "epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
     if negative := [name for name, value in own.items() if value < 0]:
         raise UserError(f"the {negative[0]} given is {own[negative[0]]}; it must be above 0, or 0 for the task's own")
@@ -145,6 +145,9 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 def load_raw(task: str, c: SimpleNamespace) -> Mapping[str, Sequence[dict]]:
     """Raw examples of each split, no more of them than `{split}_examples` (0: all).
 
+    Where the published test split has no answers (GLUE, SQuAD) the published validation split is the test, and what chooses
+    the epoch is held out of training.
+
     Raises UserError where they are neither on the hub nor in the folder that the task's constant names.
     """
     if task.startswith("doc_"):
@@ -158,8 +161,29 @@ def load_raw(task: str, c: SimpleNamespace) -> Mapping[str, Sequence[dict]]:
     else:
         validation = "validation_matched" if task == "mnli" else "validation"
         raw = _published(c.GLUE_PATH, "GLUE_PATH", task, (*RECIPES[task].columns, "label"), validation)
-        raw["test"] = raw["validation"]  # the labels of the test splits are not public
+        raw = _with_held_out(raw, "GLUE_PATH")
+    if task == "squad":
+        raw = _with_held_out(raw, "SQUAD_PATH", together="context")
     return {split: _first(raw[split], getattr(c, f"{split}_examples")) for split in SPLITS}
+
+
+def _with_held_out(raw: Mapping[str, Any], constant: str, together: str = "") -> dict[str, Any]:
+    """The published validation split as test; for validation a tenth of training, at most as many as there are for testing,
+    drawn at random and always the same. Examples with the same `together` stay on one side.
+
+    Raises UserError for too little data.
+    """
+    train, test = raw["train"], raw["validation"]
+    keys = train[together] if together else range(len(train))
+    groups = list(dict.fromkeys(keys))
+    if len(groups) < 2:
+        raise UserError(
+            f"{constant}: {len(train)} training examples are too few to hold some out for choosing the epoch"
+        )
+    size = min(max(1, len(groups) // 10), len(test))
+    held = {groups[i] for i in np.random.default_rng(42).permutation(len(groups))[:size]}
+    kept, out = ([i for i, key in enumerate(keys) if (key in held) == side] for side in (False, True))
+    return {"train": train.select(kept), "validation": train.select(out), "test": test}
 
 
 def _first(examples, limit: int):
@@ -237,13 +261,16 @@ def rows_of(
 ) -> tuple[dict[str, list[dict]], dict]:
     """({split: rows}, facts): rows hold `input_ids` and, by kind, `label` (a number) or `labels` and `references`.
 
-    Facts: {"labels": names, for classification; empty for a regression}.
+    Facts: {"cut": {split: how many inputs were longer than the recipe's length, and lost their end},
+    "labels": names, for classification; empty for a regression}.
     """
     if recipe.kind == "language modelling":
         blocks = {split: blocks_of([e["text"] for e in raw[split]], tokenizer, recipe.length) for split in SPLITS}
-        return {split: [{"input_ids": block} for block in of_split] for split, of_split in blocks.items()}, {}
+        rows = {split: [{"input_ids": block} for block in of_split] for split, of_split in blocks.items()}
+        return rows, {"cut": dict.fromkeys(SPLITS, 0)}
     if recipe.kind == "seq2seq":
-        return {split: _pairs(task, raw[split], tokenizer, recipe) for split in SPLITS}, {}
+        pairs = {split: _pairs(task, raw[split], tokenizer, recipe) for split in SPLITS}
+        return {split: own for split, (own, _) in pairs.items()}, {"cut": {split: n for split, (_, n) in pairs.items()}}
     texts: tuple[str, ...]
     label_of: Callable[[Any], float]
     if task == "doc_topic":
@@ -252,14 +279,14 @@ def rows_of(
     else:
         names = [] if task == "stsb" else sorted({e["label"] for e in raw["train"]})
         texts, label_of = recipe.columns, float if task == "stsb" else int
-    rows = {}
+    rows, cut = {}, {}
     for split in SPLITS:
         sides = [[e[column] for e in raw[split]] for column in texts]
-        ids = tokenizer(*sides, truncation=True, max_length=recipe.length, return_attention_mask=False)["input_ids"]
+        ids, cut[split] = _encoded(tokenizer, sides, recipe.length)
         rows[split] = [
             {"input_ids": np.array(i), "label": label_of(e["label"])} for i, e in zip(ids, raw[split], strict=True)
         ]
-    return rows, {"labels": names}
+    return rows, {"labels": names, "cut": cut}
 
 
 def blocks_of(texts: list[str], tokenizer, length: int) -> np.ndarray:
@@ -271,18 +298,33 @@ def blocks_of(texts: list[str], tokenizer, length: int) -> np.ndarray:
     return stream[: len(stream) // length * length].reshape(-1, length)
 
 
-def _pairs(task: str, examples: Sequence[dict], tokenizer, recipe: Recipe) -> list[dict]:
+def _encoded(tokenizer, sides: list[list[str]], length: int) -> tuple[list[list[int]], int]:
+    """(token ids of texts, or of pairs of texts, cut at `length`; how many were cut)."""
+    ids = tokenizer(*sides, return_attention_mask=False, verbose=False)["input_ids"]
+    long = [i for i, own in enumerate(ids) if len(own) > length]
+    if long:
+        texts = [[side[i] for i in long] for side in sides]
+        short = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
+        for i, own in zip(long, short, strict=True):
+            ids[i] = own
+    return ids, len(long)
+
+
+def _pairs(task: str, examples: Sequence[dict], tokenizer, recipe: Recipe) -> tuple[list[dict], int]:
+    """(rows, how many inputs were cut). A prompt of SQuAD has the question first, so that of a long context the end is lost:
+    answers there cannot be found. There is no window that slides over it (doc_stride), as for answers that are spans."""
     from expert_merging.data.tasks import get_task
 
     module = get_task(task)
-    inputs = tokenizer([module.prompt(e) for e in examples], truncation=True, max_length=recipe.length)["input_ids"]
+    inputs, cut = _encoded(tokenizer, [[module.prompt(e) for e in examples]], recipe.length)
     targets = tokenizer(
         text_target=[module.target(e) for e in examples], truncation=True, max_length=recipe.target_length
     )["input_ids"]
-    return [
+    rows = [
         {"input_ids": np.array(i), "labels": np.array(t), "references": module.references(e)}
         for i, t, e in zip(inputs, targets, examples, strict=True)
     ]
+    return rows, cut
 
 
 def rows_hash(rows: dict[str, list[dict]]) -> str:

@@ -18,7 +18,7 @@ from expert_merging.report import publish
 from expert_merging.report.figures import plt, save_figure
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import Groups, every, read, source, write
-from expert_merging.report.tables import Stat, Table, stat
+from expert_merging.report.tables import Stat, Table, save, stat
 
 Records = list[dict[str, Any]]
 
@@ -149,6 +149,33 @@ def finetuning_tables(groups: Groups) -> list[Table]:
         note = "Largest absolute difference over seeds between a MoE and a MEO run of the same seed: both compute the same."
         tables.append(Table(f"{name}_equal", f"MoE against MEO: {first['family']} on {first['task']}", note, rows))
     return tables
+
+
+def write_average(folders: dict[str, Path], folder: Path) -> str:
+    """Write the table of all tasks' scores and average into `folder`, from {task: folder of its records}; returns its text."""
+    table = average_table({task: records_of(place) for task, place in folders.items()})
+    save([table], folder)
+    return table.markdown()
+
+
+def average_table(tasks: dict[str, Groups]) -> Table:
+    """A row a variant, a column a task's main score, and their mean over tasks a seed; no mean with a perplexity among them."""
+    found = {task: _listed(groups) for task, groups in tasks.items()}
+    scores = {task: records[0]["main_score"] for task, records in found.items()}
+    family = next(iter(found.values()))[0]["family"]
+    note = "Test scores, mean and standard deviation over seeds, and their mean over tasks of each seed that all tasks have."
+    table = Table(f"{family}_average", f"MEO: {family} on {', '.join(found)}", note)
+    for variant in _variants([record for records in found.values() for record in records]):
+        of = {task: _of(records, name=variant["name"]) for task, records in found.items()}
+        values = {task: {r["seed"]: r["scores"]["test"][scores[task]] for r in own} for task, own in of.items()}
+        row: dict[str, Any] = {"variant": variant["name"]}
+        row |= {f"{task} {scores[task]}": stat(list(own.values())) for task, own in values.items()}
+        if "perplexity" not in scores.values():
+            shared = sorted(set.intersection(*map(set, values.values())))
+            row["average"] = stat([fmean(own[seed] for own in values.values()) for seed in shared])
+        places = [f"{task}/{source(tasks[task], own[0]['run'])}" for task, own in of.items() if own]
+        table.rows.append(row | {"from": ", ".join(places)})
+    return table
 
 
 def _pairs(records: Records, variant: dict[str, Any]) -> list[tuple[dict, dict]]:

@@ -7,9 +7,9 @@ several tasks can share a batch, which tells a router that looks at each sample 
 import copy
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,17 +19,24 @@ from torch import nn
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.merging.adamerging import AdaMerged
+from expert_merging.merging.fisher import diagonal_fisher
 from expert_merging.merging.registry import FROM_WEIGHTS, LAM, constants
+from expert_merging.merging.registry import METHODS as ROWS
+from expert_merging.merging.regmean import gram_matrices
 from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
 from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.vectors import held_bytes
 
 _WEMOE = re.compile(r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<batch>_batch)?$")
-# Merged once and for all: the registry's rows, of which one has an older name in this experiment's records.
-STATIC = {{"ties": "ties_mean"}.get(name, name): method for name, method in FROM_WEIGHTS.items()}
+# Merged once and for all, from weights alone or with statistics of each expert: the registry's rows, of which one has an
+# older name in this experiment's records.
+STATIC = {
+    {"ties": "ties_mean"}.get(name, name): method
+    for name, method in ROWS.items() if name in FROM_WEIGHTS or method.statistics
+}  # fmt: skip
 ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
 METHODS = ", ".join(
-    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe_PERCENT[...]")
+    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe[_PERCENT][...]")
 )
 CONSTANTS = constants(FROM_WEIGHTS.values())
 
@@ -61,6 +68,7 @@ class Settings:
     logit_scale: float = 100.0
     guard: str = "warn"
     guard_floor: float = 0.5
+    statistics_examples: int = 256
     seed: int = 0
     layers: Sequence[int] | None = None
     constants: Mapping[str, Any] = field(default_factory=lambda: {name: x.default for name, x in CONSTANTS.items()})
@@ -70,22 +78,24 @@ class Settings:
         """From the constants of a script; `more` gives what no constant of both scripts does."""
         return cls(
             lam=c.lam, lr=c.adapt_lr, adamerging_lr=c.adamerging_lr, steps=c.adapt_steps, guard=c.guard,
-            guard_floor=c.guard_floor, adapt_batch_size=c.adapt_batch_size,
+            guard_floor=c.guard_floor, adapt_batch_size=c.adapt_batch_size, statistics_examples=c.statistics_examples,
             constants={name: getattr(c, name) for name in CONSTANTS}, **more,
         )  # fmt: skip
 
 
 def check_adaptation(c: SimpleNamespace) -> None:
     """Raises UserError for constants of the adaptation that cannot be."""
-    at_least(c, 1, "adapt_steps", "adapt_batch_size")
+    at_least(c, 1, "adapt_steps", "adapt_batch_size", "statistics_examples")
     at_least(c, 0, "images_per_task")
     check_guard(c.guard, c.guard_floor)
 
 
 def changed(c: SimpleNamespace) -> list[str]:
-    """Those constants of the registry that have another value than its: with them the records of an experiment follow from
-    more than without."""
-    return [name for name, constant in CONSTANTS.items() if getattr(c, name) != constant.default]
+    """Those constants of the methods that have another value than by default: with them the records of an experiment follow
+    from more than without."""
+    defaults = {name: constant.default for name, constant in CONSTANTS.items()}
+    defaults["statistics_examples"] = Settings.statistics_examples
+    return [name for name, default in defaults.items() if getattr(c, name) != default]
 
 
 def check_method(method: str) -> None:
@@ -97,8 +107,42 @@ def check_method(method: str) -> None:
         raise UserError(f"{method!r} should read ewemoe_90 for task vectors pruned by 90 percent, wemoe for whole ones")
 
 
-def build(method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Tensor]], s: Settings) -> nn.Module:
-    """The merged model before adaptation; the parameters to adapt are those with gradients. Inputs stay as they are."""
+def expanded(methods: Sequence[str], prune_ratios: Sequence[float]) -> tuple[str, ...]:
+    """The methods, each once, with an E-WEMoE for every ratio in the place of one that names none: of ewemoe_batch at 0.9 and
+    0.99 are made ewemoe_90_batch and ewemoe_99_batch. Raises UserError for a ratio that cannot be, and for unknown methods."""
+    if wrong := [ratio for ratio in prune_ratios if not 0 <= ratio <= 1]:
+        raise UserError(f"prune_ratios has {wrong[0]:g}; it is the share of a task vector that is dropped, from 0 to 1")
+    names: dict[str, None] = {}
+    for method in methods:
+        found = _WEMOE.match(method)
+        if found and found["pruned"] and not found["percent"]:
+            tail = method.removeprefix("ewemoe")
+            names |= dict.fromkeys(f"ewemoe_{100 * ratio:.10g}{tail}" for ratio in prune_ratios)
+        else:
+            names[method] = None
+    for method in names:
+        check_method(method)
+    return tuple(names)
+
+
+def sweep_of(methods: Iterable[str]) -> dict[str, dict[str, float]]:
+    """{how else the E-WEMoEs among the methods are made ("", "_batch", "_depth1" ..): {method: percent pruned}}, ascending."""
+    found: dict[str, dict[str, float]] = {}
+    for method in methods:
+        if (match := _WEMOE.match(method)) and match["pruned"] and match["percent"]:
+            kind = f"{match['depth'] or ''}{match['batch'] or ''}"
+            found.setdefault(kind, {})[method] = float(match["percent"][1:])
+    return {kind: dict(sorted(own.items(), key=lambda item: item[1])) for kind, own in found.items()}
+
+
+def build(
+    method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Tensor]], s: Settings,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:  # fmt: skip
+    """The merged model before adaptation; the parameters to adapt are those with gradients. Inputs stay as they are.
+
+    `statistics`: what the method wants of the experts besides their weights, under the name of its argument.
+    """
     check_method(method)
     if method in ADAMERGING:
         layer_wise, keep = "layer" in method, 0.2 if method.endswith("++") else None
@@ -114,12 +158,44 @@ def build(method: str, base: nn.Module, experts: Sequence[Mapping[str, torch.Ten
         )  # fmt: skip
     model = copy.deepcopy(base).requires_grad_(False)
     if method in STATIC:
-        arguments = STATIC[method].arguments({**s.constants, "lam": s.lam, "seed": s.seed})
+        arguments = {**STATIC[method].arguments({**s.constants, "lam": s.lam, "seed": s.seed}), **statistics}
         try:
             model.load_state_dict(dict(STATIC[method].load()(base.state_dict(), experts, **arguments)))
         except ValueError as error:
             raise UserError(f"{method} cannot merge these models: {error}") from error
     return model
+
+
+def statistics_of(
+    kind: str, base: nn.Module, experts: Mapping[str, Mapping[str, torch.Tensor]], tasks: Sequence[Task], s: Settings
+) -> list[dict[str, torch.Tensor]]:
+    """Of each expert, in their order, its diagonal Fisher information (`kind` is "information") or its linear layers' Gram
+    matrices ("grams"), over the first `s.statistics_examples` of the task's images in random order.
+
+    The Fisher information is that of the model's own predictions, so no label is needed. It takes an image at a time:
+    the square of a batch's summed gradient would hold products between images.
+    """
+    by_name = {task.name: task for task in tasks}
+    found: list[dict[str, torch.Tensor]] = []
+    for name, tensors in experts.items():
+        task = by_name[name]
+        model = copy.deepcopy(base).eval()
+        model.load_state_dict(dict(tensors))
+        model.requires_grad_(kind == "information").to(task.head.device)
+        order = torch.randperm(len(task.labels), generator=torch.Generator().manual_seed(s.seed)).tolist()
+        chosen = order[: s.statistics_examples]
+        size = 1 if kind == "information" else s.eval_batch_size
+        batches = (task.pixels(chosen[start : start + size]) for start in range(0, len(chosen), size))
+        if kind == "information":
+
+            def logits_of(model: nn.Module, pixels: torch.Tensor, head=task.head) -> tuple[torch.Tensor, int]:
+                return s.logit_scale * embed(model, pixels) @ head.t(), len(pixels)
+
+            one = diagonal_fisher(model, batches, logits_of)
+        else:
+            one = gram_matrices(model, batches, embed)
+        found.append({key: tensor.cpu() for key, tensor in one.items()})
+    return found
 
 
 def embed(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -226,7 +302,10 @@ def run_method(
                 record |= evaluate(model, [task], s, title=f"individual: {task.name}")
         return record | {"average_accuracy": _average(record, tasks)}, None
     started = time.monotonic()
-    model = build(method, base, list(experts.values()), s).eval().to(device)
+    statistics = {}
+    if method in STATIC and (kind := STATIC[method].statistics):
+        statistics[kind] = statistics_of(kind, base, experts, adapt_tasks, s)
+    model = build(method, base, list(experts.values()), s, statistics).eval().to(device)
     seconds = {"merge": time.monotonic() - started}
     record = {"model_info": _model_info(model)}
     adaptation = None

@@ -15,7 +15,7 @@ from torch import nn
 from expert_merging.core import interrupts
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
-from expert_merging.core.hub import first_line, local_folder
+from expert_merging.core.hub import first_line, local_folder, weights_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.wemoe.classification import Task
 
@@ -38,7 +38,11 @@ TEMPLATES = {
         f"a photo of {article} {{}} {what}." for article in ("a", "the") for what in ("texture", "pattern", "thing", "object")
     ),
 }  # fmt: skip
+CLASS_NAMES = Path(__file__).with_name("class_names")  # {task}.json, CLIP's class names
 PLAIN = ("a photo of a {}.",)  # for any other task
+
+# The published sizes: (width of the vision model, side of a patch).
+SIZES = {"base-patch32": (768, 32), "base-patch16": (768, 16), "large-patch14": (1024, 14)}
 
 # Where the eight data sets are on the hub: (name, configuration).
 ON_HUB = {
@@ -85,22 +89,20 @@ def load_clip(path: str, constant: str) -> tuple[nn.Module, nn.Module, Any, Any]
     return vision.eval().requires_grad_(False), text, tokenizer, processor
 
 
+def check_size(size: str, vision: nn.Module, path: str) -> None:
+    """Raises UserError where the model is of another published size than the one named, among whose results its would lie."""
+    own = vision.config.hidden_size, vision.config.patch_size
+    published = next((name for name, numbers in SIZES.items() if numbers == own), size)
+    if published != size:
+        raise UserError(f"clip_size is {size!r}, but {path} is CLIP {published}; give --clip_size {published}")
+
+
 class Expert(Mapping[str, torch.Tensor]):
     """The vision tower of a fine-tuned CLIP, read tensor by tensor from its folder; what its folder lacks (a projection that
     was never trained) is the pre-trained model's."""
 
     def __init__(self, path: str, constant: str, base: Mapping[str, torch.Tensor]):
-        folder = local_folder(path, constant)
-        if folder is None:
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{constant}: {path} is no folder here and cannot be had from the hub ({first_line(error)}); "
-                    f"bring the model's folder and give --{constant} FOLDER"
-                ) from error
+        folder = weights_folder(path, constant)
         self.tensors, self.base, self.folder = SafetensorsFolder(folder), base, folder
         if not any(name in self.tensors for name in base):
             raise UserError(f"{constant}: {path} holds no vision model of CLIP")
@@ -172,13 +174,29 @@ def has_split(path: str, name: str, split: str) -> bool:
     return True
 
 
+def _clips_names(task: str, images: Images) -> list[str]:
+    """The names by which CLIP was measured, in the order of the data set's labels; none where the task has none or the data set
+    another number of classes. They lie in the order of the published data sets; a data set whose own names are numbers is
+    read by these."""
+    path = CLASS_NAMES / f"{task}.json"
+    names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if len(names) != (len(images.names) or max(images.labels) + 1) or set(names) == set(images.names):
+        return []
+    if all(name.isdecimal() for name in images.names) and sorted(map(int, images.names)) == list(range(len(names))):
+        return [names[int(name)] for name in images.names]
+    return names
+
+
 def class_names(task: str, images: Images, folder: str) -> list[str]:
-    """`folder`/{task}.json, a list, where there is one; else the names in the data set's features.
+    """`folder`/{task}.json, a list, where there is one; else CLIP's names where they fit; else the data set's own.
 
     Raises UserError where there are none, or too few for the labels.
     """
     path = Path(folder) / f"{task}.json" if folder else None
-    names = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else images.names
+    if path is not None and path.exists():
+        names = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        names = _clips_names(task, images) or images.names
     if len(names) <= max(images.labels):
         raise UserError(
             f"{task} has labels up to {max(images.labels)} and {len(names)} class names; "

@@ -12,7 +12,7 @@ from torch import nn
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.run import results
 from expert_merging.wemoe import checkpoints, clip, report
-from expert_merging.wemoe.classification import Settings, Task, changed, check_adaptation, check_method
+from expert_merging.wemoe.classification import Settings, Task, changed, check_adaptation, expanded
 from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
 
 DEPENDS_ON = (
@@ -41,11 +41,13 @@ EXPERIMENTS = ("multi_task", "generalization", "robustness")
 
 @dataclass(frozen=True)
 class Experiment:
-    """`tasks` to test on, of which `unseen` are not merged; a record a method for each of `groups`: seeds or corruptions.
+    """`methods` by which to merge; `tasks` to test on, of which `unseen` are not merged; a record a method for each of
+    `groups`: seeds or corruptions.
 
     `apart`: entries of the `identity` in which the groups of one table differ.
     """
 
+    methods: tuple[str, ...]
     tasks: tuple[str, ...]
     unseen: tuple[str, ...]
     groups: tuple[str, ...]
@@ -69,14 +71,14 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
     """What the constants ask for. Raises UserError for what cannot be, before any model is read."""
     if c.experiment not in EXPERIMENTS:
         raise UserError(f"there is no experiment {c.experiment!r}; there are {', '.join(EXPERIMENTS)}")
-    for method in c.methods:
-        check_method(method)
+    methods = expanded(c.methods, c.prune_ratios)
     check_adaptation(c)
     at_least(c, 1, "images_per_batch")
     robust = c.experiment == "robustness"
     if wrong := [group for group in c.corruptions if robust and group != "clean" and group not in CORRUPTIONS]:
         raise UserError(f"there is no corruption {wrong[0]!r}; there are: clean, {', '.join(CORRUPTIONS)}")
     return Experiment(
+        methods=methods,
         tasks=c.robust_tasks if robust else c.clip_tasks,
         unseen=c.unseen_tasks if c.experiment == "generalization" else (),
         groups=c.corruptions if robust else (f"seed{c.seed}",),
@@ -88,9 +90,11 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
 def open_pool(c: SimpleNamespace, e: Experiment, device: torch.device) -> Pool:
     """The models to merge, and the test images with each task's frozen head, made by the text tower.
 
-    Raises UserError where one is missing or does not fit, and for a `first_layer` that CLIP does not have.
+    Raises UserError where one is missing or does not fit, for a `clip_size` that is not CLIP's, and for a `first_layer` that
+    it does not have.
     """
     base, text, tokenizer, processor = clip.load_clip(c.CLIP_PATH, "CLIP_PATH")
+    clip.check_size(c.clip_size, base, c.CLIP_PATH)
     layers = base.config.num_hidden_layers
     if not 0 <= c.first_layer < layers:
         raise UserError(f"first_layer is {c.first_layer}; {c.CLIP_PATH} has layers 0 to {layers - 1}")

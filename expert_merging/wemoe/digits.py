@@ -20,7 +20,7 @@ from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import replacing
 from expert_merging.wemoe.classification import Task, check_adaptation, embed
 
-TRAIN, EMBEDDING, LOGIT_SCALE = 1200, 24, 20.0
+IMAGES, TRAIN, EMBEDDING, LOGIT_SCALE = 1797, 1200, 24, 20.0
 DEPENDS_ON = (
     "lam",
     "adapt_lr",
@@ -49,7 +49,8 @@ def check_constants(c: SimpleNamespace) -> None:
     at_least(c, 0, "pretrain_steps", "finetune_steps", "seeds")
     if not 1 <= c.pretrain_examples <= TRAIN:
         raise UserError(
-            f"pretrain_examples is {c.pretrain_examples}; give 1 to {TRAIN}: the other images are the test's"
+            f"pretrain_examples is {c.pretrain_examples}; give 1 to {TRAIN}: the other {IMAGES - TRAIN} of the {IMAGES} images "
+            "are the test's"
         )
 
 

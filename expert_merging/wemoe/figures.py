@@ -31,6 +31,35 @@ def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def pruning(
+    records: dict[str, dict[str, dict[str, Any]]], sweep: dict[str, dict[str, float]], path: Path
+) -> None:  # fmt: skip
+    """E-WEMoE's average accuracy and bytes against the percent pruned, a line a kind of E-WEMoE as `sweep_of` gives them, dots
+    the groups; level lines are WEMoE and task arithmetic, where there are records of them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
+
+    def accuracies(method: str) -> list[float]:
+        return [100 * record["average_accuracy"] for record in records[method].values()]
+
+    for number, (kind, methods) in enumerate(sweep.items()):
+        percent, color = list(methods.values()), f"C{number}"
+        found = [accuracies(method) for method in methods]
+        left.plot(percent, [np.mean(own) for own in found], "-", color=color, label=f"ewemoe{kind}")
+        for x, own in zip(percent, found, strict=True):
+            left.plot([x] * len(own), own, "o", ms=3, color=color, alpha=0.6)
+        held = [next(iter(records[method].values()))["model_info"]["bytes"] / 1e6 for method in methods]
+        right.plot(percent, held, "o-", ms=3, color=color)
+    for style, method in (("--", "wemoe"), (":", "task_arithmetic")):
+        if method in records:
+            left.axhline(np.mean(accuracies(method)), ls=style, color="0.4", label=method)
+            size = next(iter(records[method].values()))["model_info"]["bytes"] / 1e6
+            right.axhline(size, ls=style, color="0.4")
+    left.set(xlabel="percent of each task vector dropped", ylabel="average accuracy, %")
+    right.set(xlabel="percent of each task vector dropped", ylabel="MB in memory", ylim=(0, None))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
+    save_figure(figure, path)
+
+
 def routing(method: str, groups: dict[str, dict[str, Any]], path: Path) -> None:
     """Mean weight of each task vector: a panel a layer, rows the inputs' task, columns the task vectors; mean over groups."""
     found = [record["routing_weights"] for record in groups.values() if "routing_weights" in record]

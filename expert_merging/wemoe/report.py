@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expert_merging.merging.registry import FROM_WEIGHTS
+from expert_merging.merging.registry import FROM_WEIGHTS, METHODS
 from expert_merging.report import publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import every, source
@@ -43,7 +43,8 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for group, method, record in every(read_groups(Path(folder))):
         found.setdefault(method, {})[group] = record
-    order = ("pretrained", "individual", *FROM_WEIGHTS, "adamerging", "wemoe", "ewemoe")
+    with_statistics = [name for name, method in METHODS.items() if method.statistics]
+    order = ("pretrained", "individual", *FROM_WEIGHTS, *with_statistics, "adamerging", "wemoe", "ewemoe")
     rank = {method: min(i for i, kind in enumerate(order) if method.startswith(kind)) for method in found}
     return {method: found[method] for method in sorted(found, key=lambda m: (rank[m], len(m), m))}
 
@@ -107,9 +108,16 @@ def tables(records: dict[str, dict[str, dict[str, Any]]]) -> list[Table]:
 def draw(records: dict[str, dict[str, dict[str, Any]]], folder: Path) -> dict[str, str]:
     """Draw accuracy, and each method's routing and adaptation, into `folder`; returns {name of a figure: caption}."""
     from expert_merging.wemoe import figures
+    from expert_merging.wemoe.classification import sweep_of
 
     captions = {"accuracy": "Average accuracy by method, dots the seeds."}
     figures.accuracy(records, folder / "accuracy.png")
+    sweep = {kind: own for kind, own in sweep_of(records).items() if len(own) > 2}
+    if sweep:
+        captions["pruning"] = (
+            "Average accuracy, and bytes in memory, against the share of each task vector that is dropped."
+        )
+        figures.pruning(records, sweep, folder / "pruning.png")
     for method, of_method in records.items():
         if any("routing_weights" in record for record in of_method.values()):
             captions[f"routing_{method}"] = f"{method}: mean routing weights by the task of the input."

@@ -1,7 +1,9 @@
 """MEO_finetune.py on small models and local data: the records, repeating and going on, and what it says to bad input."""
 
+import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +38,10 @@ def folder(tmp_path_factory):
     for split, part in (("train", texts[:24]), ("validation", texts[24:])):
         rows = [{"sentence1": t, "sentence2": t[::-1], "label": i % 2} for i, t in enumerate(part)]
         write(place / "glue" / "rte" / f"{split}.jsonl", rows)
+        write(
+            place / "glue" / "mrpc" / f"{split}.jsonl",
+            [{**row, "label": int(i % 4 == 0)} for i, row in enumerate(rows)],
+        )
         write(place / "wikitext" / "wikitext-2-raw-v1" / f"{split}.jsonl", [{"text": t} for t in part])
     write_squad(place / "squad", train=12, dev=4)
     return place
@@ -44,7 +50,7 @@ def folder(tmp_path_factory):
 def words(folder, run, family, task, **changed):
     values = {
         "scale": "tiny", "device": "cpu", "RUN_DIR": folder / run, "MODEL_PATH": folder / family, "family": family,
-        "task": task, "GLUE_PATH": folder / "glue", "WIKITEXT_PATH": folder / "wikitext", "SQUAD_PATH": folder / "squad",
+        "tasks": task, "GLUE_PATH": folder / "glue", "WIKITEXT_PATH": folder / "wikitext", "SQUAD_PATH": folder / "squad",
         "seeds": 0, "n": 3, "ks": 2, "epochs": 2, "train_batch": 4, "input_length": 24, "learning_rate": 0.01,
         "train_examples": 0, **changed,
     }  # fmt: skip
@@ -93,6 +99,30 @@ def test_costs_are_the_formulas(done):
     assert all(record["kept_bytes"] > 0 for record in found.values())
 
 
+def test_measuring_leaves_no_tensor_behind(folder):
+    """Of each measured model nothing may stay alive, or a comparison of many fills the memory."""
+    import gc
+
+    from expert_merging.meo import finetuning, recipes
+
+    recipe = replace(recipes.RECIPES["doc_topic"], length=12, batch_size=4)
+    tokenizer = finetuning.load_tokenizer(str(folder / "bert"))
+    rows = [{"input_ids": np.arange(5, 15), "label": i % 2} for i in range(4)]
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    counts, kept = [], []
+    for _ in range(4):
+        model = finetuning.load_model(str(folder / "bert"), "bert", recipe, ["a", "b"])
+        kept.append(finetuning.measure(model, rows, tokenizer, "bert", recipe, torch.device("cpu"))["kept_bytes"])
+        del model
+        counts.append(alive())
+    assert len(set(counts[1:])) == 1, counts
+    assert kept[0] > 4 * 10 * 32 * 4 and len(set(kept)) == 1  # the FFN's states of 4 rows at least
+
+
 def test_moe_and_meo_have_equal_curves(done):
     found, _ = done
     moe, meo, dense = (np.array(found[name]["step_losses"]) for name in ("moe_sequence_k2", "meo_sequence_k2", "dense"))
@@ -131,6 +161,93 @@ def test_other_families_and_tasks(folder, family, task, levels, score):
     for record in found.values():
         assert math.isfinite(record["scores"]["test"][score]) and math.isfinite(record["scores"]["test"]["loss"])
         assert record["step_losses"][-1] < record["step_losses"][0] + 1
+
+
+def constants(words_):
+    from expert_merging.run.constants import read_constants
+    from neighbours import MEO_finetune
+
+    return read_constants(vars(MEO_finetune), words_)
+
+
+def test_the_epoch_is_chosen_on_training_examples_held_out_and_the_published_validation_is_the_test(folder):
+    from expert_merging.meo import recipes
+
+    c = constants(words(folder, "held", "bert", "rte", test_examples=0, validation_examples=0))
+    raw, again = (recipes.load_raw("rte", c) for _ in range(2))
+    train, held, test = ([row["sentence1"] for row in raw[split]] for split in recipes.SPLITS)
+    assert (len(train), len(held), len(test)) == (22, 2, 16)
+    assert sorted(train + held) == sorted(sentences(40)[:24]) and test == sentences(40)[24:]
+    assert [row["sentence1"] for row in again["validation"]] == held
+
+
+def test_of_squad_whole_passages_are_held_out(folder, tmp_path):
+    from datasets import Dataset
+
+    from expert_merging.meo import recipes
+
+    train = Dataset.from_list([{"context": f"passage {i // 5}", "question": str(i)} for i in range(100)])
+    raw = recipes._with_held_out({"train": train, "validation": train.select(range(3))}, "X", together="context")
+    sides = [set(raw[split]["context"]) for split in ("train", "validation")]
+    assert len(sides[1]) == 2 and not sides[0] & sides[1]
+    assert len(raw["train"]) + len(raw["validation"]) == 100 and len(raw["test"]) == 3
+    with pytest.raises(UserError, match="X: 1 training examples are too few"):
+        recipes._with_held_out({"train": train.select([0]), "validation": train}, "X")
+
+
+def test_experts_that_are_left_to_the_task_are_the_released_scripts(folder):
+    from expert_merging.meo import comparison
+
+    own = {"n": 0, "ks": "0", "levels": "own"}
+    glue, squad = (
+        comparison.jobs_of(constants(words(folder, "own", family, task, **own)))[0]
+        for family, task in (("bert", "rte"), ("t5", "squad"))
+    )
+    assert (glue.n, glue.ks, glue.levels) == (16, (12,), ("task",))
+    assert (squad.n, squad.ks, squad.levels) == (8, (8,), ("sequence",))
+    mixed = comparison.jobs_of(
+        constants(words(folder, "own", "bert", "rte", n=16, ks="1 0 12", levels="own task token"))
+    )
+    assert (mixed[0].n, mixed[0].ks, mixed[0].levels) == (16, (1, 12), ("task", "token"))
+
+
+def test_several_tasks_are_one_command_with_their_average(folder, capsys):
+    command = words(folder, "several", "bert", "rte mrpc", levels="sequence", epochs=1, seeds="0 1")
+    call_main("neighbours/MEO_finetune.py", command)
+    found = {task: records(folder, "several", f"bert_{task}") for task in ("rte", "mrpc")}
+    assert all(set(own) == {"dense", "block", "moe_sequence_k2", "meo_sequence_k2"} for own in found.values())
+    place = folder / "several" / "meo"
+    with (place / "bert_rte+mrpc" / "bert_average.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    averages = []
+    for seed in (0, 1):
+        files = [place / f"bert_{task}" / f"seed{seed}" / "meo_sequence_k2.json" for task in found]
+        scores = [json.loads(file.read_text())["scores"]["test"]["accuracy"] for file in files]
+        assert scores[0] != scores[1]
+        averages.append(sum(scores) / 2)
+    assert [float(v) for v in rows["MEO sequence k=2"]["average by seed"].split()] == pytest.approx(averages)
+    assert "MEO: bert on rte, mrpc" in capsys.readouterr().out
+    with pytest.raises(UserError, match="squad is seq2seq, which bert does not do"):
+        call_main("neighbours/MEO_finetune.py", words(folder, "several", "bert", "rte squad"))
+
+
+def test_a_long_context_loses_its_end_and_is_counted(folder):
+    """The question stays; an answer behind the cut is not in what the model reads."""
+    from expert_merging.meo import finetuning, recipes
+
+    tokenizer = finetuning.load_tokenizer(str(folder / "t5"))
+    long = " ".join(["the river rose in London"] * 20 + ["a striker"])
+    examples = [
+        {"question": "the bank", "context": context, "answers": {"text": ["a striker"]}}
+        for context in (long, "a striker won")
+    ]
+    recipe = replace(recipes.RECIPES["squad"], length=24)
+    rows, facts = recipes.rows_of("squad", recipe, dict.fromkeys(recipes.SPLITS, examples), tokenizer)
+    assert facts["cut"] == dict.fromkeys(recipes.SPLITS, 1)
+    cut, whole = (tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows["test"])
+    assert len(rows["test"][0]["input_ids"]) == 24 and rows["test"][0]["input_ids"][-1] == tokenizer.eos_token_id
+    assert "the bank" in cut and "striker" not in cut and "striker" in whole
+    assert rows["test"][0]["references"] == ["a striker"]  # it counts as not found
 
 
 def test_an_interrupted_run_ends_as_an_undisturbed_one(done, folder, monkeypatch):
@@ -210,15 +327,15 @@ def test_scores_of_glue():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"task": "poems"}, "no task 'poems'; there are: cola"),
+        ({"tasks": "poems"}, "no task 'poems'; there are: cola"),
         ({"family": "roberta"}, "family is 'roberta'"),
         ({"family": "t5"}, "rte is classification, which t5 does not do"),
         ({"ks": "1 4"}, "ks has 4; k, the active experts, is from 1 to n = 3"),
         ({"levels": "paragraph"}, "levels has 'paragraph'"),
-        ({"family": "gpt2", "task": "wikitext", "levels": "sequence"}, "would look at the words to be predicted"),
+        ({"family": "gpt2", "tasks": "wikitext", "levels": "sequence"}, "would look at the words to be predicted"),
         ({"MODEL_PATH": "./nowhere"}, "MODEL_PATH: there is no folder './nowhere'"),
         ({"GLUE_PATH": "./nowhere"}, "GLUE_PATH: there is no folder './nowhere'"),
-        ({"task": "cola"}, "there is no folder .*cola"),
+        ({"tasks": "cola"}, "there is no folder .*cola"),
         ({"epochs": -1}, "epochs given is -1"),
     ],
 )

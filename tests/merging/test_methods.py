@@ -423,7 +423,7 @@ def fusion_bench_file(path, monkeypatch):
     """A module of fusion-bench by itself: its packages import what an installation without its dependencies lacks."""
     found = PathFinder.find_spec("fusion_bench")
     if found is None:
-        pytest.skip("fusion-bench is not installed (pip install --no-deps fusion-bench==0.2.33)")
+        pytest.skip("fusion-bench is not installed (make test-peers)")
     for name in ("theirs", "theirs.utils", *(f"fusion_bench.{part}" for part in ("method", "mixins", "modelpool"))):
         monkeypatch.setitem(sys.modules, name, MagicMock())  # of which the functions under test use nothing
     sys.modules["fusion_bench.method"].BaseAlgorithm = type("Base", (), {})
@@ -527,3 +527,22 @@ def test_regmean_is_fusion_benchs(monkeypatch):
     stacked = {name: [model[name] for model in models] for name in base}
     wanted = theirs.merging_with_regmean_weights(stacked, grams, reduce_non_diagonal_ratio=0.6)
     close(dict(regmean(base, models, grams, ridge=0.0)), wanted, 1e-4)
+
+
+# ---------------------------------------------------------------- mergekit
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
+def test_ties_is_mergekits_tensor_by_tensor(keep):
+    """mergekit trims each tensor by itself, so of a model of one tensor; it keeps an entry less than the paper's code."""
+    sparsify = pytest.importorskip("mergekit.sparsify", reason="mergekit is not installed (make test-peers)")
+    theirs = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
+    for seed in range(20):
+        base, *models = ({"w": next(iter(one.values()))} for one in (world(seed)[0], *world(seed)[1]))
+        size = base["w"].numel()
+        density = (int(keep * size) + 1.5) / size
+        trimmed = torch.stack([sparsify.magnitude(model["w"] - base["w"], density) for model in models])
+        mask = theirs.get_mask(trimmed, "sum")
+        change = (trimmed * mask).sum(0) / mask.sum(0).clamp(min=1)
+        merged = run("ties", base, models, scale=1.0, keep=keep, merge="mean")
+        torch.testing.assert_close(merged["w"], base["w"] + change, rtol=1e-6, atol=1e-6)

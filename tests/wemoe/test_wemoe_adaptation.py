@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.report import folders
 from expert_merging.wemoe import classification, digits, report
 from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss
+from expert_merging.wemoe.classification import Settings, Task, embed, run_method, statistics_of
 from expert_merging.wemoe.ffn import ensembles, routers, upscale
 
 
@@ -320,7 +322,8 @@ def test_a_record_that_notes_its_constants_as_they_once_stood_is_taken_up(tmp_pa
         (["--adapt_steps", "0"], "adapt_steps is 0; it must be 1 or more"),
         (["--adapt_batch_size", "0"], "adapt_batch_size is 0"),
         (["--pretrain_examples", "5000"], "pretrain_examples is 5000; give 1 to 1200"),
-        (["--pretrain_examples", "1201"], "the other images are the test's"),
+        (["--pretrain_examples", "1201"], "give 1 to 1200: the other 597 of the 1797 images are the test's"),
+        (["--pretrain_examples", "1797"], "pretrain_examples is 1797; give 1 to 1200"),
         (["--pretrain_examples", "0"], "pretrain_examples is 0"),
         (["--guard", "hope"], "the guard is 'hope'"),
         (["--guard_floor", "50"], "floor is 50"),
@@ -332,6 +335,19 @@ def test_mistakes_about_digits_are_one_line(tmp_path, wrong, said):
     with pytest.raises(UserError, match=said) as error:
         call_main("neighbours/WEMoE_digits.py", [*SMALLEST, "--WEMOE_DIR", str(tmp_path / "digits"), *wrong])
     assert "\n" not in str(error.value) and not (tmp_path / "digits").exists()
+
+
+def test_the_most_that_training_may_be_given_holds_no_test_image():
+    """1200 images, which are those before the test's first."""
+    everything = SMALLEST[SMALLEST.index("--pretrain_steps") :]
+    c = SimpleNamespace(**{name[2:]: 1 for name in everything[::2]}, seeds=(0,), guard="warn", guard_floor=0.5)
+    c.statistics_examples, c.images_per_task = 1, 0
+    for c.pretrain_examples in (1, digits.TRAIN):
+        digits.check_constants(c)
+    pixels, _ = digits.images()
+    tested = digits.test_tasks(0)[0]
+    assert len(pixels) == digits.IMAGES and len(tested.labels) == digits.IMAGES - digits.TRAIN
+    torch.testing.assert_close(tested.pixels([0]), pixels[digits.TRAIN :][:1])
 
 
 @pytest.fixture(scope="module")
@@ -355,10 +371,80 @@ def test_before_adapting_accuracy_is_that_of_task_arithmetic(trained_digits, met
     assert abs(accuracy[method] - accuracy["task_arithmetic"]) <= 0.2
 
 
-def test_an_unknown_method_is_one_line():
-    with pytest.raises(UserError, match="ewemoe_90") as error:
-        call_main("neighbours/WEMoE_digits.py", [*SMALLEST, "--methods", "wemoe", "ewemoe"])
+def test_fisher_and_regmean_look_at_each_experts_own_images_and_at_no_label(trained_digits):
+    base, experts, tasks = trained_digits
+    s = Settings(eval_batch_size=8, logit_scale=digits.LOGIT_SCALE, statistics_examples=12)
+    unlabelled = [Task(task.name, [0] * len(task.labels), task.head, task.pixels) for task in tasks]
+    order = torch.randperm(597, generator=torch.Generator().manual_seed(0))[:12].tolist()
+    layer = "vision_model.encoder.layers.0.mlp.fc1"
+
+    # Gram matrices: of what enters the layer of the second expert, over its images' tokens.
+    grams = statistics_of("grams", base, experts, unlabelled, s)[1]
+    model = digits.new_model(0)
+    model.load_state_dict(experts["rotated"])
+    seen = []
+    model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+    pixels = next(task for task in tasks if task.name == "rotated").pixels(order)
+    logits = s.logit_scale * embed(model, pixels) @ tasks[1].head.t()
+    expected = seen[0].T @ seen[0] / len(seen[0])
+    torch.testing.assert_close(grams[layer], expected, atol=1e-4, rtol=1e-4)
+
+    # Fisher: the squares of each image's gradient, averaged.
+    information = statistics_of("information", base, experts, unlabelled, s)[1]
+    weight, squares = model.get_parameter(f"{layer}.weight"), 0
+    for row in logits.log_softmax(dim=-1):
+        loss = (row.detach().exp().sqrt() * row).sum()
+        squares = squares + torch.autograd.grad(loss, weight, retain_graph=True)[0].square() / 12
+    torch.testing.assert_close(information[f"{layer}.weight"], squares, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_what_is_merged_with_statistics_is_not_the_average(trained_digits, method):
+    """And experts that are all the same are merged into that one."""
+    base, experts, tasks = trained_digits
+    s = Settings(eval_batch_size=64, logit_scale=digits.LOGIT_SCALE, statistics_examples=20)
+    average, merged = (run_method(name, base, experts, tasks[:4], tasks, s)[1] for name in ("average", method))
+    layer = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    assert (merged.get_parameter(layer) - average.get_parameter(layer)).abs().max() > 1e-5
+    same = dict.fromkeys(experts, experts["plain"])
+    merged = run_method(method, base, same, tasks[:1], tasks, s)[1]
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, experts["plain"][name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--methods", "wemoe", "ewemo"], "no merging method 'ewemo'"),
+        (["--methods", "ewemoe_101"], "ewemoe_90"),
+        (["--methods", "ewemoe", "--prune_ratios", "0.9", "90"], "prune_ratios has 90; it is the share"),
+    ],
+)
+def test_an_unknown_method_is_one_line(wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        call_main("neighbours/WEMoE_digits.py", [*SMALLEST, *wrong])
     assert "\n" not in str(error.value)
+
+
+def test_an_ewemoe_that_names_no_percent_stands_for_one_at_each_ratio():
+    methods = ("average", "ewemoe", "wemoe", "ewemoe_90", "ewemoe_depth1_batch")
+    expected = ("average", "ewemoe_90", "ewemoe_99.9", "wemoe", "ewemoe_90_depth1_batch", "ewemoe_99.9_depth1_batch")
+    assert classification.expanded(methods, (0.9, 0.999)) == expected
+    assert classification.sweep_of(expected) == {
+        "": {"ewemoe_90": 90.0, "ewemoe_99.9": 99.9},
+        "_depth1_batch": {"ewemoe_90_depth1_batch": 90.0, "ewemoe_99.9_depth1_batch": 99.9},
+    }
+
+
+def test_a_sweep_over_prune_ratios_is_one_command_with_its_figure(tmp_path):
+    words = [*SMALLEST, "--WEMOE_DIR", str(tmp_path), "--methods", "task_arithmetic", "ewemoe"]
+    call_main("neighbours/WEMoE_digits.py", [*words, "--prune_ratios", "0.9", "0.5"])
+    assert not (tmp_path / "figures" / "pruning.png").exists()  # two points are no curve
+    call_main("neighbours/WEMoE_digits.py", [*words, "--prune_ratios", "0.29", "0.5", "0.9"])
+    records = report.read(tmp_path)
+    percents = {name: records[name]["seed0"]["model_info"]["effective_params"] for name in records if "ewemoe" in name}
+    assert sorted(percents, key=percents.get) == ["ewemoe_90", "ewemoe_50", "ewemoe_29"]
+    assert (tmp_path / "figures" / "pruning.png").stat().st_size > 10_000
 
 
 def test_committed_tables_follow_from_their_records():

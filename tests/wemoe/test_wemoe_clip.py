@@ -1,5 +1,7 @@
 """The CLIP experiments end to end on a tiny CLIP and tiny image data sets, in local folders of the hub's formats."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,9 @@ def words(place, results, **more) -> list[str]:
 
 
 def test_multi_task_with_every_kind_of_method(place, tmp_path):
-    methods = "pretrained individual average ties_sum iso_c tsv_m adamerging_task wemoe ewemoe_90_batch"
+    methods = (
+        "pretrained individual average ties_sum dare iso_c tsv_m fisher regmean adamerging_task wemoe ewemoe_90_batch"
+    )
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods=methods, save_models="true"))
     records = report.read(tmp_path / "r")
     assert set(records) == set(methods.split())
@@ -98,6 +102,30 @@ def test_another_seed_is_another_row_of_the_table_but_another_clip_is_not(place,
         call_main("neighbours/WEMoE_clip.py", words_)
 
 
+def test_the_size_of_clip_names_its_models_and_the_folder_of_its_results():
+    from expert_merging.run.constants import read_constants
+    from neighbours import WEMoE_clip
+
+    c = read_constants(vars(WEMoE_clip), ["--clip_size", "large-patch14", "--RUN_DIR", "r"])
+    assert c.WEMOE_CLIP_DIR == "r/wemoe_clip/large-patch14/multi_task"
+    assert c.CLIP_PATH == "openai/clip-vit-large-patch14"
+    assert c.EXPERT_PATH == "tanganke/clip-vit-large-patch14_*"
+
+
+def test_a_model_of_another_size_than_its_folder_says_is_refused():
+    from transformers import CLIPVisionConfig
+
+    def model(width, patch):
+        return SimpleNamespace(config=CLIPVisionConfig(hidden_size=width, patch_size=patch))
+
+    clip.check_size("base-patch16", model(768, 16), "clip")
+    clip.check_size("my-own", model(48, 2), "clip")
+    with pytest.raises(
+        UserError, match="clip_size is 'base-patch32', but clip is CLIP large-patch14; give --clip_size"
+    ):
+        clip.check_size("base-patch32", model(1024, 14), "clip")
+
+
 def test_a_head_is_the_mean_of_unit_text_embeddings(place):
     base, text, tokenizer, processor = clip.load_clip(str(place / "base"), "CLIP_PATH")
     head = clip.zero_shot_head(text, tokenizer, ["cat", "dog"], ("a {}.", "the {}."))
@@ -131,6 +159,31 @@ def test_class_names_come_from_the_data_or_a_file(place, tmp_path):
         clip.class_names("x", images, "")
 
 
+def test_clips_class_names_are_as_many_as_the_data_sets_classes():
+    lists = {path.stem: read_json(path) for path in clip.CLASS_NAMES.glob("*.json")}
+    counts = {"eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47, "resisc45": 45}
+    assert {task: len(names) for task, names in lists.items()} == counts
+    for names in lists.values():
+        assert len(set(names)) == len(names) and all(name == name.strip() and "_" not in name for name in names)
+    for task in ("dtd", "resisc45"):  # whose folders are in this order
+        assert lists[task] == sorted(lists[task])
+
+
+def test_clips_class_names_stand_in_the_order_of_the_labels():
+    def names(task, own, classes):
+        return clip.class_names(task, SimpleNamespace(names=own, labels=list(range(classes))), "")
+
+    folders = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop"]
+    assert names("eurosat", [*folders, "Residential", "River", "SeaLake"], 10)[2] == "brushland or shrubland"
+    assert names("gtsrb", [], 43)[14] == "stop"
+    by_text = sorted(str(number) for number in range(43))  # 0, 1, 10, 11 .. as folders are listed
+    assert names("gtsrb", by_text, 43)[by_text.index("14")] == "stop"
+    shuffled = read_json(clip.CLASS_NAMES / "dtd.json")[::-1]
+    assert names("dtd", shuffled, 47) == shuffled
+    assert names("mnist", ["a", "b", "c"], 3) == ["a", "b", "c"]  # not those ten
+    assert names("sun397", ["abbey", "alley"], 2) == ["abbey", "alley"]
+
+
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
     y, x = np.mgrid[0:64, 0:80]
@@ -150,7 +203,8 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
     [
         ({"experiment": "all"}, "no experiment 'all'"),
         ({"methods": "wemoe magic"}, "no merging method 'magic'"),
-        ({"methods": "ewemoe"}, "should read ewemoe_90"),
+        ({"methods": "ewemoe_200"}, "should read ewemoe_90"),
+        ({"prune_ratios": "0.9 1.5", "methods": "ewemoe"}, "prune_ratios has 1.5"),
         ({"CLIP_PATH": "/nowhere/clip"}, "CLIP_PATH: there is no folder"),
         ({"EXPERT_PATH": "/nowhere/*"}, "EXPERT_PATH: there is no folder '/nowhere/mnist'"),
         ({"DATASET_PATH": "/nowhere/*"}, "DATASET_PATH: there is no folder"),
@@ -160,6 +214,7 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
         ({"adapt_steps": 0}, "adapt_steps is 0; it must be 1 or more"),
         ({"adapt_batch_size": 0}, "adapt_batch_size is 0"),
         ({"images_per_batch": 0}, "images_per_batch is 0"),
+        ({"statistics_examples": 0}, "statistics_examples is 0"),
         ({"guard": "hope"}, "the guard is 'hope'"),
         ({"tables_only": "true"}, "has no records"),
     ],
