@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
 from expert_merging.data.scores import pack
@@ -63,10 +64,11 @@ def accuracy(
     was_training = model.training
     model.eval()
     dense = model.config.dense if isinstance(model, HEMoEForCausalLM) else model.config.to_dict()
-    reader = SharedPrompts if dense["model_type"] in FAMILIES else HFLM
-    lm = reader(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=True)
-    hidden = contextlib.nullcontext() if reader is SharedPrompts else contextlib.redirect_stderr(io.StringIO())
-    with hidden:  # HFLM's four bars a task
+    settings = {"pretrained": model, "tokenizer": tokenizer, "backend": "causal", "batch_size": batch_size}
+    settings["add_bos_token"] = True
+    with progress_bar(desc="answers", unit="answer", leave=False) as bar, contextlib.redirect_stderr(io.StringIO()):
+        # lm_eval's own bars, several a task, are not shown.
+        lm = SharedPrompts(bar, **settings) if dense["model_type"] in FAMILIES else HFLM(**settings)
         found = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
     model.train(was_training)
     return {task: _scores(found["results"][task], found["samples"][task]) for task in tasks["tasks"]}

@@ -6,11 +6,10 @@ end. The numbers are those of a row an answer, but for rounding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-
-from expert_merging.core.bars import bar as progress_bar
 
 TOKENS = 2048  # of a forward pass, padding counted
 FAMILIES = ("llama",)  # whose attention takes a mask for each pair of tokens, and no window
@@ -28,17 +27,21 @@ class Row:
 
 
 class SharedPrompts(HFLM):
-    """`HFLM` for the requests of multiple-choice tasks."""
+    """`HFLM` for the requests of multiple-choice tasks; `bar` counts answers."""
+
+    def __init__(self, bar: Any, **settings: Any):
+        super().__init__(**settings)
+        self.bar = bar
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the likeliest at every token) of each ((texts), prompt's ids, answer's ids)."""
         found: list[tuple[float, bool] | None] = [None] * len(requests)
         rows = rows_of(requests, self.max_length)
-        with progress_bar(total=len(requests), desc="answers", unit="answer", leave=False) as bar:
-            for batch in batches(rows):
-                for number, result in self._read(batch):
-                    found[number] = result
-                    bar.update()
+        self.bar.reset(total=len(requests))
+        for batch in batches(rows):
+            for number, result in self._read(batch):
+                found[number] = result
+                self.bar.update()
         return found  # type: ignore[return-value]  # every request is in a row
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
@@ -88,7 +89,7 @@ def test_a_prompt_read_once_gives_what_a_row_an_answer_gives(model, drawn, token
     llama, tokenizer = model
     prompts = [[5, 9, 40, 8], [7], [60, 61, 62, 63, 64, 65], [5, 9, 40]]
     asked_for = [(("", ""), prompts[prompt], answer) for prompt, answer in drawn]
-    reader = shared_prompts.SharedPrompts(pretrained=llama, tokenizer=tokenizer, backend="causal")
+    reader = shared_prompts.SharedPrompts(tqdm(disable=True), pretrained=llama, tokenizer=tokenizer, backend="causal")
     rows = shared_prompts.rows_of(asked_for, 64)
     assert len(rows) == len({prompt for prompt, _ in drawn})
     parts = list(shared_prompts.batches(rows, tokens))
