@@ -48,8 +48,7 @@ def elect(vectors: Sequence[Computed], keep: float) -> Callable[[str], torch.Ten
     thresholds = [_threshold(vector, keep) for vector in vectors]
 
     def trimmed(name: str) -> torch.Tensor:
-        parts = [vector[name] for vector in vectors]
-        return torch.stack([x * (x.abs() >= c) for x, c in zip(parts, thresholds, strict=True)])
+        return torch.stack([_cut(vector[name], c) for vector, c in zip(vectors, thresholds, strict=True)])
 
     majority = sum(int(trimmed(name).sum(dim=0).sign().sum(dtype=torch.int64)) for name in vectors[0])
 
@@ -57,9 +56,14 @@ def elect(vectors: Sequence[Computed], keep: float) -> Callable[[str], torch.Ten
         found = trimmed(name)
         sign = found.sum(dim=0).sign()
         sign[sign == 0] = 1 if majority > 0 else -1
-        return found * torch.where(sign > 0, found > 0, found < 0)
+        return found.mul_(torch.where(sign > 0, found > 0, found < 0))
 
     return elected
+
+
+def _cut(tensor: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The tensor, zero where its magnitude is below the threshold."""
+    return tensor * (tensor.abs() >= threshold)
 
 
 def elected_task_vectors(vectors: Sequence[Computed], keep: float) -> list[Computed]:
