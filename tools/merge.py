@@ -3,7 +3,7 @@
 Reads   the base and the models: folders with safetensors files, or LoRA adapters of the base (peft's).
 Writes  out: a Hugging Face folder with the base's configuration and tokenizer, and a card, README.md.
 Takes   a few times reading the sources. Memory: a few tensors of each source at once; TIES, trimming over the whole model,
-        reads the sources four times for it; Iso-C and TSV-M need room for a matrix's singular vectors in float64.
+        reads the sources five times; Iso-C and TSV-M need room for a matrix's singular vectors in float64.
 """
 
 from expert_merging.run.constants import run
@@ -22,9 +22,11 @@ def main(c):
     import sys
     from pathlib import Path
 
+    from expert_merging.core.host_memory import give_back_freed_memory
     from expert_merging.merging import folder_card, from_folders
     from expert_merging.merging.registry import METHODS
 
+    give_back_freed_memory()
     # What is asked for, checked as far as it goes without reading a tensor.
     from_folders.check_request(c.method, c.base, c.models, c.out)
     method, out = METHODS[c.method], Path(c.out)

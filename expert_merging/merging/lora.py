@@ -20,13 +20,15 @@ _PARTS = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
 def on_base(base: Tensors, folder: Path) -> Computed:
     """The base with the adapter in `folder` (peft's): W + s B A in float32 where it has A [r, in] and B [out, r], s being
-    alpha / r, with rank-stabilised LoRA alpha / sqrt(r); the adapter's own tensor where it has one whole (modules_to_save);
+    alpha / r, with rank-stabilised LoRA alpha / sqrt(r); the adapter's own W where it has one whole (modules_to_save);
     the base's for all else.
 
     Raises UserError where a file is missing or damaged, where the adapter is of another type than LoRA, or DoRA, and where
     it has something that does not fit the base or is not known here.
     """
     config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha", 0), (int, float)):
+        raise UserError(f"{folder / CONFIG} is no configuration of an adapter")
     kind = config.get("peft_type")
     if kind != "LORA" or config.get("use_dora"):
         raise UserError(
@@ -45,12 +47,11 @@ def on_base(base: Tensors, folder: Path) -> Computed:
             raise UserError(f"{folder} adds {found} to {name}, which is {wanted} in the base model")
 
     def compute(name: str) -> torch.Tensor:
-        if name in whole:
-            return whole[name]
+        origin = whole[name] if name in whole else base[name]
         if name not in pairs:
-            return base[name]
+            return origin
         product = wide(pairs[name]["B"]) @ wide(pairs[name]["A"])
-        return wide(base[name]).add(product.T if name in transposed else product, alpha=scales[name])
+        return wide(origin).add(product.T if name in transposed else product, alpha=scales[name])
 
     return Computed(list(base), compute)
 
@@ -60,8 +61,11 @@ def _parts(adapter: Tensors, base: Tensors, folder: Path) -> tuple[dict[str, tor
     whole: dict[str, torch.Tensor] = {}
     pairs: dict[str, dict[str, Any]] = {}
     for name, tensor in adapter.items():
-        match = _PARTS.fullmatch(name.removeprefix(_PREFIX))
-        target = f"{match[1]}.weight" if match else name.removeprefix(_PREFIX)
+        inner = name.removeprefix(_PREFIX).replace(
+            ".base_layer.", "."
+        )  # of embeddings that peft saves with their adapter
+        match = _PARTS.fullmatch(inner)
+        target = f"{match[1]}.weight" if match else inner
         if target not in base or not (match or tensor.shape == base[target].shape):
             raise UserError(f"{folder} has {name}, which has no place in the base model")
         if not match:
@@ -83,7 +87,7 @@ def _product_shape(pair: Mapping[str, torch.Tensor], transposed: bool) -> tuple[
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What B A of `module` is multiplied by; the first of alpha_pattern's expressions that fits the module's end counts."""
-    alpha = config["lora_alpha"]
+    alpha = config.get("lora_alpha", 8)  # peft's default
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             alpha = value

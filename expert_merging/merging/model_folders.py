@@ -56,6 +56,8 @@ def open_source(folder: Path, base: Source | None = None) -> Source:
         return Source(folder, tensors, base.kinds, base.config, words, [folder / lora.WEIGHTS])
     weights = SafetensorsFolder(folder)
     kinds, config = weights.kinds(), read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is no configuration of a model")
     if "quantization_config" in config:
         raise UserError(f"{folder} holds quantised weights; merge the models that these were made from")
     for name, kind in kinds.items():

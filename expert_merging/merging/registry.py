@@ -75,12 +75,12 @@ AVERAGED = Constant(
 METHODS = {method.name: method for method in (
     Method("average", "average", "average.simple_average"),
     Method("task_arithmetic", "task arithmetic", "task_arithmetic.task_arithmetic", {"scale": LAM}),
-    Method("ties", "TIES", "ties.ties", {"scale": TIES_LAM, "keep": TIES_KEEP, "merge": "mean"}, passes=4),
-    Method("ties_sum", "TIES, sum", "ties.ties", {"scale": LAM, "keep": TIES_KEEP, "merge": "sum"}, passes=4),
+    Method("ties", "TIES", "ties.ties", {"scale": TIES_LAM, "keep": TIES_KEEP, "merge": "mean"}, passes=5),
+    Method("ties_sum", "TIES, sum", "ties.ties", {"scale": LAM, "keep": TIES_KEEP, "merge": "sum"}, passes=5),
     Method("dare", "DARE", "dare.dare_task_arithmetic", {"scale": LAM, "drop": DARE_DROP, "seed": SEED}),
     Method(
         "dare_ties", "DARE, TIES", "dare.dare_ties",
-        {"scale": TIES_LAM, "drop": DARE_DROP, "seed": SEED, "keep": TIES_KEEP}, passes=4,
+        {"scale": TIES_LAM, "drop": DARE_DROP, "seed": SEED, "keep": TIES_KEEP}, passes=5,
     ),
     Method("iso_c", "Iso-C", "iso_c.iso_c", {"scale": ISO_LAM, "averaged": AVERAGED}),
     Method("tsv_m", "TSV-M", "tsv_m.tsv_m", {"scale": TSV_LAM, "averaged": AVERAGED}),
