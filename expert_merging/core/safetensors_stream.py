@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 
@@ -53,7 +53,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], kinds: Mapping[str
         names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     left = dict(kinds)
     with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
+        places: dict[str, tuple[IO[bytes], int]] = {}
         for file_name, held in zip(names, files, strict=True):
             file = stack.enter_context(open(folder / file_name, "wb"))
             header, offsets = _header(held)
@@ -62,9 +62,9 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], kinds: Mapping[str
         for name, tensor in tensors:
             if left.pop(name, None) != Kind(_NAMES[tensor.dtype], tuple(tensor.shape)):
                 raise ValueError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, which was not what was to come")
-            file, offset = places[name]
-            file.seek(offset)
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            place, offset = places[name]
+            place.seek(offset)
+            place.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if left:
         raise ValueError(f"{next(iter(left))} did not come")
     if len(files) > 1:

@@ -42,8 +42,13 @@ def card(
         f"| {'base' if source is base else 'model'} | {name} | {_hashes(source)} | {one or 'not named'} |"
         for source, name, one in zip(sources, names, licences, strict=True)
     ]
-    short = {str(source.folder): name for source, name in zip(sources, names, strict=True)} | {str(out): out.name}
-    words = " ".join(short.get(word.rstrip("/"), word) for word in command)
+    # Folders stand by their names, and so do other files, but for the script.
+    short = (
+        {word: word for word in command[:2]}
+        | {str(source.folder): name for source, name in zip(sources, names, strict=True)}
+        | {str(out): out.name}
+    )
+    words = " ".join(short.get(str(Path(word)), Path(word).name if Path(word).is_file() else word) for word in command)
     said = {0: "No card of a source names a licence.", 1: f"The sources' cards name the licence {', '.join(known)}."}
     lines = [
         f"# {out.name}", "", f"Merged by {label}" + _list(constants) + ":", "", "```", words, "```", "",
