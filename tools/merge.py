@@ -21,13 +21,18 @@ push_to = ""  # owner/name on the hub
 
 
 def main(c):
+    import functools
     import sys
     from pathlib import Path
 
+    from caem_files import install
+    from expert_merging.core.errors import UserError
     from expert_merging.core.host_memory import give_back_freed_memory
     from expert_merging.merging import folder_card, from_folders, moe_caem
     from expert_merging.merging.registry import METHODS
 
+    if found := install.problem():
+        raise UserError(found)
     give_back_freed_memory()
     # What is asked for, checked as far as it goes without reading a tensor.
     from_folders.check_request(c.method, c.base, c.models, c.out, also=("caem",))
@@ -37,18 +42,18 @@ def main(c):
     if c.push_to:
         folder_card.check_hub(c.push_to)
 
-    # Merged and written a tensor at a time.
     command = ["python", "tools/merge.py", *sys.argv[1:]]
-    with from_folders.reading_bar(method, models) as bar:
-        if method is moe_caem.CAEM:
-            merged = moe_caem.merge(base, models, c.usage, c.experts, **arguments, moved=bar.update)
-        else:
-            merged = from_folders.merge(method, base, models, arguments, c.common_rows, bar.update)
-        from_folders.write(
-            merged, base or models[0], out, c.allow_unchanged,
-            card=lambda: folder_card.card(out, base, models, method.label, arguments, command),
-        )  # fmt: skip
-    print(*notes, *from_folders.lines(merged, out), sep="\n")
+    card = functools.partial(folder_card.card, out, base, models, method.label, arguments, command)
+
+    # Merged and written a tensor at a time.
+    if not from_folders.is_done(out, card):
+        with from_folders.reading_bar(method, models) as bar:
+            if method is moe_caem.CAEM:
+                merged = moe_caem.merge(base, models, c.usage, c.experts, **arguments, moved=bar.update)
+            else:
+                merged = from_folders.merge(method, base, models, arguments, c.common_rows, bar.update)
+            from_folders.write(merged, base or models[0], out, c.allow_unchanged, card)
+        print(*notes, *from_folders.lines(merged, out), sep="\n")
     if c.push_to:
         folder_card.push(out, c.push_to)
 

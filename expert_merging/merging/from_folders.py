@@ -63,15 +63,13 @@ def _shown(value: Any) -> str:
 
 
 def check_request(method: str, base: str, models: Sequence[str], out: str, also: Sequence[str] = ()) -> None:
-    """Raises UserError where the command does not say what to merge and how, or `out` is there already."""
+    """Raises UserError where the command does not say what to merge and how."""
     if method not in (*FROM_WEIGHTS, *also):
         raise UserError(f"method is {method!r}; from weights alone there are {', '.join((*FROM_WEIGHTS, *also))}")
     if not base and method not in (*WITHOUT_BASE, *also):
         raise UserError(f"{method} needs the model that all were fine-tuned from; give it as --base")
     if not all(models) or not out:
         raise UserError("give the folders to merge (--models A1 A2 ..) and the one to be made (--out F)")
-    if Path(out).exists():
-        raise UserError(f"{out} is there already; choose another folder, or remove it first")
 
 
 def open_sources(base: str, models: Sequence[str]) -> tuple[Source | None, list[Source], list[str]]:
@@ -162,6 +160,19 @@ def write(merged: Merged, template: Source, out: Path, allow_unchanged: bool, ca
         if merged.config:
             write_json(temporary / "config.json", template.config | merged.config)
         (temporary / "README.md").write_text(card(), encoding="utf-8")
+
+
+def is_done(out: Path, card: Callable[[], str]) -> bool:
+    """Whether `out` is there, made by this command of these files, as its card says. Raises UserError where it is another."""
+    if not out.exists():
+        return False
+    found = out / "README.md"
+    if not found.is_file() or found.read_text(encoding="utf-8") != card():
+        raise UserError(
+            f"{out} is there already, and not what this command makes; choose another folder, or remove it first"
+        )
+    print(f"{out}: there already")
+    return True
 
 
 def reading_bar(method: Method, models: Sequence[Source]):

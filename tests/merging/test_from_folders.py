@@ -165,8 +165,26 @@ def test_what_the_command_lacks(world, tmp_path):
         call_main(TOOL, ["--base", str(base), "--out", str(tmp_path / "F")])
     with pytest.raises(UserError, match="give the folders to merge"):
         call_main(TOOL, ["--base", str(base), "--models", *map(str, models)])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is there already, and not what this command makes"):
         merge(base, models, base)
+    assert SafetensorsFolder(base)
+
+
+def test_what_was_made_is_not_made_again(copied, tmp_path, monkeypatch, capsys):
+    base, models = copied
+    command = ["--base", str(base), "--models", *map(str, models), "--out", str(tmp_path / "F")]
+    monkeypatch.setattr(sys, "argv", ["merge.py", *command])
+    merge(base, models, tmp_path / "F")
+    before = (tmp_path / "F" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    merge(base, models, tmp_path / "F")
+    assert capsys.readouterr().out == f"{tmp_path / 'F'}: there already\n"
+    assert (tmp_path / "F" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="not what this command makes"):
+        merge(base, models, tmp_path / "F", "--set", "keep=0.5")
+    shutil.copyfile(models[0] / "model.safetensors", models[1] / "model.safetensors")  # other files under the names
+    with pytest.raises(UserError, match="not what this command makes"):
+        merge(base, models, tmp_path / "F")
 
 
 def test_a_tensor_missing(copied, tmp_path):
@@ -302,6 +320,10 @@ def test_pushing(world, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="G is whole, but me/merged did not take it"):
         merge(base, models, tmp_path / "G", "--push_to", "me/merged")
     assert SafetensorsFolder(tmp_path / "G")
+    monkeypatch.setattr(Hub, "fails", "")
+    done.clear()
+    merge(base, models, tmp_path / "G", "--push_to", "me/merged")  # the same command goes on where it was
+    assert done[2][0] == "me/merged"
 
 
 # ---------------------------------------------------------------- memory and progress
