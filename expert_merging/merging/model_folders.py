@@ -1,6 +1,6 @@
 """Hugging Face folders of one architecture, opened to be merged: what they hold is checked before a tensor is read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,33 +92,31 @@ def check_architecture(sources: Sequence[Source]) -> list[str]:
     return said
 
 
-def check_shapes(
-    sources: Sequence[Source], common_rows: bool, may_differ: Callable[[str], bool] = lambda _: False
-) -> None:
+def check_shapes(sources: Sequence[Source], common_rows: bool | None) -> None:
     """Raises UserError where a tensor has another shape, or, without `common_rows`, a vocabulary other tokens, than the
-    first source's; names of which `may_differ` is true, and with `common_rows` the rows of embeddings, may have any."""
+    first source's; with it the rows of embeddings may have any number. None: the method knows no common rows."""
     first = sources[0]
     for source in sources[1:]:
         if not common_rows:
-            _check_vocabulary(first, source)
+            _check_vocabulary(first, source, offered=common_rows is not None)
         by_row = set(vocabulary.row_names(source.kinds, source.vocabulary)) if common_rows else set()
         by_row &= set(vocabulary.row_names(first.kinds, first.vocabulary))
         for name, kind in source.kinds.items():
             ours, theirs = first.kinds[name].shape, kind.shape
             if name in by_row:
                 ours, theirs = ours[1:], theirs[1:]
-            if ours != theirs and not may_differ(name):
+            if ours != theirs:
                 raise UserError(
                     f"{name} is {first.kinds[name].shape} in {first.folder} and {kind.shape} in {source.folder}"
                 )
 
 
-def _check_vocabulary(first: Source, source: Source) -> None:
-    mend = "give --common_rows to merge the rows that agree and keep the first model's others"
+def _check_vocabulary(first: Source, source: Source, offered: bool) -> None:
+    mend = "; give --common_rows to merge the rows that agree and keep the first model's others" if offered else ""
     if first.vocabulary != source.vocabulary:
         rows = f"{source.vocabulary} rows, not {first.vocabulary}"
-        raise UserError(f"{source.folder} has another vocabulary than {first.folder}: {rows}; {mend}")
+        raise UserError(f"{source.folder} has another vocabulary than {first.folder}: {rows}{mend}")
     if first.words and source.words and first.words != source.words:
         number = next(i for i in sorted(first.words | source.words) if first.words.get(i) != source.words.get(i))
         token = f"token {number} is {source.words.get(number)!r}, not {first.words.get(number)!r}"
-        raise UserError(f"{source.folder} has another vocabulary than {first.folder}: {token}; {mend}")
+        raise UserError(f"{source.folder} has another vocabulary than {first.folder}: {token}{mend}")

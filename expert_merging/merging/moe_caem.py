@@ -63,7 +63,7 @@ def merge(
     Raises UserError where models, usage or numbers do not fit, or a token is to be sent to more experts than there are.
     """
     template = base or models[0]
-    check_shapes([*([base] if base else []), *models], common_rows=False)
+    check_shapes([*([base] if base else []), *models], common_rows=None)
     layers, layout = sparse_layers(template.config, template.kinds), layout_of(template.config)
     number = template.config[layout.number]
     if len(usage) != len(models) and any(usage):

@@ -1,5 +1,6 @@
 """Model folders written as the tensors come."""
 
+import json
 import random
 
 import pytest
@@ -39,6 +40,12 @@ def test_what_is_written_in_any_order_is_read_back(kinds, most, dice):
         assert all(folder[name].dtype == tensor.dtype and torch.equal(folder[name], tensor) for name, tensor in tensors)
         for file in folder.files:
             held = load_file(file)
+            content = file.read_bytes()
+            length = int.from_bytes(content[:8], "little")
+            for name, entry in json.loads(content[8 : 8 + length]).items():  # where readers that map files want them
+                assert (
+                    name == "__metadata__" or (8 + length + entry["data_offsets"][0]) % held[name].element_size() == 0
+                )
             assert len(held) == 1 or sum(t.numel() * t.element_size() for t in held.values()) <= most
 
 

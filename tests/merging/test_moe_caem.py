@@ -204,6 +204,9 @@ def test_what_cannot_be_merged(tmp_path):
     ):
         refused(said, usage=[usage[0], *usage_files(tmp_path / "other", [content])])
     refused("absent.json does not exist", usage=[usage[0], str(tmp_path / "absent.json")])
+    other = source(tmp_path, "olmoe", 4, False, 1.0)
+    models[0].words, other.words = {0: "a"}, {0: "b"}
+    refused("another vocabulary than .*: token 0 is 'b', not 'a'$", models=[models[0], other])
     with pytest.raises(UserError, match="model_type is llama; experts are known of"):
         layout_of({"model_type": "llama"})
     with pytest.raises(UserError, match="deepseek_v2 with n_group 8 chooses among groups"):
