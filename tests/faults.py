@@ -87,6 +87,13 @@ CASES = {
          "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
         needs=SINGLE,
     ),
+    "folders": Case(
+        "tools/merge.py",
+        ["--method", "ties", "--base", "{world}/base-4", "--models", *(
+            f"{{runs}}/seed0/models/single_task_[4]/single_task_{task}" for task in ("squad", "ag_news", "xsum")
+        ), "--out", "{runs}/merged", "--allow_unchanged"],
+        needs=SINGLE, ignored=("merged/README.md",),  # which shows the command
+    ),
     "digits": Case(
         "neighbours/WEMoE_digits.py",
         ["--seeds", "0", "--methods", "pretrained", "average", "adamerging_layer", "wemoe", "ewemoe_90",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,13 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, sha256, write_json
 
 SHARD_BYTES = 500_000_000  # what is held before it is written
+
+
+class Kind(NamedTuple):
+    """A tensor's dtype, as safetensors names it ("F32", "BF16"), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
@@ -51,6 +59,15 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._file_of)
+
+    def kinds(self) -> dict[str, "Kind"]:
+        """What each tensor is, from the files' headers: no tensor is read."""
+        found: dict[str, Kind] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found |= {name: Kind(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        return found
 
     def sha256(self) -> list[str]:
         """SHA-256 of each file."""

@@ -93,11 +93,16 @@ def rebuilt(base: Tensors, make: Callable[[str], torch.Tensor]) -> Iterator[tupl
     """
     for name, others in tied_names(base).items():
         tensor = base[name]
-        made = make(name).to(tensor.dtype) if tensor.is_floating_point() else tensor.clone()
+        if tensor.is_floating_point():
+            dtype = tensor.dtype
+            del tensor  # before another is made
+            made = make(name).to(dtype)
+        else:
+            made = tensor.clone()
         for one in (name, *others):
             yield one, made
 
 
 def added(base: Tensors, change: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """As `rebuilt`: base + change(name)."""
-    return rebuilt(base, lambda name: wide(base[name]) + change(name))
+    return rebuilt(base, lambda name: change(name) + wide(base[name]))

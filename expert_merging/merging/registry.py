@@ -24,7 +24,8 @@ class Method:
     or the `Constant` that gives it; `sees` is what the method looks at besides the models.
 
     `function` is "module.function" in this folder. One that wants statistics of the models has the name of that argument
-    under `statistics`. What adapts has no function here: `adapts` says what, "coefficients" or "routers".
+    under `statistics`. What adapts has no function here: `adapts` says what, "coefficients" or "routers". `passes` is how
+    often it reads the models' tensors: once, but where it looks at whole models first.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     sees: str = ""
     statistics: str = ""
     adapts: str = ""
+    passes: int = 1
 
     @property
     def constants(self) -> list[Constant]:
@@ -73,12 +75,12 @@ AVERAGED = Constant(
 METHODS = {method.name: method for method in (
     Method("average", "average", "average.simple_average"),
     Method("task_arithmetic", "task arithmetic", "task_arithmetic.task_arithmetic", {"scale": LAM}),
-    Method("ties", "TIES", "ties.ties", {"scale": TIES_LAM, "keep": TIES_KEEP, "merge": "mean"}),
-    Method("ties_sum", "TIES, sum", "ties.ties", {"scale": LAM, "keep": TIES_KEEP, "merge": "sum"}),
+    Method("ties", "TIES", "ties.ties", {"scale": TIES_LAM, "keep": TIES_KEEP, "merge": "mean"}, passes=5),
+    Method("ties_sum", "TIES, sum", "ties.ties", {"scale": LAM, "keep": TIES_KEEP, "merge": "sum"}, passes=5),
     Method("dare", "DARE", "dare.dare_task_arithmetic", {"scale": LAM, "drop": DARE_DROP, "seed": SEED}),
     Method(
         "dare_ties", "DARE, TIES", "dare.dare_ties",
-        {"scale": TIES_LAM, "drop": DARE_DROP, "seed": SEED, "keep": TIES_KEEP},
+        {"scale": TIES_LAM, "drop": DARE_DROP, "seed": SEED, "keep": TIES_KEEP}, passes=5,
     ),
     Method("iso_c", "Iso-C", "iso_c.iso_c", {"scale": ISO_LAM, "averaged": AVERAGED}),
     Method("tsv_m", "TSV-M", "tsv_m.tsv_m", {"scale": TSV_LAM, "averaged": AVERAGED}),
