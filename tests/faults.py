@@ -109,6 +109,10 @@ CASES = {
          "--methods", "average", "adamerging_task", "wemoe", "ewemoe_90"],
         ignored=("tables/cost.",),
     ),
+    "movement": Case(
+        "tools/module_movement.py",
+        ["--base_model", "{world}/clip/base", "--tuned_models", "{world}/clip/tower_mnist", "{world}/clip/tower_dtd"],
+    ),
     "densify": Case(
         "neighbours/MEO_densify.py",
         ["--source", "CAEM_[4|4]", "--densify", "squad", "--k", "2", "--ks", "1", "2", "--calibration_examples", "8",
@@ -144,6 +148,10 @@ CASES = {
         ignored=("logs/", "times.json", "tables/cost."), children=True,
     ),
 }  # fmt: skip
+
+
+# It unpacks a package of 90 MB that is not here; tests/core/test_packaged_models.py interrupts it with a small one.
+WITHOUT_CASE = {"tools/packaged_model.py"}
 
 
 @dataclass
