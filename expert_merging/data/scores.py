@@ -47,23 +47,24 @@ def exact_match_each(predictions: Sequence[str], references: Sequence[Sequence[s
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """{"rouge1", "rouge2", "rougeL"}: mean F1 without stemming, the best of an example's references."""
     each = _rouge_each(("rouge1", "rouge2", "rougeL"), predictions, references)
-    return {name: sum(scores) / len(scores) for name, scores in each.items()}
+    return {name: 100 * sum(shares) / len(shares) for name, shares in each.items()}
 
 
 def rouge_l_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """ROUGE-L of each example."""
-    return _rouge_each(("rougeL",), predictions, references)["rougeL"]
+    return [100 * share for share in _rouge_each(("rougeL",), predictions, references)["rougeL"]]
 
 
 def _rouge_each(
     names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, list[float]]:
+    """Of each example, from 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer
 
     _check(predictions, references)
     scorer = RougeScorer(names, use_stemmer=False)
     scores = [scorer.score_multi(list(r), p) for p, r in zip(predictions, references, strict=True)]
-    return {name: [100 * float(one[name].fmeasure) for one in scores] for name in names}
+    return {name: [float(one[name].fmeasure) for one in scores] for name in names}
 
 
 def pack(each: Sequence[float]) -> str:
