@@ -1,8 +1,9 @@
-"""HEMoE's partition, importance scores and a LLaMA-3.2-1B's way through them.
+"""HEMoE's partition, importance scores, a LLaMA-3.2-1B's way through them, and answering questions.
 
     python benchmarks/hemoe.py partition              16 layers of 8,192 neurons, 8 domains: minutes
     python benchmarks/hemoe.py importance [--pairs 3] one backward pass a batch against the released gradients
     python benchmarks/hemoe.py full_size FOLDER       LLaMA-3.2-1B's shape, random weights: 12 GB of memory, 15 of disk
+    python benchmarks/hemoe.py answers MODEL TASKS    prompts read once for all answers, against lm_eval's own reading
 
 partition solves every layer at neuron level and over 128 modules, then gives HiGHS as long on the same two problems. Scores
 are log-normal; a neuron's scores in two domains correlate between 0.5 (first layer) and 0.95 (last). Its modules are of
@@ -309,6 +310,42 @@ def full_size(chosen) -> tuple[list[dict], dict]:
     return [], {"shape": shape, "steps": steps}
 
 
+# ---------------------------------------------------------------- answers
+
+
+def answers(chosen) -> tuple[list[dict], dict]:
+    """lm_eval's answers with each prompt read once, and as lm_eval reads them, a row an answer; on the same questions."""
+    import torch
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from expert_merging.hemoe.evaluation import load_tasks
+    from expert_merging.hemoe.shared_prompts import SharedPrompts
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    model = AutoModelForCausalLM.from_pretrained(chosen.model).eval()
+    settings = {"pretrained": model, "tokenizer": tokenizer, "backend": "causal", "batch_size": chosen.batch}
+    readers = {"shared": SharedPrompts(tqdm(disable=True), **settings), "rows": HFLM(**settings)}
+    names = sorted(path.stem for path in chosen.tasks.glob("*.yaml"))
+    rows = []
+    for name in names:
+        tasks, seconds, right = load_tasks((name,), str(chosen.tasks)), {}, {}
+        for reader, lm in readers.items():
+            started = time.process_time()
+            found = evaluate(lm, tasks, limit=chosen.examples, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
+            seconds[reader] = time.process_time() - started
+            right[reader] = [sample["acc"] for sample in found["samples"][name]]
+        same = sum(a == b for a, b in zip(right["shared"], right["rows"], strict=True))
+        rows.append(
+            row(f"{name}: prompts read once, against a row an answer", seconds["shared"], seconds["rows"], "s", None)
+        )
+        rows[-1]["same answers"] = f"{same} of {len(right['rows'])}"
+    return rows, {"model": chosen.model.name, "examples": chosen.examples}
+
+
 def tables() -> None:
     """hemoe_partition.md, a row a layer, and hemoe_full_size.md, a row a step, from the records that are there."""
     from expert_merging.core.files import read_json, write_atomic
@@ -354,11 +391,18 @@ def main() -> None:
     two.add_argument("--pairs", type=int, default=3)
     two.add_argument("--batches", type=int, default=1, help="of 256 sequences [1]")
     parts.add_parser("full_size").add_argument("folder", type=Path, help="where the models go; must have the room")
+    three = parts.add_parser("answers")
+    three.add_argument("model", type=Path, help="folder of a Llama")
+    three.add_argument("tasks", type=Path, help="folder of lm_eval's tasks, as HEMOE_DIR/data/eval")
+    three.add_argument("--examples", type=int, default=20, help="a task [20]")
+    three.add_argument("--batch", type=int, default=16, help="answers in a pass of lm_eval's own [16]")
     parts.add_parser("tables", help="from the records that are there")
     chosen = parser.parse_args()
     if chosen.part == "tables":
         return tables()
-    rows, more = {"partition": partition, "importance": importance, "full_size": full_size}[chosen.part](chosen)
+    rows, more = {"partition": partition, "importance": importance, "full_size": full_size, "answers": answers}[
+        chosen.part
+    ](chosen)
     for found in rows:
         print("{name}: {ours} against {theirs} {unit}: ratio {ratio}, target {target}".format(**found))
     machine.write(f"hemoe_{chosen.part}", {**more, "rows": rows})
