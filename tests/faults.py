@@ -94,6 +94,9 @@ CASES = {
         ), "--out", "{runs}/merged", "--allow_unchanged"],
         needs=SINGLE, ignored=("merged/README.md",),  # which shows the command
     ),
+    "upcycling": Case(
+        "tools/upcycle.py", ["--dense", "{world}/llama", "--out", "{runs}/mixtral", "--experts", "3", "--noise", "0.1"]
+    ),
     "digits": Case(
         "neighbours/WEMoE_digits.py",
         ["--seeds", "0", "--methods", "pretrained", "average", "adamerging_layer", "wemoe", "ewemoe_90",
