@@ -37,7 +37,7 @@ def main(c):
     source, out = open_source(Path(c.folder)), Path(c.out)
     routers = moe_usage.routers_of(source)
     texts = moe_usage.token_ids(source, moe_usage.read_texts(Path(c.text), c.field), c.max_tokens)
-    identity = results.identity(c, ("field", "max_tokens"), sha256=moe_usage.made_of(source, Path(c.text)))
+    identity = results.identity(c, ("field", "max_tokens"), **moe_usage.made_of(source, Path(c.text)))
     if results.is_done(out, identity, elsewhere="out", again="count"):
         return
 

@@ -192,5 +192,5 @@ def write(dense: Source, config: MixtralConfig, kinds: dict[str, Kind], stream, 
     with new_folder(out) as temporary:
         write_stream(stream, kinds, temporary)
         copy_beside_weights(dense.folder, temporary)
-        write_json(temporary / "config.json", config.to_dict())
+        write_json(temporary / "config.json", config.to_diff_dict())
         write_json(temporary / RECORD, made)
