@@ -37,7 +37,8 @@ def main(c):
         config.intermediate_size = len(split[0][0])
     made = upcycling.record(source, c.experts, c.chosen, c.noise, folder, c.seed)
     if upcycling.is_done(out, made):
-        return print(f"{out}: there already")
+        print(f"{out}: there already")
+        return
 
     with bar(desc="upcycling", total=len(source.kinds), unit=" tensors") as moving:
         kinds, stream = upcycling.tensors(source, config, split, c.noise, c.seed, moving.update)

@@ -141,6 +141,15 @@ def test_the_experts_of_a_split_are_the_dense_ffns_neurons(tmp_path):
     assert model.config.intermediate_size == 8 and model(IDS).logits.isfinite().all()
 
 
+def test_neurons_in_several_experts_and_in_none(tmp_path):
+    """As MoEBERT's splits have them."""
+    write_parts(tmp_path / "parts", [["0,1", "", "0", " 1 "] * 8] * 2, 2)
+    made = upcycle(dense_folder(tmp_path / "dense"), tmp_path / "out", "--experts", 2, "--parts", tmp_path / "parts")
+    up = SafetensorsFolder(tmp_path / "dense")["model.layers.0.mlp.up_proj.weight"].reshape(8, 4, 16)
+    assert torch.equal(expert(made, 0, 0, "w3"), up[:, [0, 2]].reshape(16, 16))
+    assert torch.equal(expert(made, 0, 1, "w3"), up[:, [0, 3]].reshape(16, 16))
+
+
 def test_a_split_as_hemoe_writes_it(tmp_path):
     from expert_merging.hemoe.split import Split, experts_from_labels
 
