@@ -97,10 +97,10 @@ CASES = {
     "upcycling": Case(  # so many experts that it can be killed on its way
         "tools/upcycle.py", ["--dense", "{world}/llama", "--out", "{runs}/mixtral", "--experts", "600", "--noise", "0.1"]
     ),
-    "moe usage": Case(
+    "moe usage": Case(  # likewise so many passes
         "tools/count_moe_usage.py",
         ["--folder", "{world}/olmoe", "--text", "{world}/texts.jsonl", "--out", "{runs}/usage/olmoe.json",
-         "--batch_texts", "2"],
+         "--batch_texts", "1"],
     ),
     "digits": Case(
         "neighbours/WEMoE_digits.py",
@@ -489,7 +489,7 @@ def add_other_models(folder: Path) -> None:
     olmoe = OlmoeConfig(vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, **sizes)
     AutoModelForCausalLM.from_config(olmoe).save_pretrained(folder / "olmoe")
     tokenizer.save_pretrained(folder / "olmoe")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in 8 * texts))
 
 
 def import_all() -> None:
