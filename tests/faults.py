@@ -94,6 +94,14 @@ CASES = {
         ), "--out", "{runs}/merged", "--allow_unchanged"],
         needs=SINGLE, ignored=("merged/README.md",),  # which shows the command
     ),
+    "upcycling": Case(  # so many experts that it can be killed on its way
+        "tools/upcycle.py", ["--dense", "{world}/llama", "--out", "{runs}/mixtral", "--experts", "600", "--noise", "0.1"]
+    ),
+    "moe usage": Case(  # likewise so many passes
+        "tools/count_moe_usage.py",
+        ["--folder", "{world}/olmoe", "--text", "{world}/texts.jsonl", "--out", "{runs}/usage/olmoe.json",
+         "--batch_texts", "1"],
+    ),
     "digits": Case(
         "neighbours/WEMoE_digits.py",
         ["--seeds", "0", "--methods", "pretrained", "average", "adamerging_layer", "wemoe", "ewemoe_90",
@@ -425,14 +433,14 @@ def wait(process: int, seconds: float | None) -> tuple[bool, int]:
 
 
 def add_other_models(folder: Path) -> None:
-    """What MEO, HEMoE and WEMoE start from: a BERT, a Llama and CLIPs with random weights, and data for them; and a file as
-    the released code leaves it."""
+    """What MEO, HEMoE, WEMoE and the tools for mixtures start from: a BERT, a Llama, CLIPs and an OLMoE with random weights,
+    and data for them; and a file as the released code leaves it."""
     from types import SimpleNamespace
 
     import torch
     from raw_data import sentences, tiny_tokenizer
     from tiny_models import write_clip_place
-    from transformers import SwitchTransformersForConditionalGeneration
+    from transformers import AutoModelForCausalLM, OlmoeConfig, SwitchTransformersForConditionalGeneration
 
     from expert_merging.hemoe import doc_choice, small_llama
     from expert_merging.meo import bases
@@ -476,6 +484,12 @@ def add_other_models(folder: Path) -> None:
     shape = SimpleNamespace(base_hidden_size=16, base_intermediate_size=24, base_layers=3, base_heads=2)
     small_llama.new_llama(shape, tokenizer).save_pretrained(folder / "llama")
     tokenizer.save_pretrained(folder / "llama")
+
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    olmoe = OlmoeConfig(vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, **sizes)
+    AutoModelForCausalLM.from_config(olmoe).save_pretrained(folder / "olmoe")
+    tokenizer.save_pretrained(folder / "olmoe")
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in 8 * texts))
 
 
 def import_all() -> None:

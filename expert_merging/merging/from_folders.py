@@ -153,13 +153,18 @@ def write(merged: Merged, template: Source, out: Path, allow_unchanged: bool, ca
                 f"{merged.unchanged[0]}{more} came out equal to the base's although the sources differ; nothing is written "
                 "(give --allow_unchanged where that is what you want)"
             )
-        for pattern in COPIED:
-            for path in template.folder.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, temporary / path.name)
+        copy_beside_weights(template.folder, temporary)
         if merged.config:
             write_json(temporary / "config.json", template.config | merged.config)
         (temporary / "README.md").write_text(card(), encoding="utf-8")
+
+
+def copy_beside_weights(folder: Path, to: Path) -> None:
+    """Copy what belongs to a model beside its weights: configuration, tokenizer, code of its own."""
+    for pattern in COPIED:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, to / path.name)
 
 
 def is_done(out: Path, card: Callable[[], str]) -> bool:

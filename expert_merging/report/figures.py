@@ -80,6 +80,25 @@ def expert_use(history: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def shares_of_experts(name: str, counts: list[list[int]], entropies: Sequence[float], path: Path) -> None:
+    """Heat map of one stack's expert use: sparse layer x expert, the share of all choices, each layer's entropy beside it.
+
+    Args:
+        counts: times each expert was chosen, [layers][n]; entropies: [layers].
+    """
+    share = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+    layers, experts = share.shape
+    figure, axes = plt.subplots(figsize=(min(3 + 0.15 * experts, 14), 1.5 + 0.18 * layers))
+    image = axes.imshow(share, vmin=0, cmap="viridis", aspect="auto")
+    step = -(-experts // 16)
+    axes.set(title=name, xlabel="expert", ylabel="sparse layer: entropy", xticks=range(0, experts, step))
+    axes.set(xticklabels=range(1, experts + 1, step), yticks=range(layers))
+    axes.set_yticklabels([f"{layer}: {entropy:.2f}" for layer, entropy in enumerate(entropies, 1)], fontsize="x-small")
+    axes.grid(False)
+    figure.colorbar(image, label="share of choices")
+    save_figure(figure, path)
+
+
 def allocation(history: dict[str, Any], path: Path) -> None:
     """How many of each layer's experts came from which task: stacked bars, encoder and decoder."""
     tasks = history["tasks"]

@@ -1,0 +1,196 @@
+"""A dense Llama folder as a Mixtral (tools/upcycle.py): sparse upcycling (arXiv 2212.05055), a tensor at a time.
+
+Every feed-forward part stands in each expert, behind a fresh router. Mixtral makes the weights of the chosen experts sum to
+1, so equal experts give what the dense part gave, whatever the router says.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from expert_merging.core.errors import UserError
+from expert_merging.core.files import new_folder, read_json, sha256, write_json
+from expert_merging.core.safetensors_folder import Kind
+from expert_merging.core.safetensors_stream import write_stream
+from expert_merging.merging.from_folders import copy_beside_weights
+from expert_merging.merging.model_folders import Source
+
+ROUTER_STD = 0.02
+RECORD = "upcycled.json"  # in the folder made: what of and how
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_FFN = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(_PARTS)})\.weight")
+_KEPT = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "rope_theta", "attention_dropout",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
+)  # fmt: skip
+
+
+def mixtral_config(dense: Source, experts: int, chosen: int) -> MixtralConfig:
+    """The configuration of the Mixtral that `dense` becomes, its experts as wide as the dense feed-forward parts.
+
+    Raises UserError for what is no Llama or has what Mixtral has not: biases, scaled rotary positions, heads of another
+    width than hidden_size / num_attention_heads; for a layer that lacks its feed-forward part, and for numbers of experts
+    that cannot be.
+    """
+    family = dense.config.get("model_type")
+    if family != "llama":
+        raise UserError(f"{dense.folder}: model_type is {family}; only a llama becomes a Mixtral")
+    if not 1 <= chosen <= experts:
+        raise UserError(f"a token is sent to chosen {chosen} of experts {experts}; it must be 1 to {experts}")
+    rope = dense.config.get("rope_parameters") or dense.config.get("rope_scaling") or {}
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise UserError(f"{dense.folder}: rotary positions are scaled ({kind}), which Mixtral does not know")
+    config = LlamaConfig(**dense.config)  # with the defaults of what config.json leaves out, which are not Mixtral's
+    biases = [name for name in dense.kinds if re.search(r"\.(mlp|self_attn)\..*\.bias$", name)]
+    for line in ("mlp_bias", "attention_bias"):
+        if getattr(config, line):
+            raise UserError(f"{dense.folder}: {line} is true; Mixtral has no biases")
+    if biases:
+        raise UserError(f"{dense.folder} has {biases[0]}; Mixtral has no biases")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise UserError(
+            f"{dense.folder}: {config.num_attention_heads} heads of width {config.head_dim} are not hidden_size "
+            f"{config.hidden_size}, as Mixtral's are"
+        )
+    for name, shape in _ffn_shapes(config).items():
+        if name not in dense.kinds or dense.kinds[name].shape != shape:
+            found = dense.kinds[name].shape if name in dense.kinds else "absent"
+            raise UserError(f"{dense.folder}: {name} is {found}; by config.json it is {shape}")
+    kept = {name: getattr(config, name) for name in _KEPT}
+    kept["rope_theta"] = dense.config.get("rope_theta", rope.get("rope_theta", config.rope_theta))
+    return MixtralConfig(
+        **kept, intermediate_size=config.intermediate_size, sliding_window=None, num_local_experts=experts,
+        num_experts_per_tok=chosen, architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+
+
+def read_parts(folder: Path, layers: int, neurons: int, experts: int) -> list[list[torch.Tensor]]:
+    """The neurons of each expert of each layer, int64 [size], ascending, from the files `{layer}.part.{experts}`.
+
+    Line i of a file names the experts of neuron i, with commas between several, as HEMoE_moe_construction.py writes it. A
+    neuron may stand in several experts or in none.
+
+    Raises UserError where a file is missing, has another number of lines than `neurons` or names an expert that is none,
+    and where experts are not all of one size, as Mixtral's must be.
+    """
+    found = []
+    for layer in range(layers):
+        path = folder / f"{layer}.part.{experts}"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            there = ", ".join(sorted(one.name for one in folder.glob(f"{layer}.part.*"))) or "none"
+            raise UserError(f"cannot read {path}; of layer {layer} there is {there}") from error
+        if len(lines) != neurons:
+            raise UserError(f"{path} has {len(lines)} lines; the model has {neurons} neurons a layer")
+        groups: list[list[int]] = [[] for _ in range(experts)]
+        for neuron, line in enumerate(lines):
+            for word in filter(None, (word.strip() for word in line.split(","))):
+                if not (word.isascii() and word.isdigit() and int(word) < experts):
+                    raise UserError(f"{path}, line {neuron + 1}: {word!r} is not an expert of 0 to {experts - 1}")
+                groups[int(word)].append(neuron)
+        found.append([torch.tensor(group, dtype=torch.int64) for group in groups])
+    sizes = sorted({len(expert) for layer in found for expert in layer})
+    if len(sizes) > 1 or not sizes[0]:
+        raise UserError(
+            f"{folder}: experts have {sizes[0]} to {sizes[-1]} neurons; in a Mixtral all have one size, above 0"
+        )
+    return found
+
+
+def tensors(
+    dense: Source, config: MixtralConfig, parts: Sequence[Sequence[torch.Tensor]] | None, noise: float, seed: int,
+    moved: Callable[[], object] = lambda: None,
+) -> tuple[dict[str, Kind], Iterator[tuple[str, torch.Tensor]]]:  # fmt: skip
+    """What the Mixtral's tensors are, and these one after the other, in the dense model's dtypes.
+
+    Args:
+        parts: neurons of each expert of each layer (`read_parts`); None copies all into each.
+        noise: standard deviation of what is added to each expert's tensors, over that of the dense tensor.
+        seed: of noise and routers; each tensor has random numbers of its own.
+        moved: called whenever a tensor of the dense model has been dealt with.
+    """
+    experts, width = config.num_local_experts, config.hidden_size
+    kinds: dict[str, Kind] = {}
+    for name, kind in dense.kinds.items():
+        if match := _FFN.fullmatch(name):
+            shape = (width, config.intermediate_size) if match[2] == "down_proj" else (config.intermediate_size, width)
+            kinds |= {_expert(match[1], match[2], e): Kind(kind.dtype, shape) for e in range(experts)}
+            if match[2] == "gate_proj":
+                kinds[_router(match[1])] = Kind(kind.dtype, (experts, width))
+        elif not name.endswith("rotary_emb.inv_freq"):  # of old folders; made anew by the model
+            kinds[name] = kind
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in dense.kinds:
+            if match := _FFN.fullmatch(name):
+                tensor = dense.tensors[name]
+                for e in range(experts):
+                    own, target = tensor, _expert(match[1], match[2], e)
+                    if parts is not None:
+                        own = tensor.index_select(int(match[2] == "down_proj"), parts[int(match[1])][e])
+                    if noise:
+                        own = (own + noise * tensor.float().std() * _normal(own.shape, seed, target)).to(tensor.dtype)
+                    yield target, own
+                if match[2] == "gate_proj":
+                    router = ROUTER_STD * _normal((experts, width), seed, _router(match[1]))
+                    yield _router(match[1]), router.to(tensor.dtype)
+            elif name in kinds:
+                yield name, dense.tensors[name]
+            moved()
+
+    return kinds, stream()
+
+
+def _ffn_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    rows = {"gate_proj": (config.intermediate_size, config.hidden_size)}
+    rows |= {"up_proj": rows["gate_proj"], "down_proj": rows["gate_proj"][::-1]}
+    return {f"model.layers.{l}.mlp.{p}.weight": rows[p] for l in range(config.num_hidden_layers) for p in _PARTS}
+
+
+def _expert(layer: str, part: str, expert: int) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{_PARTS[part]}.weight"
+
+
+def _router(layer: str) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+
+
+def _normal(shape: Sequence[int], seed: int, name: str) -> torch.Tensor:
+    """Standard normal numbers, float32, that follow from the seed and the tensor's name alone."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:6])))
+
+
+def record(dense: Source, experts: int, chosen: int, noise: float, parts: Path | None, seed: int) -> dict:
+    """What the folder is made of and how, as JSON values."""
+    files = sorted(parts.glob(f"*.part.{experts}")) if parts else []
+    return {
+        "weights_sha256": dense.sha256(), "config_sha256": sha256(dense.folder / "config.json"), "experts": experts,
+        "chosen": chosen, "noise": noise, "seed": seed, "parts_sha256": {path.name: sha256(path) for path in files},
+    }  # fmt: skip
+
+
+def is_done(out: Path, wanted: dict) -> bool:
+    """Whether `out` is there, made as `wanted` says. Raises UserError where it is something else."""
+    if not out.exists():
+        return False
+    if not (out / RECORD).is_file() or read_json(out / RECORD) != wanted:
+        raise UserError(
+            f"{out} is there already, and not what this command makes; choose another folder, or remove it first"
+        )
+    return True
+
+
+def write(dense: Source, config: MixtralConfig, kinds: dict[str, Kind], stream, made: dict, out: Path) -> None:
+    """Write the folder `out`: weights, configuration, the dense model's tokenizer, the record `made`; all or nothing."""
+    with new_folder(out) as temporary:
+        write_stream(stream, kinds, temporary)
+        copy_beside_weights(dense.folder, temporary)
+        write_json(temporary / "config.json", config.to_diff_dict())
+        write_json(temporary / RECORD, made)

@@ -1,0 +1,55 @@
+"""Use of each expert of a causal mixture of experts: python tools/count_moe_usage.py FOLDER --text FILE.jsonl
+
+Reads   folder: a Hugging Face folder of a Mixtral, Qwen2-MoE or OLMoE, with its tokenizer. text: JSON lines, best of
+        validation data of the task that the model was fine-tuned for.
+Writes  out: {"layers": [[times each expert was chosen], ..]} over real tokens, as tools/merge.py --method caem --usage reads
+        it, the normalised entropies, and beside it the shares as a heat map, .png.
+Takes   one pass over the texts. Memory: the model in the dtype of its files, and a batch.
+"""
+
+from expert_merging.run.constants import run
+
+folder = ""  # the model
+text = ""  # file of JSON lines
+field = "text"  # of each line
+max_tokens = 512  # of a text; the rest is cut
+batch_texts = 8  # texts in one pass
+out = "usage.json"
+device = "auto"  # cuda | cpu | auto
+
+
+def main(c):
+    from pathlib import Path
+
+    from caem_files import install
+    from expert_merging.analysis import moe_usage
+    from expert_merging.core.bars import bar
+    from expert_merging.core.errors import UserError
+    from expert_merging.merging.model_folders import open_source
+    from expert_merging.report.figures import shares_of_experts
+    from expert_merging.run import results
+    from expert_merging.run.devices import make_accelerator
+
+    if found := install.problem():
+        raise UserError(found)
+    if not c.folder or not c.text or min(c.max_tokens, c.batch_texts) < 1:
+        raise UserError("give a model's folder and --text FILE.jsonl; max_tokens and batch_texts are at least 1")
+    source, out = open_source(Path(c.folder)), Path(c.out)
+    routers = moe_usage.routers_of(source)
+    texts = moe_usage.token_ids(source, moe_usage.read_texts(Path(c.text), c.field), c.max_tokens)
+    identity = results.identity(c, ("field", "max_tokens"), **moe_usage.made_of(source, Path(c.text)))
+    if results.is_done(out, identity, elsewhere="out", again="count"):
+        return
+
+    model = moe_usage.load(source, make_accelerator(c).device)
+    with bar(desc="texts", total=len(texts)) as moving:
+        counts = moe_usage.count(model, routers, texts, c.batch_texts, moving.update)
+    usage = moe_usage.record(counts, sum(map(len, texts)), routers)
+    shares_of_experts(source.folder.name, usage["layers"], usage["entropies"], out.with_suffix(".png"))
+    results.save(out, identity, usage)
+    mean = sum(usage["entropies"]) / len(routers)
+    print(f"{out}: {usage['tokens']} tokens, {usage['k']} experts each; mean entropy {mean:.3f}")
+
+
+if __name__ == "__main__":
+    run(main, globals(), positional=("folder",))
