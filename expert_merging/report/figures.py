@@ -134,6 +134,8 @@ def over_epochs(
     for line, (group, curves_of) in zip(panels, groups.items(), strict=True):
         for axes, quantity in zip(line, quantities, strict=True):
             for number, (label, curves) in enumerate(curves_of[quantity].items()):
+                if not curves:  # a baseline whose start nobody has measured
+                    continue
                 values = np.array(curves)
                 mean, epochs = values.mean(axis=0), np.arange(values.shape[1])
                 width = max(3.0 - 0.5 * number, 1.0)  # what is the same for two stays visible
