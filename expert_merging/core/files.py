@@ -245,11 +245,6 @@ def read_json(path: str | Path):
         ) from error
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file; other separators than ends of lines (U+2028), which JSON leaves in a text, end none."""
-    return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-
-
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

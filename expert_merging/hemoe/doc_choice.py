@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from expert_merging.core.files import write_atomic, write_json
 from expert_merging.data import docstring_splits
 from expert_merging.data.docstring_reader import Docstring
 from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.tasks import doc_qa, doc_summary, doc_topic
+from expert_merging.hemoe import questions
 
 CHOICES = 4  # but for `topic`, which has a choice a library
 COMMON = 30  # of how many common types, and defaults, the wrong ones are
@@ -56,25 +56,10 @@ def examples(docs: Iterable[Docstring], train: int, test: int) -> dict[str, dict
 
 def write(found: dict[str, dict[str, list[dict]]], train_folder: Path, tasks_folder: Path) -> None:
     """Write `train_folder`/{task}.jsonl, and for lm_eval `tasks_folder`/{task}.yaml and .jsonl."""
-    import json
-
-    def lines(rows: list[dict]) -> str:
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
+    fields = {"doc_to_text": "instruction", "doc_to_choice": "choices", "doc_to_target": "label"}
     for task, splits in found.items():
-        path = (tasks_folder / f"doc_{task}.jsonl").absolute()
-        write_atomic(train_folder / f"{task}.jsonl", lines(splits["train"]))
-        write_atomic(path, lines(splits["test"]))
-        write_json(  # JSON is YAML
-            tasks_folder / f"doc_{task}.yaml",
-            {
-                "task": f"doc_{task}", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
-                "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "instruction",
-                "doc_to_choice": "choices", "doc_to_target": "label", "num_fewshot": 0,
-                "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-                "metadata": {"version": 1.0},
-            },
-        )  # fmt: skip
+        questions.write_lines(train_folder / f"{task}.jsonl", splits["train"])
+        questions.write_task(tasks_folder, f"doc_{task}", splits["test"], fields, ("acc", "acc_norm"))
 
 
 # ---------------------------------------------------------------- the tasks: their examples, then the wrong choices

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_lines
 from expert_merging.hemoe import pipeline
 from expert_merging.hemoe.pipeline import seed_folder
 
@@ -20,7 +19,8 @@ def read_examples(folder: Path) -> list[dict[str, str]]:
     files |= {path.parent.name.removesuffix("_template"): path for path in folder.glob("*/train.json")}
     examples = []
     for task, path in sorted(files.items()):
-        for number, line in enumerate(read_lines(path), 1):
+        # splitlines would also split at U+2028, inside a string
+        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
             try:
                 row = json.loads(line)
                 one = {"instruction": row["instruction"].strip(), "output": row["output"].strip(), "task": task}

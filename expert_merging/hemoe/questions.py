@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_lines, write_atomic, write_json
+from expert_merging.core.files import write_atomic, write_json
+from expert_merging.data.raw_files import read_jsonl
 
 # As lm_eval's own tasks of these names put the question; others like ARC's.
 PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:"}
@@ -26,28 +27,23 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
         raise UserError(f"QUESTIONS_PATH: {folder} holds no TASK/test.jsonl")
     found = {}
     for path in files:
-        lines = [line for line in read_lines(path) if line.strip()]
-        if not lines:
+        if not path.read_bytes().strip():
             raise UserError(f"{path} holds no questions")
-        found[path.parent.name] = [_question(path, number, line) for number, line in enumerate(lines, 1)]
+        found[path.parent.name] = [_question(f"{path}, {where}", row) for where, row in read_jsonl(path)]
     return found
 
 
-def _question(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        question, choices, answer = row["question"], row["choices"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}, line {number}: not a JSON object with "question", "choices" and "answer"') from error
+def _question(where: str, row: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(row, str) or not {"question", "choices", "answer"} <= row.keys():
+        raise UserError(f'{where}: not a JSON object with "question", "choices" and "answer"')
+    question, choices, answer = row["question"], row["choices"], row["answer"]
     texts = [question, *choices] if isinstance(choices, list) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{path}, line {number}: the question and each of its choices must be a text that is not empty")
+        raise UserError(f"{where}: the question and each of its choices must be a text that is not empty")
     if len(choices) < 2:
-        raise UserError(f"{path}, line {number}: a question with {len(choices)} choice; two are the least")
+        raise UserError(f"{where}: a question with {len(choices)} choice; two are the least")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(
-            f"{path}, line {number}: answer is {answer!r}; of {len(choices)} choices it is 0 to {len(choices) - 1}"
-        )
+        raise UserError(f"{where}: answer is {answer!r}; of {len(choices)} choices it is 0 to {len(choices) - 1}")
     return row
 
 
@@ -58,23 +54,38 @@ def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> No
             chosen = random.Random(f"{SAMPLE_SEED} {task}").sample(range(len(rows)), most)
             rows = [rows[number] for number in sorted(chosen)]
         blank = all("_" in row["question"] for row in rows)
-        path = (folder / f"{task}.jsonl").absolute()
-        asked = [_with_blank(row) if blank else _with_prompt(row, PROMPTS.get(task, PROMPT)) for row in rows]
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
-        metrics = ("acc",) if blank else ("acc", "acc_norm")
         # lm_eval takes a whole number in doc_to_text for the place of the right context among several.
         fields = {"doc_to_text": "answer", "doc_to_choice": "contexts", "doc_to_target": "rest"}
         if not blank:
             fields = {"doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "answer"}
-        write_json(  # JSON is YAML
-            folder / f"{task}.yaml",
-            {
-                "task": task, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
-                "test_split": "test", "output_type": "multiple_choice", **fields, "num_fewshot": 0,
-                "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
-                "metadata": {"version": 1.0},
-            },
-        )  # fmt: skip
+        asked = [_with_blank(row) if blank else _with_prompt(row, PROMPTS.get(task, PROMPT)) for row in rows]
+        write_task(folder, task, asked, fields, ("acc",) if blank else ("acc", "acc_norm"))
+
+
+def write_task(
+    folder: Path, task: str, rows: list[dict[str, Any]], fields: dict[str, str], metrics: tuple[str, ...]
+) -> None:
+    """Write a task of lm_eval, 0-shot multiple choice: `folder`/{task}.jsonl with its rows and {task}.yaml, which names it.
+
+    Args:
+        fields: which field of a row is doc_to_text, doc_to_choice and doc_to_target.
+    """
+    path = (folder / f"{task}.jsonl").absolute()
+    write_lines(path, rows)
+    write_json(  # JSON is YAML
+        folder / f"{task}.yaml",
+        {
+            "task": task, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
+            "test_split": "test", "output_type": "multiple_choice", **fields, "num_fewshot": 0,
+            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
+            "metadata": {"version": 1.0},
+        },
+    )  # fmt: skip
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:

@@ -12,12 +12,6 @@ from expert_merging.core import files
 from expert_merging.core.errors import UserError
 
 
-def test_lines_end_at_ends_of_lines_alone(tmp_path):
-    """U+2028 and form feeds stand unescaped in JSON's texts."""
-    (tmp_path / "a.jsonl").write_bytes('{"a": "one\u2028two\x0cthree"}\r\n{"a": "four"}\n'.encode())
-    assert files.read_lines(tmp_path / "a.jsonl") == ['{"a": "one\u2028two\x0cthree"}', '{"a": "four"}']
-
-
 def test_write_and_read(tmp_path):
     files.write_json(tmp_path / "a" / "b.json", {"x": [1, "é"]})
     assert files.read_json(tmp_path / "a" / "b.json") == {"x": [1, "é"]}

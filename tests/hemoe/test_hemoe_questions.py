@@ -12,6 +12,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.data.scores import unpack
 from expert_merging.hemoe import evaluation, questions, shared_prompts, small_llama
+from expert_merging.hemoe.examples import read_examples
 
 WORDS = "red green blue one two three four five cat dog bird fish who what where sat on the mat".split()
 
@@ -148,3 +149,16 @@ def test_a_folder_without_questions_is_one_line(tmp_path):
     (tmp_path / "piqa" / "test.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no questions"):
         questions.read(tmp_path)
+
+
+def test_other_separators_than_ends_of_lines_end_no_line(tmp_path):
+    """U+2028 and form feeds stand unescaped in JSON's texts; blank lines between questions do not shift the numbers."""
+    (tmp_path / "piqa").mkdir()
+    row = '{"question": "one\u2028two\u0085three", "choices": ["b", "c"], "answer": 1}'
+    (tmp_path / "piqa" / "test.jsonl").write_bytes(f"{row}\r\n\r\n{row}\n".encode())
+    assert [one["question"] for one in questions.read(tmp_path)["piqa"]] == ["one\u2028two\u0085three"] * 2
+    (tmp_path / "piqa" / "test.jsonl").write_text(f"{row}\n\nno json\n")
+    with pytest.raises(UserError, match="line 3: not a JSON object"):
+        questions.read(tmp_path)
+    (tmp_path / "copy.jsonl").write_bytes('{"instruction": "one\u2028two", "output": "three"}\r\n'.encode())
+    assert [one["instruction"] for one in read_examples(tmp_path)] == ["one\u2028two"]
