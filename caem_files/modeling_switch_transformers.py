@@ -59,10 +59,9 @@ _Linear = nn.Linear if cpu_kernels is None else cpu_kernels.Linear
 
 
 def _with_our_products(module: nn.Module) -> None:
-    """Make the linear layers directly in `module` compute as `_Linear` does."""
-    for layer in module.children():
-        if type(layer) is nn.Linear:
-            layer.__class__ = _Linear
+    """Make the linear layers in `module` compute as `_Linear` does."""
+    if cpu_kernels is not None:
+        cpu_kernels.use_in(module)
 
 
 class SwitchTransformersDenseActDense(T5DenseActDense):
