@@ -229,20 +229,8 @@ def merge_lazily(
         "projection": projection,
     }
     for stack in _STACKS:
-        entropies = [normalized_entropy(count) for count in counts[stack]]
-        by = entropies if shares is None else [share[stack] for share in shares]
-        depth = len(layouts[0].sparse[stack])
-        allocation = [
-            allocate_experts([float(h[l]) for h in by], limits, target_experts, alpha, reading) for l in range(depth)
-        ]
-        by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts[stack]]
-        given = [sum(layer[i] for layer in allocation) for i in range(len(layouts))] if depth else [1] * len(layouts)
-        record[stack] = {
-            "entropies": [h.tolist() for h in entropies],
-            "allocation": allocation,
-            "experts": [[by_use[i][l, :a].tolist() for i, a in enumerate(layer)] for l, layer in enumerate(allocation)],
-            "weights": [number / sum(given) for number in given],
-        }
+        by = None if shares is None else [share[stack] for share in shares]
+        record[stack] = share_out(counts[stack], limits, target_experts, alpha, reading, by)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for stack in _STACKS:
@@ -256,6 +244,45 @@ def merge_lazily(
         yield from _merge_embeddings(sources, layouts, record).items()
 
     return record, tensors()
+
+
+def share_out(
+    counts: Sequence[torch.Tensor],
+    limits: int | Sequence[int],
+    target_experts: int,
+    alpha: float = 1.0,
+    reading: str = "paper",
+    by: Sequence[Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """
+    Which experts of each source a stack gets, and the weights of its other tensors (paper, Algorithm 1).
+
+    Args:
+        counts: tokens of each expert, [sparse layers, experts], of each source.
+        limits, target_experts, alpha, reading: see `allocate_experts`.
+        by: [layers] of each source, what experts are shared out by in place of the entropies.
+
+    Returns:
+        `entropies` [M][layers], `allocation` [layers][M], `experts` [layers][M] lists of indices in order of usage (of equally
+        used the lower index first), `weights` [M]: w_i = N_i / sum_k N_k; equal ones in a stack without a sparse layer.
+
+    Raises:
+        ValueError: an argument that `allocate_experts` refuses.
+    """
+    entropies = [normalized_entropy(count) for count in counts]
+    by = entropies if by is None else by
+    allocation = [
+        allocate_experts([float(h[l]) for h in by], limits, target_experts, alpha, reading)
+        for l in range(len(counts[0]))
+    ]
+    by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts]
+    given = [sum(layer[i] for layer in allocation) for i in range(len(counts))] if allocation else [1] * len(counts)
+    return {
+        "entropies": [h.tolist() for h in entropies],
+        "allocation": allocation,
+        "experts": [[by_use[i][l, :a].tolist() for i, a in enumerate(layer)] for l, layer in enumerate(allocation)],
+        "weights": [number / sum(given) for number in given],
+    }
 
 
 class _Layout:

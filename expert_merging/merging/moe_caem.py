@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.switch_transformers.caem import Average, allocate_experts, normalized_entropy
+from transformers.models.switch_transformers.caem import Average, share_out
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
@@ -72,17 +72,11 @@ def merge(
     k = template.config.get(layout.chosen, 1) if layout.chosen else 1
     if experts < k:
         raise UserError(f"a token is sent to {k} experts ({layout.chosen}); --experts is {experts}")
-    entropies = [normalized_entropy(count).tolist() for count in counts]
     try:
-        allocation = [
-            allocate_experts([entropy[l] for entropy in entropies], number, experts, alpha) for l in range(len(layers))
-        ]
+        shared = share_out(counts, number, experts, alpha)
     except ValueError as error:
         raise UserError(f"caem: {error}") from error
-    given = [sum(layer[i] for layer in allocation) for i in range(len(models))]
-    weights = [one / sum(given) for one in given]
-    by_use = [count.argsort(dim=-1, descending=True, stable=True) for count in counts]
-    chosen = [[by_use[i][l, :a].tolist() for i, a in enumerate(layer)] for l, layer in enumerate(allocation)]
+    allocation, chosen, weights = (shared[name] for name in ("allocation", "experts", "weights"))
 
     found = Merged(_kinds(template, layers, experts), iter(()), config={layout.number: experts})
     for prefix, layer in zip(layers, allocation, strict=True):
