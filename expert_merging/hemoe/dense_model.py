@@ -73,7 +73,12 @@ def load_dense(c: SimpleNamespace):
         raise UserError(
             f"base_model: {c.base_model} holds no whole model and tokenizer ({first_line(error)})"
         ) from error
-    gated_ffns(model)  # refuses another kind of model
+    try:
+        gated_ffns(model)  # refuses another kind of model
+    except ValueError as error:
+        raise UserError(f"base_model: {error}") from error
+    if c.prompts == "chat" and not tokenizer.chat_template:
+        raise UserError(f"prompts is chat, but the tokenizer of {c.base_model} has no chat template; make it plain")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     layers = model.config.num_hidden_layers

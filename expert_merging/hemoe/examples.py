@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,7 @@ def domains(c: SimpleNamespace) -> None:
     path, wanted = seed_folder(c) / "domains.json", pipeline.identity(c, "domains")
     if pipeline.is_done(path, wanted):
         return
+    started = time.perf_counter()
     examples = read_examples(Path(c.INSTRUCTIONS_PATH))
     order = random.Random(c.seed).sample(range(len(examples)), len(examples))
     held: dict[str, list[int]] = {task: [] for task in sorted({one["task"] for one in examples})}
@@ -67,6 +69,7 @@ def domains(c: SimpleNamespace) -> None:
     record = {
         "names": list(found.names), "table": found.table(rows), "examples_sha256": corpus_hash(examples),
         "held": held, "used": used, "scored": chosen,
+        "seconds": time.perf_counter() - started,
     }  # fmt: skip
     pipeline.save(c, path, wanted, record)
     print("domains: " + ", ".join(f"{row['domain']} {row['examples']}" for row in found.table(rows)))
@@ -101,4 +104,4 @@ class Examples:
     def _encoded(self, chosen: list[int]) -> list[dict[str, list[int]]]:
         from expert_merging.hemoe.tuning import encode
 
-        return [encode(self._tokenizer, self._examples[i], self._c.max_tokens) for i in chosen]
+        return [encode(self._tokenizer, self._examples[i], self._c.max_tokens, self._c.prompts) for i in chosen]

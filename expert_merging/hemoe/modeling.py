@@ -3,7 +3,8 @@
 An expert is a set of the dense FFN's neurons: E_e(x) = W_down[:, I_e] (act(W_gate[I_e] x) * (W_up[I_e] x)). A linear router
 scores the experts of each token, the k best fire, and their outputs are added as they are (forward weight exactly 1),
 so that with k = n a partition is the dense FFN. `HEMoEForCausalLM` saves and loads alone: its configuration holds the
-dense model's configuration and the neurons of every expert.
+dense model's configuration and the neurons of every expert, and this file lies beside it, so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without this package.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from expert_merging.core.errors import UserError
-from expert_merging.hemoe.gated_ffn import gated_ffns
+from .gated_ffn import gated_ffns  # relative: the two files go along with saved mixtures, where we are not installed
 
 # What others (generation, lm_eval) look for at the top of a configuration.
 _OF_THE_DENSE = (
@@ -72,21 +72,21 @@ class HEMoEConfig(PretrainedConfig):
     def _check(self) -> None:
         neurons, layers = self.dense["intermediate_size"], self.dense["num_hidden_layers"]
         if len(self.moe_layers) != len(self.experts) or not self.experts:
-            raise UserError(
+            raise ValueError(
                 f"{len(self.moe_layers)} MoE layers and experts of {len(self.experts)}: give one set a layer"
             )
         if bad := [layer for layer in self.moe_layers if not 0 <= layer < layers]:
-            raise UserError(f"moe_layers names layer {bad[0]}; the model's layers are 0 to {layers - 1}")
+            raise ValueError(f"moe_layers names layer {bad[0]}; the model's layers are 0 to {layers - 1}")
         if {len(layer) for layer in self.experts} != {self.num_experts}:
-            raise UserError("the number of experts differs between layers")
+            raise ValueError("the number of experts differs between layers")
         if any(not ids or min(ids) < 0 or max(ids) >= neurons for layer in self.experts for ids in layer):
-            raise UserError(f"an expert is empty or names a neuron that is not one of 0 to {neurons - 1}")
+            raise ValueError(f"an expert is empty or names a neuron that is not one of 0 to {neurons - 1}")
         if not 1 <= self.k <= self.num_experts:
-            raise UserError(f"k is {self.k}; of {self.num_experts} experts 1 to {self.num_experts} can fire")
+            raise ValueError(f"k is {self.k}; of {self.num_experts} experts 1 to {self.num_experts} can fire")
         if self.router not in ("learned", "fixed"):
-            raise UserError(f"router is {self.router!r}; it must be learned or fixed")
+            raise ValueError(f"router is {self.router!r}; it must be learned or fixed")
         if self.balance_scale not in ("experts", "tokens"):
-            raise UserError(f"balance_scale is {self.balance_scale!r}; it must be experts or tokens")
+            raise ValueError(f"balance_scale is {self.balance_scale!r}; it must be experts or tokens")
 
 
 @dataclass
@@ -214,8 +214,11 @@ class HEMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return HEMoEOutput(**{**output, "loss": loss, "balance_loss": balance, "routing": tuple(routing)})
 
 
-AutoConfig.register("hemoe", HEMoEConfig)
-AutoModelForCausalLM.register(HEMoEConfig, HEMoEForCausalLM)
+# A saved mixture's own copy of this file may be imported beside ours.
+AutoConfig.register("hemoe", HEMoEConfig, exist_ok=True)
+AutoModelForCausalLM.register(HEMoEConfig, HEMoEForCausalLM, exist_ok=True)
+HEMoEConfig.register_for_auto_class()  # `save_pretrained` puts this file and gated_ffn.py beside the weights
+HEMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def balance_loss(

@@ -3,7 +3,9 @@
 HEMOE_DIR/data           instruction data and evaluation tasks: of docstrings, or of QUESTIONS_PATH (not at scale paper)
 HEMOE_DIR/seed{s}/base   the dense model trained on them (scales tiny and night)
 HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
-.../{method}/            split.npz, split.json, parts/; model/ as converted; tuned/, tuning.json; measure.json; evaluation.json
+.../{method}/            split.npz, split.json, parts/; model/: its routers as converted; measure_before.json and
+                         evaluation_before.json; tuned/, tuning.json; measure.json; evaluation.json. Tuned for one task,
+                         the last four have its name at their end: tuned_{task}/ and so on
 
 Each step reads files, writes files, and is left out where its result is there (run/results.py).
 """
@@ -18,6 +20,7 @@ from expert_merging.core.files import read_json, sha256
 from expert_merging.run import provenance, results
 
 STEPS = ("data", "base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
+BEFORE = "_before"  # what the names of results before tuning end in
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
 
 # name: (partition, its settings that differ, the router: noise at the start, domains (the map's), fixed (EMoE's mean gate))
@@ -44,7 +47,7 @@ _CONSTANTS = {
         "base_tokens", "base_steps", "base_batch", "base_lr",
     ),
     "domains": ("base_model", "domains_from", "num_domains", "embedder", "held_out", "task_examples", "score_sequences"),
-    "scores": ("max_tokens", "score_sums"),
+    "scores": ("max_tokens", "score_sums", "prompts"),
     "split": (
         "moe_layers", "num_experts", "size_ratio", "experts_per_domain", "num_modules", "solver", "solver_starts",
         "solver_seconds", "rounding",
@@ -52,7 +55,7 @@ _CONSTANTS = {
     "model": ("router_std", "router_k", "balance_coef", "balance_scale", "balance_padding"),
     "tuning": (
         "lora_rank", "lora_alpha", "lora_dropout", "tune_steps", "tune_batch", "tune_accumulation", "tune_lr",
-        "tune_last_lr", "tune_warmup", "tune_tasks", "precision",
+        "tune_last_lr", "tune_warmup", "tune_tasks", "save_dtype", "precision",
     ),
     "evaluation": ("eval_tasks", "eval_examples"),
 }  # fmt: skip
@@ -60,12 +63,14 @@ _CONSTANTS = {
 
 def check(c: SimpleNamespace) -> None:
     """Raises UserError for constants that cannot be, before torch is imported."""
-    domains_from, scales = ("tasks", "clusters"), ("experts", "tokens")
+    domains_from, scales, prompts = ("tasks", "clusters"), ("experts", "tokens"), ("plain", "chat")
     for name, known in (
         ("steps", STEPS),
         ("methods", METHODS),
         ("domains_from", domains_from),
         ("balance_scale", scales),
+        ("prompts", prompts),
+        ("save_dtype", ("float32", "bfloat16")),
     ):
         value = getattr(c, name)
         if unknown := [one for one in (value if isinstance(value, tuple) else (value,)) if one not in known]:
@@ -74,8 +79,12 @@ def check(c: SimpleNamespace) -> None:
         raise UserError(
             f"router_k is {c.router_k}; give 1 to {c.num_experts} (num_experts), or 0 to draw it for each step"
         )
-    if bad := [k for k in c.eval_ks if not 0 <= k <= c.num_experts]:
-        raise UserError(f"eval_ks holds {bad[0]}; give numbers from 1 to {c.num_experts} (num_experts), or 0 for all")
+    if "all" in c.tune_tasks and len(c.tune_tasks) > 1:
+        raise UserError(f"tune_tasks is {c.tune_tasks}; give all, or the tasks to tune a model each for")
+    if bad := [k for k in (*c.eval_ks, c.before_k) if not 0 <= k <= c.num_experts]:
+        raise UserError(
+            f"eval_ks or before_k holds {bad[0]}; give numbers from 1 to {c.num_experts} (num_experts), or 0 for all"
+        )
     at_least(
         c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "held_out",
         "solver_starts",
@@ -93,6 +102,12 @@ def check(c: SimpleNamespace) -> None:
 
 def seed_folder(c: SimpleNamespace) -> Path:
     return Path(c.HEMOE_DIR) / f"seed{c.seed}"
+
+
+def tunings(c: SimpleNamespace) -> dict[str, tuple[str, ...]]:
+    """{what the names of a tuned model and its results end in: the tasks it is tuned on}. With `tune_tasks` all there is
+    one model for all tasks; named tasks have a model each, as the authors', of the same domains, scores and partition."""
+    return {"": ("all",)} if c.tune_tasks == ("all",) else {f"_{task}": (task,) for task in c.tune_tasks}
 
 
 def identity(c: SimpleNamespace, step: str, **more: Any) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
     table = Table("question_gains", "Where the gain comes from, question by question", _NOTE)
     asked = []
     for question, one, other in questions:
-        seeds = [of for of in records.values() if _has_each(of.get(one)) and _has_each(of.get(other))]
+        pairs = [(of, of.get(one), of.get(other)) for of in records.values()]
+        seeds = [of for of, *pair in pairs if all(map(_has_each, pair)) and comparable(*pair)]
         if seeds:
             asked.append((question, one, other, seeds))
     for question, one, other, seeds in asked:
@@ -53,6 +54,19 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
             "accuracy": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "verdict": verdict, "from": source(records, one, other),
         })  # fmt: skip
     return table
+
+
+def comparable(one: Any, other: Any) -> bool:
+    """Whether two records are there whose curves cover some activated shares both."""
+    if one is None or other is None:
+        return False
+    low, high = zip(*(_ends(record) for record in (one, other)), strict=True)
+    return max(low) < min(high)
+
+
+def _ends(record: Any) -> tuple[float, float]:
+    shares = [np.mean(list(point["share"].values())) for point in record["k"].values() if "share" in point]
+    return (min(shares), max(shares)) if shares else (1.0, 1.0)
 
 
 def difference(one: Sequence[Any], other: Sequence[Any]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
 from expert_merging.hemoe import question_gains
-from expert_merging.hemoe.pipeline import DENSE, METHODS
+from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import Groups, read, source, write
@@ -24,6 +24,9 @@ _LABELS = {
     "HEMoE_equal": "HEMoE, equal sizes", "MoEBERT_domains": "MoEBERT, an expert a domain",
     "random": "random, equal sizes", "random_heterogeneous": "random, HEMoE's sizes",
 }  # fmt: skip
+_PER_TASK = "_per_task"
+_VARIANTS = {"": "", BEFORE: ", before tuning", _PER_TASK: ", tuned for each task"}
+_MODELS = tuple(f"{method}{variant}" for variant in _VARIANTS for method in (*DENSE, *METHODS))  # in the order of rows
 # question, the method on one side, that on the other
 _QUESTIONS = (
     ("heterogeneity alone", "random_heterogeneous", "random"),
@@ -48,7 +51,11 @@ def make(c: SimpleNamespace) -> None:
     folder = Path(c.HEMOE_DIR) / "report"
     found: Groups = {}
     for path in sorted(Path(c.HEMOE_DIR).glob("seed*")):
-        kept = {method: _collected(path, method) for method in (*DENSE, *METHODS)}
+        kept = {}
+        for method in (*DENSE, *METHODS):
+            kept[method] = _collected(path, method)
+            kept[f"{method}{BEFORE}"] = _collected(path, method, BEFORE)
+            kept[f"{method}{_PER_TASK}"] = _one_of_each_task(path, method)
         found[path.name] = {method: record for method, record in kept.items() if record}
     if not any(found.values()):
         raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
@@ -69,9 +76,14 @@ def check() -> None:
     print("the tables of results/hemoe follow from their records")
 
 
-def _collected(folder: Path, method: str) -> dict[str, Any] | None:
-    """What a run of one method found, in one record; None where it has not been measured and evaluated."""
-    parts = {name: folder / method / f"{name}.json" for name in ("split", "tuning", "measure", "evaluation")}
+def _collected(folder: Path, method: str, end: str = "") -> dict[str, Any] | None:
+    """What a run of one method found, in one record; None where it has not been measured and evaluated.
+
+    `end` is that of the names of its results (pipeline.tunings, BEFORE).
+    """
+    parts = {name: folder / method / f"{name}{end}.json" for name in ("tuning", "measure", "evaluation")}
+    parts |= {"split": folder / method / "split.json", "conversion": folder / method / "model" / "hemoe.json"}
+    parts |= {name: folder / f"{name}.json" for name in ("domains", "scores")}
     there = {name: read_json(path) for name, path in parts.items() if path.exists()}
     if not {"measure", "evaluation"} <= there.keys():
         return None
@@ -80,8 +92,45 @@ def _collected(folder: Path, method: str) -> dict[str, Any] | None:
     return {
         **{name: last[name] for name in ("command", "versions", "seed", "identity")}, "method": method,
         "split": there.get("split", {}).get("split"), "training": there.get("tuning", {}).get("training"),
-        "k": {k: {**there["measure"]["k"][k], **_accuracies(last["k"][k])} for k in ks},
+        "k": {k: {**there["measure"]["k"][k], **_accuracies(last["k"][k])} for k in ks}, "seconds": _seconds(there),
     }  # fmt: skip
+
+
+def _seconds(there: dict[str, Any]) -> dict[str, float]:
+    """What each step took, as far as it is noted; of the steps that go through several k, the mean of one."""
+    timed = {"domains": "domains", "scores": "scores", "split": "partition", "conversion": "conversion"}
+    spent = {step: there[name]["seconds"] for name, step in timed.items() if "seconds" in there.get(name, {})}
+    if "tuning" in there:
+        spent["tuning"] = there["tuning"]["training"]["seconds"]
+    for name in ("measure", "evaluation"):
+        if "seconds" in there[name]:
+            spent[f"{name}, one k"] = float(np.mean(list(there[name]["seconds"].values())))
+    return spent
+
+
+def _one_of_each_task(folder: Path, method: str) -> dict[str, Any] | None:
+    """The models that were tuned for one task each as one record, each task's numbers from its own model."""
+    paths = sorted((folder / method).glob("evaluation_*.json"))
+    ends = [end for path in paths if (end := path.stem.removeprefix("evaluation")) != BEFORE]
+    found = {end.removeprefix("_"): record for end in ends if (record := _collected(folder, method, end))}
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    points = {}
+    for k in first["k"]:
+        of_task = {task: record["k"][k] for task, record in found.items() if k in record["k"]}
+        if len(of_task) == len(found):
+            names = [name for name in of_task[next(iter(found))] if name not in ("share_by_layer", "use")]
+            points[k] = {
+                name: {task: value for point in of_task.values() for task, value in point[name].items()}
+                for name in names
+            }
+    return {
+        **first,
+        "k": points,
+        "training": {task: record["training"] for task, record in found.items()},
+        "seconds": {},
+    }
 
 
 def _accuracies(found: dict[str, Any]) -> dict[str, Any]:
@@ -127,8 +176,8 @@ def mean_difference(one: dict[str, Any], other: dict[str, Any], what: str) -> fl
 def tables(records: Groups) -> list[Table]:
     """What there is to say, from the records alone."""
     made = (
-        _at_shares(records), question_gains.by_task(records, (*DENSE, *METHODS), _LABELS), _questions(records),
-        question_gains.gains(records, _QUESTIONS, _LABELS), _points(records), _splits(records),
+        _at_shares(records), question_gains.by_task(records, _MODELS, _NAMES), _questions(records),
+        question_gains.gains(records, _ASKED, _NAMES), _points(records), _splits(records), _cost(records),
     )  # fmt: skip
     return [table for table in made if table.rows]
 
@@ -139,10 +188,10 @@ def _at_shares(records: Groups) -> Table:
         "accuracy_at_share", "Accuracy at equal activated share",
         f"{note} activated shares of the experts' neurons, between measured points by straight lines; {_seeds(records)}.",
     )  # fmt: skip
-    for method in (*DENSE, *METHODS):
+    for method in _MODELS:
         if not any(method in of_seed for of_seed in records.values()):
             continue
-        row: dict[str, Any] = {"model": _LABELS.get(method, method)}
+        row: dict[str, Any] = {"model": _name(method)}
         for what, decimals in (("accuracy", 2), ("loss", 3)):
             for share in (*SHARES, 1.0):
                 values = [_value(one[method], what, share) for one in records.values() if method in one]
@@ -164,8 +213,10 @@ def _questions(records: Groups) -> Table:
         "Difference of two curves, mean over the activated shares that both cover: accuracy in points (more is better), "
         "loss in nats (less is better); mean over seeds [95% interval by Student's t] (each seed).",
     )  # fmt: skip
-    for question, one, other in _QUESTIONS:
-        pairs = [(of[one], of[other]) for of in records.values() if one in of and other in of]
+    for question, one, other in _ASKED:
+        pairs = [
+            (of[one], of[other]) for of in records.values() if question_gains.comparable(of.get(one), of.get(other))
+        ]
         if pairs:
             row: dict[str, Any] = {"question": question, "difference": f"{_name(one)} - {_name(other)}"}
             for what, decimals in (("accuracy", 2), ("loss", 4)):
@@ -179,7 +230,7 @@ def _points(records: Groups) -> Table:
         "points", "Every measured point",
         f"k experts fire; share of the experts' neurons and of all parameters that is activated; {_seeds(records)}.",
     )  # fmt: skip
-    for method in (*DENSE, *METHODS):
+    for method in _MODELS:
         found = [of[method] for of in records.values() if method in of]
         for k in sorted({k for record in found for k in record["k"]}, key=int):
             points = [record["k"][k] for record in found if k in record["k"]]
@@ -218,8 +269,41 @@ def _splits(records: Groups) -> Table:
     return table
 
 
-def _name(method: str) -> str:
-    return _LABELS.get(method, method)
+def _cost(records: Groups) -> Table:
+    table = Table(
+        "cost", "What the steps take",
+        f"Seconds by the clock; of measure and evaluation for one k. {_seeds(records).capitalize()}.",
+    )  # fmt: skip
+    for method in _MODELS:
+        spent = [of[method]["seconds"] for of in records.values() if of.get(method, {}).get("seconds")]
+        if spent:
+            row: dict[str, Any] = {"model": _name(method)}
+            for step in (
+                "domains",
+                "scores",
+                "partition",
+                "conversion",
+                "tuning",
+                "measure, one k",
+                "evaluation, one k",
+            ):
+                row[step] = stat([one.get(step) for one in spent], 1)
+            table.rows.append(row | {"from": source(records, method)})
+    return table
+
+
+def _name(model: str) -> str:
+    variant = next((end for end in (BEFORE, _PER_TASK) if model.endswith(end)), "")
+    method = model.removesuffix(variant)
+    return _LABELS.get(method, method) + _VARIANTS[variant]
+
+
+_NAMES = {model: _name(model) for model in _MODELS}
+_ASKED = tuple(
+    (question + said, f"{one}{variant}", f"{other}{variant}")
+    for variant, said in _VARIANTS.items()
+    for question, one, other in _QUESTIONS
+)
 
 
 def _seeds(records: Groups) -> str:

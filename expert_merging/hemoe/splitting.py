@@ -1,5 +1,6 @@
 """The steps scores and partition: how much each neuron matters to each domain, and which neurons make an expert."""
 
+import time
 from types import SimpleNamespace
 
 from expert_merging.core.errors import UserError
@@ -18,13 +19,17 @@ def scores(c: SimpleNamespace) -> None:
         return
     from expert_merging.run.devices import make_accelerator
 
+    started = time.perf_counter()
     model, tokenizer = load_dense(c)
     found = score(
         model.to(make_accelerator(c).device), Examples(c, tokenizer).batches("scored"), accumulate=c.score_sums
     )
     found.save(folder / "scores.npz")
     correlation = _correlations(found.values)
-    record = {"domains": found.domains, "sequences": found.sequences, "correlation": correlation}
+    record = {
+        "domains": found.domains, "sequences": found.sequences, "correlation": correlation,
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
     pipeline.save(c, folder / "scores.json", wanted, record)
 
 
@@ -56,6 +61,7 @@ def partition(c: SimpleNamespace) -> None:
             model, _ = load_dense(c)
             layers = list(c.moe_layers)
             gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().float().numpy() for layer in layers]
+        started = time.perf_counter()
         name, other, _ = pipeline.METHODS[method]
         settings = {
             "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
@@ -72,7 +78,8 @@ def partition(c: SimpleNamespace) -> None:
             )  # fmt: skip
         split.save(folder / "split.npz")
         split.export_parts(folder / "parts")
-        record = {"split": split.record(), "left_out": split.left_out().tolist()}
+        seconds = time.perf_counter() - started
+        record = {"split": split.record(), "left_out": split.left_out().tolist(), "seconds": seconds}
         pipeline.save(c, folder / "split.json", wanted, record)
         print(f"{method}: sizes {[sorted(sizes) for sizes in split.sizes.tolist()]}")
 

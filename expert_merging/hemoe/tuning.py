@@ -18,12 +18,15 @@ from expert_merging.hemoe.modeling import HEMoEForCausalLM
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def encode(tokenizer, example: dict, max_tokens: int) -> dict[str, list[int]]:
+def encode(tokenizer, example: dict, max_tokens: int, prompts: str = "plain") -> dict[str, list[int]]:
     """{"input_ids", "labels"} of an instruction, a space and its output, then </s>; no loss on the instruction.
 
-    An example longer than `max_tokens` loses the start of its instruction, and the end of an output that takes more than
-    half the room.
+    With `prompts` "chat" they are two turns in the tokenizer's chat template, and the loss is on the answer and the token
+    that ends it. An example longer than `max_tokens` loses the start of its instruction, and the end of an output that
+    takes more than half the room. Raises UserError where the template leaves no room.
     """
+    if prompts == "chat":
+        return _encode_chat(tokenizer, example["instruction"], example["output"], max_tokens)
     prompt = tokenizer(example["instruction"])["input_ids"]
     # The output is cut out of the whole, as lm_eval does: alone it might be tokenized otherwise.
     target = tokenizer(f"{example['instruction']} {example['output']}")["input_ids"][len(prompt) :]
@@ -32,6 +35,25 @@ def encode(tokenizer, example: dict, max_tokens: int) -> dict[str, list[int]]:
     room = max_tokens - len(target)
     if len(prompt) > room:
         prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]]  # <s> stays
+    return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
+
+
+def _encode_chat(tokenizer, instruction: str, output: str, max_tokens: int) -> dict[str, list[int]]:
+    def ids(*contents: str) -> list[int]:
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=len(turns) == 1)
+
+    prompt = ids(instruction)
+    target = ids(instruction, output)[len(prompt) :]
+    ends = [at for at, token in enumerate(target) if token == tokenizer.eos_token_id]
+    target = target[: ends[-1] + 1] if ends else [*target, tokenizer.eos_token_id]  # without the line break after it
+    target = target[: max(max_tokens - len(prompt), max_tokens // 2)]
+    room, words = max_tokens - len(target), tokenizer(instruction, add_special_tokens=False)["input_ids"]
+    while len(prompt) > room:
+        if not words:
+            raise UserError(f"max_tokens is {max_tokens}; the chat template alone takes {len(prompt)}: raise it")
+        words = words[len(prompt) - room :]  # the template stays whole
+        prompt = ids(tokenizer.decode(words))
     return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
 
 

@@ -33,6 +33,8 @@ _BEFORE = {
     "train_sample": 0,
     "shares": "entropy",
     "pool_inputs": 256,
+    "prompts": "plain",
+    "save_dtype": "float32",
 }  # entries that older records lack
 
 

@@ -124,9 +124,9 @@ def test_model_is_left_as_it_was(model):
 
 
 def test_what_cannot_be_scored(model):
-    with pytest.raises(UserError, match="gpt2.*llama, mistral, qwen2"):
+    with pytest.raises(ValueError, match="gpt2.*llama, mistral, qwen2"):
         score(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)), {"a": [batch_of([5])]})
-    with pytest.raises(UserError, match="have biases"):
+    with pytest.raises(ValueError, match="have biases"):
         score(LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True)), {"a": [batch_of([5])]})
     with pytest.raises(UserError, match="sequence 1 of a batch has no target token"):
         score(model, {"a": [batch_of([5, 2])]})

@@ -355,16 +355,16 @@ def test_generation_with_a_cache_is_that_without():
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_be(change, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         mixture(dense_model(), **change)
 
 
 def test_models_that_cannot_be_cut():
     other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16))
     config = dense_model().config.to_dict()
-    with pytest.raises(UserError, match="GPT2"):
+    with pytest.raises(ValueError, match="GPT2"):
         HEMoEForCausalLM(HEMoEConfig(dense=config, moe_layers=[0], experts=[random_experts(0)], k=1), other)
-    with pytest.raises(UserError, match="bias"):
+    with pytest.raises(ValueError, match="bias"):
         mixture(dense_model(mlp_bias=True))
 
 
@@ -519,3 +519,41 @@ def test_an_example_keeps_its_answer_and_its_length(instruction, output, most):
     assert len(targets) >= min(output + 1, most // 2)
     if whole <= most:
         assert targets == [4] * output + [2]
+
+
+class _Chat:
+    """A tokenizer of words, and a template: 91 instruction 2 93, 92 output 2 93."""
+
+    eos_token_id = 2
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [len(word) + 2 for word in text.split()]}
+
+    def decode(self, ids):
+        return " ".join("a" * (i - 2) for i in ids)
+
+    def apply_chat_template(self, turns, add_generation_prompt):
+        ids = []
+        for turn in turns:
+            ids += [91 if turn["role"] == "user" else 92, *self(turn["content"])["input_ids"], self.eos_token_id, 93]
+        return [*ids, 92] if add_generation_prompt else ids
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(10, 40))
+def test_in_a_chat_template_too(instruction, output, most):
+    """The template stays whole, the loss is on the answer and the token that ends it."""
+    example = {"instruction": " ".join(["a"] * instruction), "output": " ".join(["bb"] * output)}
+    row = tuning.encode(_Chat(), example, most, "chat")
+    ids = row["input_ids"]
+    targets = [label for label in row["labels"] if label != -100]
+    prompt = ids[: len(ids) - len(targets)]
+    assert len(ids) == len(row["labels"]) == min(instruction + 4 + output + 1, most)
+    assert prompt == [91, *[3] * (len(prompt) - 4), 2, 93, 92]
+    assert targets == ([4] * output + [2])[: len(targets)]
+    assert len(targets) >= min(output + 1, most // 2)
+
+
+def test_a_template_that_leaves_no_room():
+    with pytest.raises(UserError, match="max_tokens is 6; the chat template alone takes 4"):
+        tuning.encode(_Chat(), {"instruction": "a a a", "output": "bb bb bb"}, 6, "chat")

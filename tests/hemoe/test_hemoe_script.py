@@ -1,8 +1,12 @@
 """neighbours/HEMoE_moe_construction.py from end to end on a model of some thousand weights, and what it says about mistakes."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +24,6 @@ WORDS = "red green blue one two three four five cat dog bird fish".split()
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A dense model, instruction data of two tasks and two lm_eval tasks; nothing run yet."""
-    from types import SimpleNamespace
 
     from expert_merging.hemoe import doc_choice, small_llama
 
@@ -79,8 +82,7 @@ def test_from_dense_model_to_report(place, done):
         shares = [measured[k]["share"]["copy"] for k in ("1", "2")]
         assert shares[0] < shares[1]
         assert shares[1] == pytest.approx(1.0)
-        for folder in ("model", "tuned"):
-            assert (seed / method / folder / "model.safetensors").exists()
+        assert (seed / method / "tuned" / "model.safetensors").exists()
         assert not (seed / method / "tuning.run").exists()
     report = place / "runs/hemoe/report"
     table = (report / "tables/accuracy_at_share.md").read_text()
@@ -94,12 +96,15 @@ def test_before_tuning_all_experts_are_the_dense_model(place, done):
     """Group 10 of the specification ends with a comparison; what can be asserted of it is where it begins."""
     from transformers import AutoModelForCausalLM
 
-    from expert_merging.hemoe.modeling import HEMoEForCausalLM
+    from expert_merging.hemoe.mixtures import load_converted
 
     ids = torch.tensor([[1, 70, 80, 90, 100]])
     dense = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    c = SimpleNamespace(
+        HEMOE_DIR=place / "runs/hemoe", seed=0, base_model=str(place / "base"), prompts="plain", moe_layers=(0, 2)
+    )
     for method in ("HEMoE", "random_heterogeneous", "EMoE"):
-        moe = HEMoEForCausalLM.from_pretrained(place / f"runs/hemoe/seed0/{method}/model").eval()
+        moe = load_converted(c, method).eval()
         moe.config.k = 2
         assert torch.allclose(moe(ids).logits, dense(ids).logits, atol=1e-5, rtol=0)
 
@@ -129,7 +134,8 @@ def test_a_step_alone_takes_up_where_the_files_are(place, done):
     target = place / "again/hemoe/seed0"
     shutil.copytree(place / "runs/hemoe/seed0", target)
     was = {
-        name: (target / f"HEMoE/{name}").read_bytes() for name in ("model/model.safetensors", "tuned/model.safetensors")
+        name: (target / f"HEMoE/{name}").read_bytes()
+        for name in ("model/routers.safetensors", "tuned/model.safetensors")
     }
     shutil.rmtree(target / "HEMoE")
     for path in [target / "random_heterogeneous/measure.json", target / "random_heterogeneous/evaluation.json"]:
@@ -195,7 +201,7 @@ def test_curves_are_compared_at_equal_shares():
         ({"steps": ("scoring",)}, "steps: there is no 'scoring'; there are data, base, domains"),
         ({"methods": ("moe",)}, "methods: there is no 'moe'; there are HEMoE"),
         ({"router_k": 3}, "router_k is 3; give 1 to 2"),
-        ({"eval_ks": (1, 9)}, "eval_ks holds 9"),
+        ({"eval_ks": (1, 9)}, "eval_ks or before_k holds 9"),
         ({"balance_scale": "n"}, "balance_scale: there is no 'n'"),
         ({"tune_steps": 0}, "tune_steps is 0"),
         ({"solver_starts": 0}, "solver_starts is 0"),
@@ -276,7 +282,7 @@ def test_damaged_files_are_one_line(place, done, tmp_path):
     target = tmp_path / "runs/hemoe/seed0"
     shutil.copytree(place / "runs/hemoe/seed0", target)
     (target / "scores.npz").write_bytes(b"no")
-    (target / "HEMoE/model/model.safetensors").write_bytes(b"no")
+    (target / "HEMoE/model/routers.safetensors").write_bytes(b"no")
     shutil.rmtree(target / "EMoE")
     (target / "HEMoE/tuning.json").unlink()
     for step, said in (("partition", "scores.npz does not hold scores"), ("tuning", "HEMoE/model is damaged")):
@@ -344,3 +350,65 @@ def test_tasks_made_of_docstrings():
             assert docstring_reader.normalized(row["instruction"] + row["output"]) not in seen
             if task == "order":
                 assert len({tuple(sorted(choice.split())) for choice in row["choices"]}) == 1
+
+
+def test_a_model_for_each_task(place, done, tmp_path):
+    """The paper tunes one model a task: domains, scores and partition are shared, each is asked its own task, and the
+    table has the mean."""
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed = tmp_path / "runs/hemoe/seed0"
+    early = {name: (seed / name).stat().st_mtime_ns for name in ("domains.json", "scores.json", "HEMoE/split.json")}
+    given = words(place, methods=("HEMoE", "random_heterogeneous"), tune_tasks=("copy", "turn"), before_k=1)
+    call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+    assert early == {name: (seed / name).stat().st_mtime_ns for name in early}
+    for task in ("copy", "turn"):
+        found, held = (read_json(seed / f"HEMoE/{name}_{task}.json")["k"] for name in ("evaluation", "measure"))
+        assert list(found["1"]) == [f"doc_{task}"]
+        assert list(held["1"]["loss"]) == [task]
+    weights = [(seed / f"HEMoE/tuned{end}/model.safetensors").read_bytes() for end in ("", "_copy", "_turn")]
+    assert len(set(weights)) == 3
+    records = read_json(tmp_path / "runs/hemoe/report/seed0.json")
+    own = records["HEMoE_per_task"]["k"]["2"]["accuracy"]
+    assert own == {
+        f"doc_{t}": read_json(seed / f"HEMoE/evaluation_{t}.json")["k"]["2"][f"doc_{t}"]["main"] for t in ("copy", "turn")
+    }  # fmt: skip
+    before = records["HEMoE_before"]["k"]
+    assert list(before) == ["1"]
+    assert before["1"]["accuracy"].keys() == own.keys()
+    table = (tmp_path / "runs/hemoe/report/tables/by_task.md").read_text()
+    assert all(row in table for row in ("HEMoE, neurons, before tuning", "HEMoE, neurons, tuned for each task"))
+    assert records["HEMoE"]["seconds"].keys() >= {"domains", "scores", "partition", "conversion", "tuning"}
+
+
+def test_a_tuned_mixture_loads_without_this_package(place, done, tmp_path):
+    """In a process that cannot import expert_merging, from the folder alone, with the same logits."""
+    folder = place / "runs/hemoe/seed0/HEMoE/tuned"
+    program = f"""
+import sys, torch
+sys.modules["expert_merging"] = None  # an import of it fails
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+torch.save(model(torch.tensor([[1, 70, 80]])).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    from expert_merging.hemoe.modeling import HEMoEForCausalLM
+
+    own = HEMoEForCausalLM.from_pretrained(folder).eval()(torch.tensor([[1, 70, 80]])).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), own)
+
+
+def test_half_the_bytes_in_bfloat16(place, done, tmp_path):
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed = tmp_path / "runs/hemoe/seed0/HEMoE"
+    whole = (seed / "tuned/model.safetensors").stat().st_size
+    for name in ("tuning.json", "measure.json", "evaluation.json"):
+        (seed / name).unlink()
+    shutil.rmtree(seed / "tuned")
+    given = words(place, methods=("HEMoE",), save_dtype="bfloat16", steps=("tuning", "measure"))
+    with pytest.raises(UserError, match="save_dtype was 'float32', is now 'bfloat16'"):  # the dense reference's
+        call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+    assert (seed / "tuned/model.safetensors").stat().st_size < 0.6 * whole
