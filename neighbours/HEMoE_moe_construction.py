@@ -1,8 +1,9 @@
 """7  HEMoE: a dense LLaMA-style model (Llama, Mistral, Qwen2) becomes a mixture of experts of different sizes.
 
-Reads   base_model; INSTRUCTIONS_PATH/{task}.jsonl, lines {"instruction": ..., "output": ...}; the tasks `eval_tasks`, which
-        lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The steps data and base make all three at the scales
-        tiny and night. At real: SmolLM2-135M (tools/packaged_model.py), your instructions, and QUESTIONS_PATH.
+Reads   base_model; INSTRUCTIONS_PATH/{task}.jsonl, lines {"instruction": ..., "output": ...}, or RAW_PATH to make them of;
+        the tasks `eval_tasks`, which lm_eval knows by name or as YAML files in EVAL_TASKS_PATH. The steps data and base
+        make all three at the scales tiny and night. At real: SmolLM2-135M (tools/packaged_model.py), your instructions or
+        raw data, and QUESTIONS_PATH.
 Writes  HEMOE_DIR/seed{seed}/: domains.json, scores.npz, and for each of `methods` a folder with split.npz, the routers to
         begin with in model/, the mixture in tuned/ (it loads alone), measure.json and evaluation.json; HEMOE_DIR/report:
         tables, figure, records.
@@ -35,9 +36,12 @@ base_model = by_scale(
     tiny="{HEMOE_DIR}/seed{seed}/base",
     real="models/smollm2-135m",
 )  # hub name or local folder
-INSTRUCTIONS_PATH = by_scale(
-    paper="instructions", night="{HEMOE_DIR}/data/train", tiny="{HEMOE_DIR}/data/train"
-)  # folder of {task}.jsonl, or of the released {task}_template/train.json
+INSTRUCTIONS_PATH = "{HEMOE_DIR}/data/train"  # folder of {task}.jsonl, or of the released {task}_template/train.json
+RAW_PATH = ""  # raw data to make instructions of: hub, or a folder of {task}/train.jsonl; "" leaves them as they are
+raw_tasks = ("all",)  # of RAW_PATH; all: those in the folder, or from the hub the 26 of the paper
+raw_examples = 5000  # rows a task, a fixed sample; 0 takes all
+with_options = True  # instructions list the answers to choose from: the authors' do for the domains, not for tuning
+every_template = False  # each row in every template, not in one that is drawn: the authors' "enhance"
 EVAL_TASKS_PATH = by_scale(
     paper="", night="{HEMOE_DIR}/data/eval", tiny="{HEMOE_DIR}/data/eval"
 )  # folder of lm_eval task files; "" for lm_eval's own alone
@@ -146,7 +150,7 @@ def main(c):
 
     in_order = {
         # At tiny and night: six multiple-choice tasks made of docstrings, and a small Llama trained on their text. At real:
-        # questions as tasks for lm_eval.
+        # questions as tasks for lm_eval. Of raw data, at paper and real: instructions in templates.
         "data": data.data,
         "base": dense_model.base,
         # Domains: the tasks of the instruction data, or clusters of its embeddings.

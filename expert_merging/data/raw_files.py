@@ -39,7 +39,8 @@ def load_splits(path: str, published: Published) -> dict[str, Any]:
     """
     folder = local_folder(path, published.constant)
     if folder is None:
-        return _checked(_from_hub(path, published), path, published)
+        remedy = f"bring a folder with {_listed(published.files.values())} and give --{published.constant} FOLDER"
+        return _checked(from_hub(path, published.constant, remedy), path, published)
     if (folder / "dataset_dict.json").exists():
         return _checked(_from_disk(folder), path, published)
     if any((folder / name).exists() for name in published.files.values()):
@@ -242,23 +243,26 @@ def _from_disk(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a whole DatasetDict ({first_line(error)}); save it again") from error
 
 
-def _from_hub(name: str, published: Published) -> dict[str, Any]:
+def from_hub(name: str, constant: str, remedy: str, config: str = "", **which: str) -> Any:
+    """What `datasets.load_dataset` gives, of one configuration; `which` may name a split.
+
+    Raises UserError, about `constant` and with the `remedy`, where it cannot be had.
+    """
     offline_if_unreachable()
     import datasets
 
     try:
         try:
-            return datasets.load_dataset(name)
+            return datasets.load_dataset(name, *([config] if config else []), **which)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            # The hub keeps a parquet copy of each data set that is published as a script, XSum among them.
-            return datasets.load_dataset(name, revision="refs/convert/parquet")
+            # The hub keeps a parquet copy of each data set that is published as a script, XSum among them; a
+            # configuration is a folder of it.
+            folder = {"data_dir": config} if config else {}
+            return datasets.load_dataset(name, revision="refs/convert/parquet", **folder, **which)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{published.constant}: {name} is no folder here and cannot be had from the hub ({first_line(error)}); "
-            f"bring a folder with {_listed(published.files.values())} and give --{published.constant} FOLDER"
-        ) from error
+        raise UserError(f"{constant}: {name} cannot be had from the hub ({first_line(error)}); {remedy}") from error
 
 
 def _checked(splits: dict[str, Any], path: str, published: Published) -> dict[str, Any]:

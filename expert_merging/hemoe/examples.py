@@ -1,34 +1,37 @@
 """The instruction data: read, put aside to measure by, divided into domains, and encoded in batches."""
 
-import json
 import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from expert_merging.core.errors import UserError
+from expert_merging.data.raw_files import not_text, read_jsonl
 from expert_merging.hemoe import pipeline
 from expert_merging.hemoe.pipeline import seed_folder
 
 
-def read_examples(folder: Path) -> list[dict[str, str]]:
+def read_examples(folder: Path) -> list[dict[str, Any]]:
     """The instruction examples {"instruction", "output", "task"} of a folder of JSON lines: {task}.jsonl, or the released
-    layout {task}_template/train.json. Sorted by task. Raises UserError where there are none or one is not whole."""
+    layout {task}_template/train.json. Sorted by task. A "row" tells which of them were made of one row of raw data.
+    Raises UserError where there are none or one is not whole."""
     if not folder.is_dir():
-        raise UserError(f"INSTRUCTIONS_PATH: there is no folder {folder}; it holds a file TASK.jsonl a task")
+        raise UserError(
+            f"INSTRUCTIONS_PATH: there is no folder {folder}; it holds a file TASK.jsonl a task, which the step data makes "
+            "where RAW_PATH is given"
+        )
     files = {path.stem: path for path in folder.glob("*.jsonl")}
     files |= {path.parent.name.removesuffix("_template"): path for path in folder.glob("*/train.json")}
     examples = []
     for task, path in sorted(files.items()):
-        # splitlines would also split at U+2028, inside a string
-        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
-            try:
-                row = json.loads(line)
-                one = {"instruction": row["instruction"].strip(), "output": row["output"].strip(), "task": task}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f'{path}, line {number}: not a JSON object with "instruction" and "output"') from error
+        for where, row in read_jsonl(path):
+            if said := row if isinstance(row, str) else not_text(row, "instruction", "output"):
+                raise UserError(f'{path}, {where}: not a JSON object with "instruction" and "output" ({said})')
+            assert not isinstance(row, str)  # which is a complaint
+            one = {"instruction": row["instruction"].strip(), "output": row["output"].strip(), "task": task}
             if one["instruction"] and one["output"]:
-                examples.append(one)
+                examples.append(one | ({"row": row["row"]} if isinstance(row.get("row"), int) else {}))
     if not examples:
         raise UserError(f"INSTRUCTIONS_PATH: {folder} holds no examples; it holds a file TASK.jsonl a task")
     return examples
@@ -48,11 +51,13 @@ def domains(c: SimpleNamespace) -> None:
     held: dict[str, list[int]] = {task: [] for task in sorted({one["task"] for one in examples})}
     used: list[int] = []
     left = dict.fromkeys(held, c.task_examples or len(examples))
+    seen: set[tuple[str, int]] = set()  # rows of raw data that are held out, in whichever template
     for i in order:
-        task = examples[i]["task"]
+        task, row = examples[i]["task"], examples[i].get("row")
         if len(held[task]) < c.held_out:
             held[task].append(i)
-        elif left[task]:
+            seen |= {(task, row)} if row is not None else set()
+        elif left[task] and (task, row) not in seen:
             used.append(i)
             left[task] -= 1
     if short := [task for task in held if not any(examples[i]["task"] == task for i in used)]:

@@ -34,17 +34,25 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _question(where: str, row: dict[str, Any] | str) -> dict[str, Any]:
+    if said := complaint(row):
+        raise UserError(f"{where}: {said}")
+    assert not isinstance(row, str)  # which is a complaint
+    return row
+
+
+def complaint(row: dict[str, Any] | str) -> str | None:
+    """What is wrong with a question, if anything."""
     if isinstance(row, str) or not {"question", "choices", "answer"} <= row.keys():
-        raise UserError(f'{where}: not a JSON object with "question", "choices" and "answer"')
+        return 'not a JSON object with "question", "choices" and "answer"'
     question, choices, answer = row["question"], row["choices"], row["answer"]
     texts = [question, *choices] if isinstance(choices, list) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{where}: the question and each of its choices must be a text that is not empty")
+        return "the question and each of its choices must be a text that is not empty"
     if len(choices) < 2:
-        raise UserError(f"{where}: a question with {len(choices)} choice; two are the least")
+        return f"a question with {len(choices)} choice; two are the least"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(f"{where}: answer is {answer!r}; of {len(choices)} choices it is 0 to {len(choices) - 1}")
-    return row
+        return f"answer is {answer!r}; of {len(choices)} choices it is 0 to {len(choices) - 1}"
+    return None
 
 
 def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> None:
