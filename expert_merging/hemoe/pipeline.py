@@ -1,6 +1,6 @@
 """What the steps of neighbours/HEMoE_moe_construction.py share: their constants, what a result depends on, where it lies.
 
-HEMOE_DIR/data           instruction data and evaluation tasks: of docstrings, or of QUESTIONS_PATH (not at scale paper)
+HEMOE_DIR/data           instruction data and evaluation tasks: of docstrings (not at scale paper), RAW_PATH, QUESTIONS_PATH
 HEMOE_DIR/seed{s}/base   the dense model trained on them (scales tiny and night)
 HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
 .../{method}/            split.npz, split.json, parts/; model/: its routers as converted; measure_before.json and

@@ -96,7 +96,7 @@ def _of_letters(question: str) -> Callable[[Row], Row]:
 
     def plain(row: Row) -> Row:
         texts, names = row["choices"]["text"], row["choices"]["label"]
-        return {"question": row[question], "choices": list(texts), "answer": _index(row["answerKey"], names)}
+        return {"question": row[question], "choices": texts, "answer": _index(row["answerKey"], names)}
 
     return plain
 
@@ -113,7 +113,7 @@ def _of_columns(question: str, choices: tuple[str, ...], answer: str, names: tup
 
 def _siqa(row: Row) -> Row:
     found = _of_columns("question", ("answerA", "answerB", "answerC"), "label", ("1", "2", "3"))(row)
-    return found | {"question": f"{row['context']} {row['question']}"}
+    return found | {"question": _text(row, "context") + " " + _text(row, "question")}
 
 
 def _copa(row: Row) -> Row:
@@ -125,22 +125,23 @@ def _copa(row: Row) -> Row:
 
 
 def _logiqa(row: Row) -> Row:
-    question = f"{row['context']}\n{row['question']}"
-    return {"question": question, "choices": list(row["options"]), "answer": _index(row["label"].strip(), "abcd")}
+    question = _text(row, "context") + "\n" + _text(row, "question")
+    return {"question": question, "choices": row["options"], "answer": _index(_text(row, "label").strip(), "abcd")}
 
 
 def _sciq(row: Row) -> Row:
     """The text that supports the answer comes first; the right choice is anywhere, by the question alone."""
     right = row["correct_answer"]
     choices = [right, row["distractor1"], row["distractor2"], row["distractor3"]]
-    random.Random(row["question"]).shuffle(choices)
-    question = f"{row['support']}\n{row['question']}".strip()
+    random.Random(_text(row, "question")).shuffle(choices)
+    question = f"{_text(row, 'support')}\n{_text(row, 'question')}".strip()
     return {"question": question, "choices": choices, "answer": choices.index(right)}
 
 
 def _hellaswag(row: Row) -> Row:
     """Without the marks that WikiHow's headings left: [header], [title], [step], [substeps]."""
-    ended = [re.sub(r"(?<=\w)\s*\[[a-z]+\]", ".", text) for text in (row["ctx"], *row["endings"])]
+    texts = (_text(row, "ctx"), *_texts(row, "endings"))
+    ended = [re.sub(r"(?<=\w)\s*\[[a-z]+\]", ".", text) for text in texts]
     context, *endings = [re.sub(r"\s*\[[a-z]+\]\s*", " ", text).strip() for text in ended]
     return {
         "question": context,
@@ -151,11 +152,23 @@ def _hellaswag(row: Row) -> Row:
 
 def _record(row: Row) -> Row:
     """The first of the answers is the right one; the report's highlights become lines of their own."""
-    choices = list(dict.fromkeys(row["entities"]))
-    passage = row["passage"].replace("\n@highlight\n", "\n- ")
-    question = row["query"].replace("@placeholder", "_")
-    answer = _index(row["answers"][0] if row["answers"] else None, choices)
+    choices = list(dict.fromkeys(_texts(row, "entities")))
+    passage = _text(row, "passage").replace("\n@highlight\n", "\n- ")
+    question = _text(row, "query").replace("@placeholder", "_")
+    answer = _index(next(iter(_texts(row, "answers")), None), choices)
     return {"question": question, "passage": passage, "choices": choices, "answer": answer}
+
+
+def _text(row: Row, column: str) -> str:
+    if complaint := raw_files.not_text(row, column):
+        raise ValueError(complaint)
+    return row[column]
+
+
+def _texts(row: Row, column: str) -> list[str]:
+    if not isinstance(row[column], list) or not all(isinstance(text, str) for text in row[column]):
+        raise ValueError(f"the field {column!r} is no list of texts")
+    return row[column]
 
 
 def _index(value: Any, names: Any) -> int:
@@ -256,5 +269,7 @@ def read_case(data_set: DataSet, row: Row | str, where: str) -> Case:
 def known(task: str) -> DataSet:
     """Raises UserError where there is no such data set."""
     if task not in DATA_SETS:
-        raise UserError(f"RAW_PATH: no data set {task!r} is known; there are {', '.join(sorted(DATA_SETS))}")
+        raise UserError(
+            f"RAW_PATH: no data set {task!r} is known; there are {', '.join(sorted(DATA_SETS))}; raw_tasks names those to take"
+        )
     return DATA_SETS[task]

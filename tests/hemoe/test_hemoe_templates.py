@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import call_main, run_script
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
@@ -218,6 +218,33 @@ def test_what_is_no_row_is_one_line(task, changes, said):
     with pytest.raises(UserError, match=said) as error:
         raw_tasks.read_case(raw_tasks.known(task), row, "FILE, line 7")
     assert str(error.value).startswith("FILE, line 7: ") and "\n" not in str(error.value)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 4)
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["", "a", "1", "\ud800"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(["text", "label", "value"]), values),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(ROWS)), st.randoms(use_true_random=False), anything)
+def test_whatever_stands_in_a_column_is_read_as_text_or_is_one_line(task, rng, value):
+    row = ROWS[task][0] | {rng.choice(sorted(ROWS[task][0])): value}
+    try:
+        case = raw_tasks.read_case(raw_tasks.known(task), row, "FILE, line 7")
+    except UserError as error:
+        assert str(error).startswith("FILE, line 7: ") and "\n" not in str(error)
+        return
+    for text in (*case.fields.values(), *case.choices, case.answer):
+        text.encode()
+    assert not case.choices or case.answer in case.choices
+    for one in templates.usable(raw_tasks.DATA_SETS[task].kind, case, True):
+        assert templates.fill(one, case, True)["output"]
 
 
 # ---------------------------------------------------------------- the step
