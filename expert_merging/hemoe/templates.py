@@ -141,7 +141,7 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
     "how to": (
         "How does one go about this?\n{question}",
         "Goal: {question}{options}\nSolution:",
-        "{question}\nWhat is a sensible way to do it?",
+        "{question}\nWhat works?",
         "Give practical advice.\n{question}",
         "Somebody needs help: {question}\nTell them what to do.",
         "Think of things at home and what they are good for. {question}",
