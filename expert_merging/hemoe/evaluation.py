@@ -15,6 +15,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
 from expert_merging.data.scores import pack
 from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
+from expert_merging.hemoe.output_matrix import before_targets, logits_at
 
 
 def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, Any]]:
@@ -100,11 +101,11 @@ def measure(model, batches_of: Mapping[str, Iterable[dict[str, torch.Tensor]]]) 
             loss, targets, share, tokens = 0.0, 0, 0.0, 0
             for batch in batches:
                 batch = {name: value.to(device) for name, value in batch.items()}
-                output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-                wanted = batch["labels"][:, 1:].flatten()
-                logits = output.logits[:, :-1].flatten(0, 1).float()
-                loss += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").item()
-                targets += int((wanted != -100).sum())
+                rows, columns, wanted = before_targets(batch["labels"])
+                with logits_at(model, rows, columns):
+                    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                loss += torch.nn.functional.cross_entropy(output.logits[0].float(), wanted, reduction="sum").item()
+                targets += len(wanted)
                 if mixture:
                     real = batch["attention_mask"].bool()
                     of_tokens = activated_share(output.routing, model.config)[real].double()

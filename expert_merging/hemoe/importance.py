@@ -126,18 +126,18 @@ def _scores_together(model, ids, mask, labels):
     import torch
     from torch.nn.functional import cross_entropy
 
-    targets = labels[:, 1:].contiguous()
-    lengths = (targets != -100).sum(1)
+    from expert_merging.hemoe.output_matrix import before_targets
+
+    lengths = (labels[:, 1:] != -100).sum(1)
     with _activations(model) as kept, torch.enable_grad():
         states = model.get_input_embeddings()(ids).detach().requires_grad_()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # also where the padding is on the left
         last = model.model(inputs_embeds=states, attention_mask=mask, position_ids=positions, use_cache=False)[0][
             :, :-1
         ]
-        # Only where there is a target: prompts are long, and the vocabulary is wide.
-        rows, columns = (targets != -100).nonzero(as_tuple=True)
+        rows, columns, wanted = before_targets(labels)
         logits = model.lm_head(last[rows, columns]).float()
-        loss = cross_entropy(logits, targets[rows, columns], reduction="none") / lengths[rows]
+        loss = cross_entropy(logits, wanted, reduction="none") / lengths[rows]
         gradients = torch.autograd.grad(loss.sum(), [tensor for pair in kept for tensor in pair])
     keep = mask[:, None].to(torch.float32)
     scores = []

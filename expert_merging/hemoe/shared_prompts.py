@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from expert_merging.hemoe.output_matrix import logits_at
+
 TOKENS = 2048  # of a forward pass, padding counted
 FAMILIES = ("llama",)  # whose attention takes a mask for each pair of tokens, and no window
 
@@ -24,6 +26,13 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(len(answer) for _, answer in self.answers)
+
+    def foretold(self) -> Iterator[int]:
+        """Where the tokens of its answers are foretold, one answer after another."""
+        start = len(self.prompt)
+        for _, answer in self.answers:
+            yield from (len(self.prompt) - 1, *range(start, start + len(answer) - 1))
+            start += len(answer)
 
 
 class SharedPrompts(HFLM):
@@ -49,19 +58,18 @@ class SharedPrompts(HFLM):
         ids, positions, seen = inputs_of(rows)
         dtype = next(self.model.parameters()).dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-        logits = self.model(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), position_ids=positions.to(self.device),
-            use_cache=False,
-        ).logits  # fmt: skip
-        for of_row, row in zip(logits, rows, strict=True):
-            start = len(row.prompt)
-            for number, answer in row.answers:
-                places = [len(row.prompt) - 1, *range(start, start + len(answer) - 1)]
-                wanted = torch.tensor(answer, device=logits.device)
-                told = of_row[places].float().log_softmax(-1)
-                likelihood = told.gather(-1, wanted[:, None]).sum().item()
-                yield number, (likelihood, bool((told.argmax(-1) == wanted).all()))
-                start += len(answer)
+        places = [(at, column) for at, row in enumerate(rows) for column in row.foretold()]
+        with logits_at(self.model, *torch.tensor(places, device=self.device).T):
+            (logits,) = self.model(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False,
+                position_ids=positions.to(self.device),
+            ).logits  # fmt: skip
+        answers = [of for row in rows for of in row.answers]
+        for (number, answer), own in zip(answers, logits.split([len(answer) for _, answer in answers]), strict=True):
+            wanted = torch.tensor(answer, device=logits.device)
+            told = own.float().log_softmax(-1)
+            likelihood = told.gather(-1, wanted[:, None]).sum().item()
+            yield number, (likelihood, bool((told.argmax(-1) == wanted).all()))
 
 
 def rows_of(requests: Sequence[tuple], longest: int) -> list[Row]:

@@ -14,6 +14,7 @@ from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
+from expert_merging.hemoe.output_matrix import before_targets, logits_at
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -90,7 +91,8 @@ def add_lora(model, rank: int, alpha: int, dropout: float):
 
 
 class _Trainer(Trainer):
-    """Draws k anew before each step where `any_k` is set, and resumes under PyTorch 2.6 and later."""
+    """Draws k anew before each step where `any_k` is set, computes logits where there is a target, and resumes under PyTorch
+    2.6 and later."""
 
     moe: HEMoEForCausalLM | None = None  # the mixture inside a peft model
     any_k = False
@@ -101,6 +103,14 @@ class _Trainer(Trainer):
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
             self.moe.config.k = int(torch.randint(1, self.moe.config.num_experts + 1, (1,), generator=generator))
         return super().training_step(*arguments, **more)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows, columns, targets = before_targets(inputs["labels"])
+        # The model's loss sets the logits of a token against the label after it: the last logits are nobody's.
+        rows, columns = (torch.nn.functional.pad(places, (0, 1)) for places in (rows, columns))
+        inputs["labels"] = torch.nn.functional.pad(targets, (1, 0), value=-100)[None]
+        with logits_at(model, rows, columns):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
 
     def _load_rng_state(self, checkpoint):
         import numpy as np

@@ -20,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainingArguments,
 )
 
 from expert_merging.core.errors import UserError
@@ -557,3 +558,23 @@ def test_in_a_chat_template_too(instruction, output, most):
 def test_a_template_that_leaves_no_room():
     with pytest.raises(UserError, match="max_tokens is 6; the chat template alone takes 4"):
         tuning.encode(_Chat(), {"instruction": "a a a", "output": "bb bb bb"}, 6, "chat")
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_logits_where_there_is_a_target_give_the_same_loss_and_gradients(moe, tmp_path):
+    model = mixture(dense_model(), k=2, balance_coef=0.1) if moe else dense_model()
+    batch = tuning.collate(ROWS[:5], 0)
+    assert (batch["labels"] == -100).any()
+    model(**batch).loss.backward()
+    wanted = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    with torch.no_grad():
+        loss = model(**batch).loss
+    model.zero_grad()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    found = tuning._Trainer(model=model, args=arguments).compute_loss(model, dict(batch))
+    found.backward()
+    assert torch.allclose(found, loss, atol=1e-6)
+    for name, gradient in wanted.items():
+        assert torch.allclose(dict(model.named_parameters())[name].grad, gradient, atol=1e-6), name
