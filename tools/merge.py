@@ -36,6 +36,7 @@ def main(c):
     give_back_freed_memory()
     # What is asked for, checked as far as it goes without reading a tensor.
     from_folders.check_request(c.method, c.base, c.models, c.out, also=("caem",))
+    moe_caem.check_request(c.method, c.usage, c.experts, c.common_rows)
     method, out = moe_caem.CAEM if c.method == "caem" else METHODS[c.method], Path(c.out)
     arguments = from_folders.arguments_of(method, c.set, c.seed)
     base, models, notes = from_folders.open_sources(c.base, c.models)

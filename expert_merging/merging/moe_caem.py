@@ -23,6 +23,14 @@ from expert_merging.merging.registry import Method
 CAEM = Method("caem", "CAEM", settings={"alpha": 1.0}, sees="expert usage")
 
 
+def check_request(method: str, usage: Sequence[str], experts: int, common_rows: bool) -> None:
+    """Raises UserError where what only CAEM takes is given to another `method`, or the other way round."""
+    if method == "caem" and common_rows:
+        raise UserError("caem takes models of one vocabulary; leave --common_rows out")
+    if method != "caem" and (any(usage) or experts):
+        raise UserError(f"{method} does not look at usage or numbers of experts; leave --usage and --experts out")
+
+
 def read_usage(paths: Sequence[str], layers: int, experts: int) -> list[torch.Tensor]:
     """Tokens sent to each expert on validation, float64 [layers, experts] for each of `paths`: {"layers": [[count, ..], ..]}.
 

@@ -268,3 +268,17 @@ def test_real_models_through_the_tool(tmp_path, capsys, family):
     with pytest.raises(UserError, match="caem: .* must be from 3"):
         call_main("tools/merge.py", ["--method", "caem", *words, "--experts", "13", "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("average", ["--usage", "U.json"], "average does not look at usage"),
+        ("average", ["--experts", "8"], "leave --usage and --experts out"),
+        ("caem", ["--usage", "U.json", "--experts", "8", "--common_rows"], "leave --common_rows out"),
+    ],
+)
+def test_what_one_method_alone_takes_is_refused_by_others(tmp_path, method, more, said):
+    words = ["--method", method, "--models", "A", "B", "--out", str(tmp_path / "F"), *more]
+    with pytest.raises(UserError, match=said):
+        call_main("tools/merge.py", words)
