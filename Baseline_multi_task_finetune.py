@@ -21,11 +21,11 @@ def main(c):
 
     preflight(c, c.task_types, c.experts_num)
 
+    from expert_merging.core import hub
     from expert_merging.data import features
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import models
-    from expert_merging.training import finetuning, overall
+    from expert_merging.training import families, finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
     name = results.run_name(c.current_case_name, c.experts_num)
@@ -35,9 +35,9 @@ def main(c):
     )
 
     # All tasks as features, and the pre-trained model.
-    tokenizer = models.base_tokenizer(c, c.experts_num)
+    tokenizer = hub.load_tokenizer(c.BASE_MODEL_PATH.format(experts=c.experts_num))
     data = {task: features.load(task, c, tokenizer) for task in c.task_types}
-    model, ancestor = models.load_base(c, c.experts_num)
+    model, ancestor = families.load_base(c, c.experts_num)
     identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)), goals=goals)
     if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, work, again="train"):
         return

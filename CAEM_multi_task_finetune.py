@@ -30,8 +30,7 @@ def main(c):
 
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import models
-    from expert_merging.training import caem_sources, evaluate, finetuning, overall
+    from expert_merging.training import caem_sources, evaluate, families, finetuning, overall
 
     accelerator = make_accelerator(c, can_shard=True)
     name = results.run_name(c.current_case_name, c.source_experts_num, c.target_experts_num)
@@ -50,7 +49,7 @@ def main(c):
         return
 
     # What merging alone gives.
-    model, tokenizer = models.load_model(merged, "merged model"), sources[0].tokenizer
+    model, tokenizer = families.load_model(merged, "merged model"), sources[0].tokenizer
     scored = evaluate.scoring_identity(c, hashes, goals, merging=caem_sources.merging_identity(c, sources))
     before = evaluate.test_once(c, accelerator, model, tokenizer, data, goals, merged / "test.json", scored)
     accelerator.print("merged, before fine-tuning: " + overall.scores_line(before["test"], before["overall"]["test"]))

@@ -19,11 +19,11 @@ def main(c):
 
     preflight(c, [c.task_type], c.num_expert)
 
+    from expert_merging.core import hub
     from expert_merging.data import features
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import models
-    from expert_merging.training import finetuning
+    from expert_merging.training import families, finetuning
 
     accelerator = make_accelerator(c, can_shard=True)
     name = f"single_task_{c.task_type}"
@@ -32,9 +32,9 @@ def main(c):
     work = models_folder / f"{name}.run"
 
     # The task as features, and the pre-trained model.
-    tokenizer = models.base_tokenizer(c, c.num_expert)
+    tokenizer = hub.load_tokenizer(c.BASE_MODEL_PATH.format(experts=c.num_expert))
     data = {c.task_type: features.load(c.task_type, c, tokenizer)}
-    model, ancestor = models.load_base(c, c.num_expert)
+    model, ancestor = families.load_base(c, c.num_expert)
     identity = results.identity(c, ancestor=ancestor, data=finetuning.data_hashes(c, list(data)))
     if results.is_done(histories_folder / f"{name}.json", identity, work, again="train"):
         return

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from layer import LAYERS, SHAPE, arguments, models, report, row
 from transformers.models.switch_transformers.cpu_kernels import ONEDNN
 
+from expert_merging.data.batches import Size
 from expert_merging.data.features import collate
-from expert_merging.training.finetuning import Size, token_loss
+from expert_merging.switch.cross_entropy import token_loss
 
 LENGTHS = {"AG News": (55, 3), "SQuAD": (150, 5), "XSum": (480, 25)}  # mean tokens of inputs and targets
 PADDED = (1000, 200)

@@ -20,18 +20,18 @@ def main(c):
     tasks = preflight(c, c.task_types, c.num_expert)
 
     from expert_merging.analysis import references
+    from expert_merging.core import hub
     from expert_merging.data import features
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
-    from expert_merging.switch import models
-    from expert_merging.training import evaluate, finetuning, overall
+    from expert_merging.training import evaluate, families, finetuning, overall
 
     accelerator = make_accelerator(c)
     folder = c.SOURCE_PICKLE_PATH.format(experts=c.num_expert)
     goals = overall.single_task_goals(folder, c.task_types, c.num_expert, c)
-    tokenizer = models.base_tokenizer(c, c.num_expert)
+    tokenizer = hub.load_tokenizer(c.BASE_MODEL_PATH.format(experts=c.num_expert))
     data = {task: features.load(task, c, tokenizer) for task in tasks}
-    model, ancestor = models.load_base(c, c.num_expert)
+    model, ancestor = families.load_base(c, c.num_expert)
     hashes = finetuning.data_hashes(c, list(data))
     identity = results.identity(c, ancestor=ancestor, data=hashes, goals=goals)
     path, work = Path(folder) / "reference_scores.json", Path(folder) / "reference_scores.run.json"

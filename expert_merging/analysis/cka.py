@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from expert_merging.core.bars import bar as progress_bar
-from expert_merging.switch.cross_entropy import teacher_forced
-from expert_merging.switch.usage import STACKS
+from expert_merging.training.families import family_of
 
 
 class LinearCKA:
@@ -68,21 +67,22 @@ def layerwise_cka(
     """Linear CKA between two models after each block, on real tokens, with the targets given (teacher forcing).
 
     The features of block l are transformers' hidden_states[l]; hidden_states[0], the embedding, is left out. So the last
-    value of a stack is taken behind its final layer norm, as transformers gives it. Padding does not count; the
-    decoder's tokens are the positions where labels are not -100. The models may differ in experts and in width.
+    value of a stack is taken behind its final layer norm, as transformers gives it. Padding does not count. The models may
+    differ in experts and in width.
 
     Args:
-        first, second: seq2seq models on `device`, with the same tokenizer and numbers of layers.
+        first, second: models of one family on `device`, with the same tokenizer and numbers of layers.
         dataset: features with the columns input_ids and labels.
         constants: eval_batch_size; it does not change the values, but for rounding in the models.
 
     Returns:
-        {"encoder": [one value a layer], "decoder": [...]}.
+        {stack: [one value a layer]}.
 
     Raises:
         ValueError: stacks of different depth; a layer whose features are constant or not finite.
     """
     layers: dict[str, list[LinearCKA]] = {}
+    family = family_of(first)
     was_training = first.training, second.training
     first.eval()
     second.eval()
@@ -91,30 +91,19 @@ def layerwise_cka(
         disable=not label,
     )  # fmt: skip
     with torch.inference_mode(), bar:
-        for batch in teacher_forced(dataset, tokenizer, constants):
+        for batch in family.teacher_forced(dataset, tokenizer, constants):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            real = {"encoder": batch["attention_mask"].bool(), "decoder": batch["labels"] != -100}
-            ours, theirs = _hidden_states(first, batch), _hidden_states(second, batch)
-            for stack in STACKS:
-                if len(ours[stack]) != len(theirs[stack]):
-                    raise ValueError(f"the {stack}s have {len(ours[stack])} and {len(theirs[stack])} layers")
-                layers.setdefault(stack, [LinearCKA() for _ in ours[stack]])
-                for layer, x, y in zip(layers[stack], ours[stack], theirs[stack], strict=True):
-                    layer.update(x[real[stack]], y[real[stack]])
+            theirs = family.layer_states(second, batch)
+            for stack, (ours, real) in family.layer_states(first, batch).items():
+                if len(ours) != len(theirs[stack][0]):
+                    raise ValueError(f"the {stack}s have {len(ours)} and {len(theirs[stack][0])} layers")
+                layers.setdefault(stack, [LinearCKA() for _ in ours])
+                for layer, x, y in zip(layers[stack], ours, theirs[stack][0], strict=True):
+                    layer.update(x[real], y[real])
             bar.update(len(batch["labels"]))
     first.train(was_training[0])
     second.train(was_training[1])
-    return {stack: [_named(layer, stack, i) for i, layer in enumerate(layers[stack])] for stack in STACKS}
-
-
-def _hidden_states(model, batch: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """{stack: after each block [batch, tokens, width]}."""
-    outputs = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch["labels"]),
-        output_hidden_states=True, output_router_logits=False, use_cache=False,
-    )  # fmt: skip
-    return {"encoder": outputs.encoder_hidden_states[1:], "decoder": outputs.decoder_hidden_states[1:]}
+    return {stack: [_named(layer, stack, i) for i, layer in enumerate(of_stack)] for stack, of_stack in layers.items()}
 
 
 def _named(layer: LinearCKA, stack: str, number: int) -> float:

@@ -55,6 +55,7 @@ def open_pair(c: SimpleNamespace, pasts: list[dict[str, Any]]) -> Pair:
     from expert_merging.analysis import soups_and_lines
     from expert_merging.data import features
     from expert_merging.training import finetuning, overall
+    from expert_merging.training.families import family_of
 
     hashes, names = finetuning.data_hashes(c, c.task_types), (c.first, c.second)
     first, second = (soups_and_lines.open_run(c, name, past, hashes) for name, past in zip(names, pasts, strict=True))
@@ -65,7 +66,7 @@ def open_pair(c: SimpleNamespace, pasts: list[dict[str, Any]]) -> Pair:
         soups_and_lines.check_averages(*runs)
     goals = None
     if "soup" in c.measures:
-        experts = runs[0].config.num_experts
+        experts = family_of(runs[0].config).experts_of(runs[0].config)
         goals = overall.single_task_goals(c.SOURCE_PICKLE_PATH.format(experts=experts), c.task_types, experts, c)
     identity = results.identity(
         c, weights={run.name: run.weights_sha256 for run in runs}, data=hashes, goals=goals,

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import SwitchTransformersConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from expert_merging.analysis.cka import layerwise_cka
 from expert_merging.core.errors import UserError
@@ -15,9 +15,7 @@ from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.data.tasks import get_task
 from expert_merging.merging.average import average
 from expert_merging.run import results
-from expert_merging.switch import decoding, models
-from expert_merging.switch.cross_entropy import task_loss
-from expert_merging.training import overall
+from expert_merging.training import families, overall
 from expert_merging.training.evaluate import SCORED_WITH
 
 
@@ -28,7 +26,7 @@ class Run:
     name: str
     history: dict[str, Any]
     folder: Path
-    config: SwitchTransformersConfig
+    config: PretrainedConfig
     weights_sha256: list[str]
     start: Path | None
 
@@ -44,7 +42,7 @@ def open_run(c: SimpleNamespace, name: str, history: dict[str, Any], data: dict[
         raise UserError(f"{name} was scored with other constants or data ({difference}); restore them to compare it")
     folder, start = Path(c.MODEL_SAVE_PATH) / name, Path(c.MODEL_SAVE_PATH) / f"{name}_merged"
     digests = weights_sha256(folder)
-    config = SwitchTransformersConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     return Run(name, history, folder, config, digests, start if start.is_dir() else None)
 
 
@@ -84,8 +82,8 @@ def start_sha256(run: Run) -> list[str]:
 def load_start(c: SimpleNamespace, run: Run):
     """The model that a run began with. Raises UserError where BASE_MODEL_PATH now names another one."""
     if run.start is not None:
-        return models.load_model(run.start, "MODEL_SAVE_PATH")
-    model, ancestor = models.load_base(c, run.history["experts_num"])
+        return families.load_model(run.start, "MODEL_SAVE_PATH")
+    model, ancestor = families.load_base(c, run.history["experts_num"])
     if ancestor != run.history["identity"]["ancestor"]:
         raise UserError(
             f"BASE_MODEL_PATH: {c.BASE_MODEL_PATH} is not the model that {run.name} began with; bring that one"
@@ -95,12 +93,12 @@ def load_start(c: SimpleNamespace, run: Run):
 
 def load_end(c: SimpleNamespace, run: Run):
     """The model that a run ended with."""
-    return models.load_model(run.folder, "MODEL_SAVE_PATH")
+    return families.load_model(run.folder, "MODEL_SAVE_PATH")
 
 
 def check_averages(first: Run, second: Run) -> None:
     """Raises UserError where the two models have no weights in between."""
-    experts = first.config.num_experts, second.config.num_experts
+    experts = [families.family_of(run.config).experts_of(run.config) for run in (first, second)]
     if experts[0] != experts[1]:
         raise UserError(
             f"{first.name} has {experts[0]} experts a sparse layer and {second.name} {experts[1]}: soup and line need the "
@@ -126,9 +124,11 @@ class Line:
 
     def __init__(self, first: Run, second: Run, device):
         # Where only one model has projections of its own, so have the points in between.
-        self.model = models.load_model((second if _separate(second) else first).folder, "MODEL_SAVE_PATH").to(device)
+        self.model = families.load_model((second if _separate(second) else first).folder, "MODEL_SAVE_PATH").to(device)
         self.between = f"{first.name} and {second.name}"
         self.ends = [SafetensorsFolder(run.folder) for run in (first, second)]
+        modules = {module: name for name, module in self.model.named_modules()}
+        self.embedding = f"{modules[self.model.get_input_embeddings()]}.weight"
         names = set(self.model.state_dict())
         for end in self.ends:
             if odd := sorted((set(end) - names) | (names - set(end) - set(self.model._tied_weights_keys))):
@@ -138,7 +138,7 @@ class Line:
         """Put `model` at (1 - t) first + t second, a tensor at a time."""
         for name, place in self.model.state_dict().items():
             # Files hold tied weights once.
-            pair = [{name: end[name if name in end else "shared.weight"]} for end in self.ends]
+            pair = [{name: end[name if name in end else self.embedding]} for end in self.ends]
             try:
                 place.copy_(average(pair, [1 - t, t])[name])
             except ValueError as error:
@@ -155,12 +155,12 @@ def soup(
     """
     line = Line(*runs, accelerator.device)
     line.move_to(0.5)
-    test = {}
+    test, family = {}, families.family_of(line.model)
     for task, features in data.items():
-        test[task], _ = decoding.evaluate_task(
+        test[task], _ = family.evaluate_task(
             line.model, features["test"], get_task(task), tokenizer, c, accelerator, f"soup: {task}"
         )
-        test[task]["loss"] = task_loss(line.model, features["test"], tokenizer, c, accelerator)
+        test[task]["loss"] = family.task_loss(line.model, features["test"], tokenizer, c, accelerator)
         advance()
     parents = {}
     for which, run in zip(("first", "second"), runs, strict=True):
@@ -179,12 +179,13 @@ def line(
     between its ends at most, never negative; `at` is where.
     """
     between = Line(*runs, accelerator.device)
+    family = families.family_of(between.model)
     places = [i / (c.line_points + 1) for i in range(c.line_points + 2)]
     loss: dict[str, list[float]] = {task: [] for task in data}
     for t in places:
         between.move_to(t)
         for task, features in data.items():
-            loss[task].append(task_loss(between.model, features["validation"], tokenizer, c, accelerator))
+            loss[task].append(family.task_loss(between.model, features["validation"], tokenizer, c, accelerator))
             advance()
     mean = [sum(values) / len(values) for values in zip(*loss.values(), strict=True)]
     above = [value - ((1 - t) * mean[0] + t * mean[-1]) for t, value in zip(places, mean, strict=True)]
@@ -199,7 +200,7 @@ def cka(
     """Layer-wise linear CKA on validation between what both runs began with, and between what they became.
 
     `advance` is called after each task of each pair. Of several processes each computes all of it. Returns {"before":
-    {task: {"encoder": [a value a layer], "decoder": [...]}}, "after": ...}, without "before" where a start is not known.
+    {task: {stack: [a value a layer]}}, "after": ...}, without "before" where a start is not known.
     """
     result: dict[str, Any] = {}
     for when in ("after",) if any(map(left_only_its_end, runs)) else ("before", "after"):

@@ -67,7 +67,9 @@ def first_line(error: BaseException) -> str:
 def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
     """The fast tokenizer in a local model folder or of a model on the hub.
 
-    Raises UserError where there is none, or where it lacks what a T5 model needs (</s> and <pad>).
+    One without a padding token, as Mixtral's, pads with </s>: padding is told from its mask, never from its token.
+
+    Raises UserError where there is none, or it is no fast one, or without </s>.
     """
     folder = local_folder(path, constant)
     if folder is None:
@@ -83,6 +85,8 @@ def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
             f"{constant}: {path} is no folder here and its tokenizer cannot be had from the hub; "
             f"bring the model's folder and give --{constant} FOLDER"
         ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"{constant}: the tokenizer of {path} is not a fast one with </s> and <pad>, as T5's is")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"{constant}: the tokenizer of {path} is not a fast one with </s>, as T5's is")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,10 +1,19 @@
 """Which examples a step sees: rotation over epochs (paper, 4.1) and batches of similar length, as functions of the seed;
 and how many of them at a time fit in memory."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a task brings to a step: what its losses are averaged over."""
+
+    rows: int
+    input_tokens: int
+    target_tokens: int
 
 
 def epoch_examples(size: int, per_epoch: int, epoch: int, seed: int) -> np.ndarray:

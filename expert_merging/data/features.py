@@ -1,7 +1,8 @@
 """Seq2seq features on disk: token ids of inputs and targets, unpadded, one folder a task, whole or not there.
 
-`DATA_DIR/{task}` is a DatasetDict (train, validation, test) with the columns input_ids, labels (both end with </s>)
-and references (list of str). `complete.json` in it says what it was made from and with, and what it must hold.
+`DATA_DIR/{task}` is a DatasetDict (train, validation, test) with the columns input_ids, labels (which ends with </s>)
+and references (list of str); what stands around an input says `frame`. `complete.json` in it says what it was made from and
+with, and what it must hold.
 """
 
 import hashlib
@@ -29,14 +30,15 @@ from expert_merging.run.deviations import deviates
 SPLITS = ("train", "validation", "test")
 _MANIFEST = "complete.json"
 _BATCH = 4000  # examples tokenised together
+SEPARATOR = "\n"  # between input and target, where both stand in one sequence
 _SHUFFLE_SEED = 42  # of the order in which examples are stored, so that a limit takes a random part
 
 
 def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str, Any] | None = None) -> dict[str, Any]:
     """Tokenise a task's examples into `DATA_DIR/{task_name}`, in place of what an earlier run made there.
 
-    Inputs are cut to `max_input_length` tokens and targets to `max_decoder_length`, both with </s>. The examples of
-    each split are shuffled (seed 42), then the first `{split}_examples` taken; 0 takes all.
+    Inputs are cut to `max_input_length` tokens with their `frame`, and targets to `max_decoder_length` with </s>. The
+    examples of each split are shuffled (seed 42), then the first `{split}_examples` taken; 0 takes all.
 
     Args:
         raw: what the task's `load(constants)` gives, where it has been loaded already.
@@ -81,9 +83,9 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
     wanted = _identity(task_name, constants, tokenizer)
     manifest, features = _read_whole(folder, command(task_name, constants))
     made = results.made_with(manifest)
-    for name in ("task", "split", "tokenizer", "max_input_length", "max_decoder_length"):
+    for name in ("task", "split", "tokenizer", "frame", "max_input_length", "max_decoder_length"):
         if made.get(name) != wanted.get(name):
-            short = name in ("split", "tokenizer")
+            short = name in ("split", "tokenizer", "frame")
             difference = f"another {name}" if short else f"{name} {made[name]}, not {wanted[name]}"
             raise UserError(f"{folder} was made with {difference}; run: {command(task_name, constants)}")
     for split in SPLITS:
@@ -108,10 +110,11 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
 def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any] | None:
     """The manifest, where `prepare` with the same arguments would write what is there already; else None.
 
-    Raises UserError for a folder in the way that was not made here.
+    Raises UserError for a folder in the way that was not made here, and where the frame leaves no room for an input.
     """
     folder = folder_of(task_name, constants)
     _refuse_foreign(folder)
+    _check_room(constants, tokenizer)
     try:
         manifest, _ = _read_whole(folder, "")
     except UserError:
@@ -158,6 +161,28 @@ def check_constants(constants: SimpleNamespace) -> None:
             probe.write(bytes(4096))
     except OSError as error:
         raise UserError(f"DATA_DIR: cannot write in {existing} ({error.strerror}); choose another folder") from error
+
+
+def frame(tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after an input's own.
+
+    A tokenizer that closes every text with </s>, as T5's, is that of an encoder, whose inputs are so closed. Any other is that
+    of a decoder, in whose one sequence the target follows the input: before the input stands what the tokenizer begins a
+    text with, and after it SEPARATOR.
+    """
+    ids = tokenizer("a")["input_ids"]
+    if ids[-1] == tokenizer.eos_token_id:
+        return [], [tokenizer.eos_token_id]
+    before = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return before, tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
+
+
+def _check_room(constants: SimpleNamespace, tokenizer) -> None:
+    around = sum(map(len, frame(tokenizer)))
+    if constants.max_input_length <= around:
+        raise UserError(
+            f"max_input_length is {constants.max_input_length}; {around} tokens stand around each input, give more"
+        )
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -232,6 +257,7 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
     limit = getattr(constants, f"{split}_examples") or len(examples)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(examples))[:limit].tolist()
     token_id = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+    before, after = frame(tokenizer)
     tables, odd = [], 0
     lengths: dict[str, list[np.ndarray]] = {"input": [], "target": []}
     bar = progress_bar(total=len(order), desc=f"{task_name} {split}", unit="example", leave=False)
@@ -239,13 +265,13 @@ def _tokenized(examples, split: str, task_name: str, constants: SimpleNamespace,
         batch = [examples[i] for i in order[start : start + _BATCH]]
         prompts, targets = [task.prompt(e) for e in batch], [task.target(e) for e in batch]
         columns = {}
-        for name, side, texts, most in (
-            ("input_ids", "input", prompts, constants.max_input_length),
-            ("labels", "target", targets, constants.max_decoder_length),
+        for name, side, texts, most, around in (
+            ("input_ids", "input", prompts, constants.max_input_length, (before, after)),
+            ("labels", "target", targets, constants.max_decoder_length, ([], [tokenizer.eos_token_id])),
         ):
             ids, counts = ids_of(texts)
-            columns[name] = _cut(ids, counts, tokenizer.eos_token_id, most, token_id)
-            lengths[side].append(counts + 1)
+            columns[name] = _cut(ids, counts, around, most, token_id)
+            lengths[side].append(counts + sum(map(len, around)))
         columns["references"] = pa.array([task.references(e) for e in batch], pa.list_(pa.string()))
         tables.append(pa.table(columns))
         odd += sum(map(_is_odd, prompts, targets))
@@ -265,15 +291,20 @@ def _is_odd(prompt: str, target: str) -> bool:
     return not target.strip() or all(word.endswith(":") for word in prompt.split())
 
 
-def _cut(ids, lengths, end: int, limit: int, kind):
-    """An arrow column of lists of `kind`: of the ids of each text at most `limit` with `end` behind them."""
+def _cut(ids, lengths, around: tuple[list[int], list[int]], limit: int, kind):
+    """An arrow column of lists of `kind`: of each text the first ids, at most `limit` with what stands before and after."""
     import numpy as np
     import pyarrow as pa
 
-    kept = np.minimum(lengths, limit - 1)
-    ends = np.cumsum(kept + 1)
-    made = np.full(ends[-1], end, dtype=np.int32)
-    made[ranges(ends - kept - 1, kept)] = ids[ranges(np.cumsum(lengths) - lengths, kept)]
+    before, after = around
+    kept = np.minimum(lengths, limit - len(before) - len(after))
+    ends = np.cumsum(kept + len(before) + len(after))
+    made = np.empty(ends[-1], dtype=np.int32)
+    for place, token in enumerate(before):
+        made[ends - kept - len(after) - len(before) + place] = token
+    made[ranges(ends - kept - len(after), kept)] = ids[ranges(np.cumsum(lengths) - lengths, kept)]
+    for place, token in enumerate(after):
+        made[ends - len(after) + place] = token
     offsets = np.concatenate([[0], ends]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, pa.array(made).cast(kind))
 
@@ -296,6 +327,7 @@ def _identity(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str
         **({"split": task.split} if hasattr(task, "split") else {}),
         "source": getattr(constants, source_constant(task_name), "docstrings of the installed packages"),
         "tokenizer": tokenizer_hash(tokenizer),
+        **({"frame": list(around)} if (around := frame(tokenizer)) != ([], [tokenizer.eos_token_id]) else {}),
         "max_input_length": constants.max_input_length,
         "max_decoder_length": constants.max_decoder_length,
         **{f"{split}_examples": getattr(constants, f"{split}_examples") for split in SPLITS},

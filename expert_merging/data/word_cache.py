@@ -21,7 +21,8 @@ class WordCache:
         """`room`: how many words are kept; with more, all are forgotten. A million takes about 150 MB."""
         self.backend, self.room = tokenizer.backend_tokenizer, room
         pre_tokenizer = self.backend.pre_tokenizer
-        self.cuts_at_spaces = pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str("a b")) == 2
+        cuts = pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str("a b")) == 2
+        self.cuts_at_spaces = cuts and self._whole(["a a"])[0] == 2 * self._whole(["a"])[0]  # and not "a" and " a"
         self.newline_is_space = self._whole(["a\nb"]) == self._whole(["a b"])
         self._forget()
 

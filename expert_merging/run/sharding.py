@@ -55,11 +55,15 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def place(accelerator, model):
     """`model` on the accelerator's device; a Switch Transformer whole in memory becomes a sharded one, in place, where
-    the launch asks for it and there are several processes."""
+    the launch asks for it and there are several processes. Raises UserError there for another model."""
     if is_sharded(model):
         return model
     if not getattr(accelerator, "shards", False) or accelerator.num_processes == 1:
         return model.to(accelerator.device)
+    if not isinstance(model, SwitchTransformersForConditionalGeneration):
+        raise UserError(
+            f"fsdp.yaml shares out Switch Transformers only, not {model.config.model_type}: launch without it"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,5 +1,6 @@
 """Writing out what a model answers, with the paper's settings (4.1): beam search, and no three words twice."""
 
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,15 @@ from expert_merging.run import sharding
 from expert_merging.run.deviations import deviates
 from expert_merging.switch.beam_search import beam_search
 
+Search = Callable[
+    [torch.Tensor, torch.Tensor], Any
+]  # (input_ids, attention_mask), padded on the right -> ids of each text
+
 
 def generate(
     model, dataset, tokenizer, constants: SimpleNamespace, device: torch.device | str, batch_size: int,
     progress_label: str = "", process_index: int = 0, num_processes: int = 1, show_progress: bool = True,
+    search: Search | None = None,
 ) -> dict[int, str]:  # fmt: skip
     """Decode examples of features (column input_ids) in batches of similar length, the longest first.
 
@@ -27,6 +33,7 @@ def generate(
         constants: num_beams, max_decoder_length (tokens, the start token counted), repetition_penalty,
             no_repeat_ngram_size, length_penalty.
         process_index, num_processes: of several processes, each decodes every num_processes-th batch.
+        search: how the model writes, where it is no Switch or T5.
 
     Returns:
         {row of `dataset`: text} of this process's part; `in_order` puts parts together.
@@ -34,17 +41,7 @@ def generate(
     Raises:
         UserError: out of GPU memory.
     """
-    settings = _settings(model, constants)
-
-    def search(input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        # Three cases for transformers' own search: one beam, a model that is no Switch (T5), and counting expert usage as
-        # the released code does, which includes what finished beams are fed. (So does a patched model from before the
-        # beams could share states.)
-        own = settings.num_beams > 1 and hasattr(model.config, "num_experts") and CAEM_PATCH != "1"
-        if not own or deviates(constants.reading, "counts"):
-            return model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
-        return beam_search(model, input_ids, attention_mask, settings)
-
+    search = search or _search(model, constants)
     input_ids = dataset["input_ids"]
     lengths = [len(ids) for ids in input_ids]
     rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -84,8 +81,9 @@ def in_order(parts: list[dict[int, str]]) -> list[str]:
 
 
 def evaluate_task(
-    model, dataset, task: ModuleType, tokenizer, constants: SimpleNamespace, accelerator, label: str = ""
-) -> tuple[dict[str, float], list[str]]:
+    model, dataset, task: ModuleType, tokenizer, constants: SimpleNamespace, accelerator, label: str = "",
+    search: Search | None = None,
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """(scores, predictions) of `model` (unwrapped) on features of one task; all processes take part and get the
     same."""
     from accelerate.utils import gather_object
@@ -93,10 +91,26 @@ def evaluate_task(
     with accelerator.autocast():  # the encoder too, which the search calls by itself
         part = generate(
             model, dataset, tokenizer, constants, accelerator.device, constants.eval_batch_size, label,
-            *sharding.share(accelerator, model), accelerator.is_main_process,
+            *sharding.share(accelerator, model), accelerator.is_main_process, search,
         )  # fmt: skip
     predictions = in_order(gather_object([part]))
     return task.score(predictions, dataset["references"]), predictions
+
+
+def _search(model, constants: SimpleNamespace) -> Search:
+    """How a Switch Transformer or a T5 writes."""
+    settings = _settings(model, constants)
+
+    def search(input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        # Three cases for transformers' own search: one beam, a model that is no Switch (T5), and counting expert usage as
+        # the released code does, which includes what finished beams are fed. (So does a patched model from before the
+        # beams could share states.)
+        own = settings.num_beams > 1 and hasattr(model.config, "num_experts") and CAEM_PATCH != "1"
+        if not own or deviates(constants.reading, "counts"):
+            return model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
+        return beam_search(model, input_ids, attention_mask, settings)
+
+    return search
 
 
 def _settings(model, constants: SimpleNamespace) -> Any:

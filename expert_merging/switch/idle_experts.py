@@ -21,7 +21,7 @@ def pass_over_idle(model, optimizer: torch.optim.Optimizer) -> None:
                 distributed.all_reduce(tokens)
             for layer, of_experts in zip(grouped, tokens.tolist(), strict=True):
                 layer.served.clear()
-                for expert, number in zip(layer.experts.values(), of_experts, strict=True):
+                for expert, number in zip(layer.experts.children(), of_experts, strict=True):
                     for parameter in expert.parameters() if number == 0 else ():
                         parameter.grad = None
 

@@ -49,19 +49,6 @@ def base_tokenizer(constants: SimpleNamespace, experts: int):
     return load_tokenizer(constants.BASE_MODEL_PATH.format(experts=experts))
 
 
-def load_base(constants: SimpleNamespace, experts: int):
-    """(model, ancestor): the pre-trained Switch Transformer with `experts` experts a sparse layer.
-
-    `ancestor` is the SHA-256 of its weights, by which models that may be merged know each other.
-    Raises UserError where there is no such model, or it has another number of experts.
-    """
-    path = constants.BASE_MODEL_PATH.format(experts=experts)
-    model = load_model(path, "BASE_MODEL_PATH")
-    if model.config.num_experts != experts:
-        raise UserError(f"BASE_MODEL_PATH: {path} has {model.config.num_experts} experts a sparse layer, not {experts}")
-    return model, weights_sha256(model)
-
-
 def load_model(path: str | Path, constant: str):
     """The SwitchTransformersForConditionalGeneration in a local folder or on the hub, in float32.
 

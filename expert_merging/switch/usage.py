@@ -25,6 +25,7 @@ def layer_entropies(grid: list[list[int]]) -> list[float]:
 
 def per_stack(usage: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{task: {stack: grid}} as a history holds it: "usage" and the layers' "entropy", both {stack: {task: ...}}."""
-    grids = {stack: {task: both[stack] for task, both in usage.items()} for stack in STACKS}
-    entropies = {stack: {task: layer_entropies(grid) for task, grid in grids[stack].items()} for stack in STACKS}
+    stacks = list(next(iter(usage.values())))
+    grids = {stack: {task: of_task[stack] for task, of_task in usage.items()} for stack in stacks}
+    entropies = {stack: {task: layer_entropies(grid) for task, grid in grids[stack].items()} for stack in stacks}
     return {"usage": grids, "entropy": entropies}

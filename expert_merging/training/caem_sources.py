@@ -3,7 +3,6 @@
 The method itself - entropy, allocation, merging - is in caem_files/caem.py, as pure functions.
 """
 
-import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import SwitchTransformersConfig
-from transformers.models.switch_transformers.caem import merge_lazily, merged_config, normalized_entropy
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.switch_transformers.caem import normalized_entropy
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
-from expert_merging.data import features
 from expert_merging.merging.average import average_lazily
-from expert_merging.merging.pooled import Bring, merge_pools
 from expert_merging.merging.registry import POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.deviations import deviates, of_method
-from expert_merging.switch import expert_pool, models
-from expert_merging.switch.usage import STACKS
+from expert_merging.training.families import family_of
 from expert_merging.training.overall import single_task_history
 
 
@@ -35,7 +31,7 @@ class Source:
 
     task: str
     folder: Path
-    config: SwitchTransformersConfig
+    config: PretrainedConfig
     usage: dict[str, torch.Tensor]
     weights_sha256: list[str]
     ancestor: str
@@ -73,6 +69,11 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
                 f"{source.folder} and {first.folder} come from different pre-trained models; "
                 "fine-tune both from the same BASE_MODEL_PATH"
             )
+    family = family_of(first.config)
+    if c.merging not in family.MERGINGS:
+        raise UserError(
+            f"merging {c.merging} is not for {first.config.model_type}; there are {', '.join(family.MERGINGS)}"
+        )
     first.tokenizer = load_tokenizer(str(first.folder), "SOURCE_MODEL_WEIGHT_PATH")
     return sources
 
@@ -81,18 +82,21 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     folder = Path(c.SOURCE_MODEL_WEIGHT_PATH.format(experts=experts)) / f"single_task_{task}"
     history = single_task_history(c.SOURCE_PICKLE_PATH.format(experts=experts), task, experts, c)
     digests = SafetensorsFolder(folder).sha256()
-    config = SwitchTransformersConfig.from_pretrained(folder)
-    if config.num_experts != experts:
-        raise UserError(f"{folder} has {config.num_experts} experts a sparse layer; source_experts_num is {experts}")
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config)
+    if (there := family.experts_of(config)) != experts:
+        raise UserError(f"{folder} has {there} experts a sparse layer; source_experts_num is {experts}")
+    family.check_constants(c, config)
     try:
-        usage = {stack: torch.tensor(grid) for stack, grid in _usage(c, history, task, experts).items()}
+        grids = _usage(c, history, task, experts)
+        usage = {stack: torch.tensor(grids[stack]) for stack in family.STACKS}
         ancestor = history["identity"]["ancestor"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the history of {folder} lacks expert usage ({error}); run: "
             f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts}"
         ) from error
-    for stack in STACKS:
+    for stack in family.STACKS:
         if usage[stack].ndim != 2 or usage[stack].shape[1] != experts or usage[stack].sum() <= 0:
             raise UserError(
                 f"the history of {folder} has {stack} usage of shape {tuple(usage[stack].shape)} or of no token; "
@@ -110,7 +114,7 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
 def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int) -> dict[str, list[list[int]]]:
     """{stack: grid} counted as the reading asks: by the training run, or afterwards by tools/count_expert_usage.py."""
     if deviates(c.reading, "counts") == deviates(history["identity"]["reading"], "counts"):
-        return {stack: history["usage"][stack][task] for stack in STACKS}
+        return {stack: of_tasks[task] for stack, of_tasks in history["usage"].items()}
     counted = counted_usage(c, task, experts)
     wanted = (of_method(c.reading, "counts"), c.max_input_length)
     return next(row["usage"] for row in counted["rows"] if (row["counting"], row["input_length"]) == wanted)
@@ -134,28 +138,22 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     """
     identity, path = merging_identity(c, sources), folder / "merging.json"
     if accelerator.is_main_process and results.part(path, identity) is None:
-        weights = [SafetensorsFolder(source.folder) for source in sources]
-        observed = observe_pool(c, accelerator, sources, weights) if c.merging in POOLED else {}
-        with new_folder(folder) as temporary:
-            try:
-                if c.merging == "average":
-                    tensors, record, projection = average_lazily(weights), {}, "paper"
-                elif c.merging in POOLED:
-                    members, tensors = merge_pools(weights, observed, c.target_experts_num, pooled_method(c))
-                    record, projection = {"pool": members}, "paper"
-                else:
-                    rule, projection = of_method(c.reading, "allocation"), of_method(c.reading, "projection")
-                    usage = [source.usage for source in sources]
-                    by = None if c.shares == "entropy" else other_shares(c, sources)
-                    record, tensors = merge_lazily(weights, usage, c.target_experts_num, c.alpha, rule, projection, by)
-                    _warn_of_no_entropy(record)
-                    record = _as_history(record)
+        try:
+            if c.merging == "average":
+                tensors = average_lazily([SafetensorsFolder(source.folder) for source in sources])
+                record: dict[str, Any] = {}
+                config = sources[0].config
+            else:
+                by = None if c.shares == "entropy" else other_shares(c, sources)
+                record, tensors, config = family_of(sources[0].config).merge(c, sources, by, accelerator.device)
+                _warn_of_no_entropy(record)
+            with new_folder(folder) as temporary:
                 write_tensors(tensors, temporary)
-            except ValueError as error:
-                raise UserError(f"these models cannot be merged: {error}") from error
-            merged_config(sources[0].config, c.target_experts_num, projection).save_pretrained(temporary)
-            sources[0].tokenizer.save_pretrained(temporary)
-            results.save(temporary / "merging.json", identity, record)
+                config.save_pretrained(temporary)
+                sources[0].tokenizer.save_pretrained(temporary)
+                results.save(temporary / "merging.json", identity, record)
+        except ValueError as error:
+            raise UserError(f"these models cannot be merged: {error}") from error
     accelerator.wait_for_everyone()
     written = results.part(path, identity)
     assert written is not None  # above, where it was not there
@@ -182,8 +180,7 @@ def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, li
     shares: list[dict[str, list[float]]] = []
     for number, source in enumerate(sources):
         shares.append({})
-        for stack in STACKS:
-            usage = source.usage[stack]
+        for stack, usage in source.usage.items():
             if c.shares == "inverse":
                 values = 1 / normalized_entropy(usage).clamp_min(1e-6)
             elif c.shares == "tokens":
@@ -196,43 +193,20 @@ def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, li
     return shares
 
 
-def observe_pool(c: SimpleNamespace, accelerator, sources: list[Source], weights) -> dict[str, Any]:
-    """What `c.pool_inputs` validation inputs of each task say of the sources' experts, {layer: observed}."""
-    tokenizer = sources[0].tokenizer
-    inputs = [features.load(source.task, c, tokenizer)["validation"] for source in sources]
-    rows = [one.select(range(min(c.pool_inputs or len(one), len(one)))) for one in inputs]
-    loaders = [functools.partial(models.load_model, source.folder, "single-task model") for source in sources]
-    return expert_pool.observe(weights, loaders, rows, tokenizer, c, accelerator.device)
-
-
-def pooled_method(c: SimpleNamespace) -> Bring:
-    """The method `c.merging` with its arguments."""
-    method = POOLED[c.merging]
-    return functools.partial(method.load(), **method.arguments(vars(c)))
-
-
 def _warn_of_no_entropy(record: dict[str, Any]) -> None:
     """Say in which layers no source has any entropy: there is nothing to share by, and the share is even."""
-    for stack in STACKS:
-        for layer, entropies in enumerate(zip(*record[stack]["entropies"], strict=True), 1):  # of the sources
+    for stack, of_sources in record.get("entropies", {}).items():
+        for layer, entropies in enumerate(zip(*of_sources, strict=True), 1):  # of the sources
             if not any(entropies):
                 said = f"{stack} sparse layer {layer}: every task uses one expert only (entropy 0); experts are shared evenly"
                 warnings.warn(said, stacklevel=2)
 
 
-def _as_history(record: dict[str, Any]) -> dict[str, Any]:
-    """The merging record as histories have it, {what: {stack: ...}}."""
-    return {
-        what: {stack: record[stack][what] for stack in STACKS}
-        for what in ("allocation", "entropies", "experts", "weights")
-    }
-
-
 def allocation_lines(record: dict[str, Any], tasks: tuple[str, ...]) -> str:
     """Experts a task in each sparse layer, and the weights of all else, for people to read."""
     lines = []
-    for stack in STACKS:
-        for layer, counts in enumerate(record["allocation"][stack]):
+    for stack, layers in record["allocation"].items():
+        for layer, counts in enumerate(layers):
             shares = ", ".join(f"{task} {n}" for task, n in zip(tasks, counts, strict=True))
             lines.append(f"{stack}, sparse layer {layer + 1}: experts from {shares}")
         weights = ", ".join(f"{task} {w:.3f}" for task, w in zip(tasks, record["weights"][stack], strict=True))

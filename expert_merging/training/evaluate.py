@@ -7,8 +7,7 @@ from typing import Any
 from expert_merging.data.scores import pack
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
-from expert_merging.switch import decoding, usage
-from expert_merging.switch.cross_entropy import task_loss
+from expert_merging.training.families import family_of
 from expert_merging.training.overall import overall
 
 SCORED_WITH = (
@@ -34,14 +33,14 @@ def on_split(
 ) -> dict[str, dict[str, Any]]:
     """{task: its "scores" on a split, "each" example's main score, packed, the experts' "usage" there,
     {stack: [sparse layer][expert]}, as the model was told to count, and a few "examples"}."""
-    found = {}
+    found, family = {}, family_of(model)
     for task, features in data.items():
-        model.reset_expert_usage()
-        scores, predictions = decoding.evaluate_task(
+        family.reset_usage(model)
+        scores, predictions = family.evaluate_task(
             model, features[split], get_task(task), tokenizer, c, accelerator, f"{label} {task}"
         )
-        counted = usage.read_usage(model, accelerator)
-        scores["loss"] = task_loss(model, features[split], tokenizer, c, accelerator)
+        counted = family.read_usage(model, accelerator)
+        scores["loss"] = family.task_loss(model, features[split], tokenizer, c, accelerator)
         each = pack(get_task(task).score_each(predictions, features[split]["references"]))
         examples = shown(features[split], predictions, tokenizer)
         found[task] = {"scores": scores, "each": each, "usage": counted, "examples": examples}

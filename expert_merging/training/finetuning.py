@@ -1,4 +1,4 @@
-"""Fine-tuning a Switch Transformer on one task or on several at once, by the same code (paper, 4.1 and A.3).
+"""Fine-tuning a mixture of experts on one task or on several at once, by the same code (paper, 4.1 and A.3).
 
 An optimizer step takes `batch_size * gradient_accumulation_steps` examples of each task. Its loss is the mean over tasks
 of the cross-entropy a target token, plus the router losses. Tasks larger than the smallest one rotate over the epochs.
@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.switch_transformers.modeling_switch_transformers import router_losses
 
 from expert_merging.core.files import read_json
-from expert_merging.data.batches import MicroBatches, epoch_examples, length_grouped
-from expert_merging.data.features import collate, folder_of, padded_lengths
+from expert_merging.data.batches import MicroBatches, Size, epoch_examples, length_grouped
+from expert_merging.data.features import folder_of
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
-from expert_merging.run.deviations import deviates, of_method
-from expert_merging.switch import models
-from expert_merging.switch.idle_experts import pass_over_idle
-from expert_merging.training import checkpoints, loop
+from expert_merging.switch.models import save_model, save_state_dict
+from expert_merging.training import checkpoints, families, loop
 from expert_merging.training.evaluate import on_split
 from expert_merging.training.histories import history_of
 from expert_merging.training.overall import overall, selection_split, summary
@@ -36,16 +33,7 @@ class Pass:
 
     task: str
     rows: np.ndarray  # which examples, over all processes
-    step: "Size"  # of all the task's passes in the step
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much a task brings to a step: what its losses are averaged over."""
-
-    rows: int
-    input_tokens: int
-    target_tokens: int
+    step: Size  # of all the task's passes in the step
 
 
 def finetune(
@@ -66,7 +54,8 @@ def finetune(
     """
     checkpoints.claim(work, identity)
     model = sharding.place(accelerator, model)
-    model.set_usage_counting(of_method(c.reading, "counts"))
+    family = families.family_of(model)
+    family.count_usage(model, c)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sharded = sharding.is_sharded(model)
@@ -74,7 +63,7 @@ def finetune(
         model.parameters(), lr=c.lr, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay, fused=not sharded
     )
     if not sharded:
-        pass_over_idle(model, optimizer)
+        family.pass_over_idle(model, optimizer)
     lengths = {task: _lengths(features["train"]) for task, features in data.items()}
     per_epoch = min(len(features["train"]) for features in data.values())
 
@@ -95,9 +84,9 @@ def finetune(
         features = data[one.task]["train"].with_format("numpy", columns=["input_ids", "labels"])
         part = features[(mine if len(mine) else one.rows[:1]).tolist()]
         rows = [{"input_ids": i, "labels": t} for i, t in zip(part["input_ids"], part["labels"], strict=True)]
-        batch = collate(rows, tokenizer.pad_token_id, *padded_lengths(c, "padding"))
+        batch = family.collate(rows, tokenizer.pad_token_id, c)
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        return token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
+        return family.token_loss(wrapped, model, batch, one.step, c.reading) * weight, len(mine)
 
     def evaluate(split: str, label: str) -> dict[str, dict[str, Any]]:
         return on_split(c, accelerator, model, tokenizer, data, split, label)
@@ -127,54 +116,19 @@ def finetune(
     del optimizer  # its states are twice the model, and the best epoch's weights come beside the last one's
     accelerator.free_memory()
     best = checkpoints.best_epoch(epochs)
-    model = sharding.place(accelerator, models.load_model(checkpoints.best_folder(work, epochs), "best epoch"))
+    model = sharding.place(accelerator, family.load_model(checkpoints.best_folder(work, epochs), "best epoch"))
     result = epochs[best]["test"] or evaluate("test", "testing")
 
     history = history_of(accelerator, model, name, started, epochs, result, goals, more or {})
     model = sharding.whole(accelerator, model)
     if accelerator.is_main_process:
-        models.save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
-        models.save_model(model, tokenizer, models_folder / name)
+        save_state_dict(model, models_folder / save_as.format(epoch=best + 1))
+        save_model(model, tokenizer, models_folder / name)
         released = as_released(history, [epoch["usage"] for epoch in epochs], goals)
         results.save(histories_folder / f"{name}.json", identity, history, released)
         checkpoints.release(work)
     accelerator.wait_for_everyone()
     accelerator.print(summary(history))
-
-
-def token_loss(wrapped, model, batch: dict[str, torch.Tensor], step: Size, reading: str) -> torch.Tensor:
-    """What `batch` adds to its task's loss in a step: a scalar; over the step's batches these add up.
-
-    The loss of a step is the cross-entropy a target token plus the weighted router losses: the z-loss a token, the balance
-    loss a sequence. So neither the cut of a step into batches nor the number of processes changes it. The router losses
-    see real tokens only; with the deviation `padding` all positions, as in transformers.
-
-    Args:
-        wrapped: the model as the accelerator prepared it; `model` is the same without wrapping.
-    """
-    labels = batch["labels"]
-    outputs = wrapped(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels), output_router_logits=True, use_cache=False,
-    )  # fmt: skip
-    cross_entropy = torch.nn.functional.cross_entropy(
-        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    loss = cross_entropy / step.target_tokens
-    for router_outputs, mask, tokens in (
-        (outputs.encoder_router_logits, batch["attention_mask"], step.input_tokens),
-        (outputs.decoder_router_logits, labels != -100, step.target_tokens),
-    ):
-        of_rows = len(labels) / step.rows
-        if not deviates(reading, "padding"):
-            z_loss, balance_loss = router_losses(router_outputs, mask)
-            of_tokens = mask.sum() / tokens
-        else:  # every example is padded to the same length: its share of positions is its share of rows
-            z_loss, balance_loss = router_losses(router_outputs)
-            of_tokens = of_rows
-        loss = loss + model.config.router_z_loss_coef * z_loss * of_tokens
-        loss = loss + model.config.router_aux_loss_coef * balance_loss * of_rows
-    return loss
 
 
 def epochs_worth(data: dict[str, Any], num_epochs: int) -> int:

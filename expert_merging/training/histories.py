@@ -6,8 +6,9 @@ import torch
 
 from expert_merging.data.tasks import get_task
 from expert_merging.run import sharding
-from expert_merging.switch import usage
+from expert_merging.switch.usage import per_stack
 from expert_merging.training import checkpoints
+from expert_merging.training.families import family_of
 from expert_merging.training.overall import overall
 
 
@@ -30,7 +31,7 @@ def history_of(
         "precision": accelerator.mixed_precision, "sharded": sharding.is_sharded(model),
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "parameters": model.num_parameters(),
-        "experts_num": model.config.num_experts, "tasks": list(tested),
+        "experts_num": family_of(model).experts_of(model.config), "tasks": list(tested),
         "train_loss": [epoch["train_loss"] for epoch in epochs if "train_loss" in epoch],
         "epoch_seconds": [epoch["seconds"] for epoch in epochs],
         "best_epoch": best + 1,
@@ -46,7 +47,7 @@ def history_of(
             }
             for task, result in tested.items()
         },
-        **usage.per_stack(epochs[best]["usage"]),
+        **per_stack(epochs[best]["usage"]),
         **more,
     }  # fmt: skip
     if goals:

@@ -11,7 +11,7 @@ from expert_merging.data import features
 from expert_merging.run import results
 from expert_merging.run.deviations import of_method
 from expert_merging.switch import models
-from expert_merging.training import finetuning, overall, released_models
+from expert_merging.training import families, finetuning, overall, released_models
 from expert_merging.training.evaluate import on_split
 from expert_merging.training.histories import history_of
 from expert_merging.training.overall import summary
@@ -44,7 +44,7 @@ def find(c: SimpleNamespace, experts: int) -> Released:
     released_models.read_weights(weights)  # before anything else is asked for
     tokenizer = models.base_tokenizer(c, experts)
     data = {task: features.load(task, c, tokenizer) for task in (c.task_types if c.released_run else [c.task_type])}
-    base, ancestor = models.load_base(c, experts)
+    base, ancestor = families.load_base(c, experts)
     past, goals = released_models.read_history(source / f"{name}.pkl"), None
     if c.released_run:
         folder, histories = Path(c.MODEL_SAVE_PATH), Path(c.PICKLE_PATH)

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from expert_merging.switch.usage import STACKS
-
 PAPER_TASKS = ("ag_news", "squad", "xsum")  # whose lists the released closing lines read, trained on or not
-_KEYS = {"encoder": "", "decoder": "_de"}
+_ENDINGS = {"encoder": "", "decoder": "_de"}
 _ZERO = 0.0001  # what stands for a score of 0 there, since scores are divided by one another
 
 
@@ -36,12 +34,12 @@ def as_released(
         if merged and goals:
             scores.insert(0, goals[split][task])
         released[f"{task}_data"] = [score / 100 or _ZERO for score in scores]
-    for stack in STACKS:
-        released[f"expert_usage_grid{_KEYS[stack]}"] = [_shares(epoch, stack) for epoch in usage]
-        released[f"entropy{_KEYS[stack]}"] = history["entropy"][stack]
-    if merged:
-        released["record_stay_num_experts_en"] = history["allocation"]["encoder"]
-        released["record_stay_num_experts_de"] = history["allocation"]["decoder"]
+    for stack, entropy in history["entropy"].items():
+        ending = _ENDINGS[stack]
+        released[f"expert_usage_grid{ending}"] = [_shares(epoch, stack) for epoch in usage]
+        released[f"entropy{ending}"] = entropy
+    for stack, counts in history["allocation"].items() if merged else ():
+        released[f"record_stay_num_experts_{stack[:2]}"] = counts
     return released
 
 

@@ -110,6 +110,7 @@ class Table(torch.nn.Module):
 
     def __init__(self, seed):
         super().__init__()
+        self.config = SimpleNamespace(model_type="switch_transformers")
         self.states = normal(2, 300, 5 + seed, seed=seed)
         self.states[:, 0] = 1e3
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from expert_merging.core.errors import UserError
+from expert_merging.data.batches import Size
 from expert_merging.data.features import collate
 from expert_merging.switch import models
-from expert_merging.training import finetuning
-from expert_merging.training.finetuning import Size, token_loss
+from expert_merging.switch.cross_entropy import token_loss
+from expert_merging.training import families, finetuning
 from expert_merging.training.overall import overall, selection_split
 
 ROWS = [
@@ -115,7 +116,7 @@ def test_weights_hash_sees_one_changed_number(world):
 def test_base_of_another_size_is_refused(world):
     c = SimpleNamespace(BASE_MODEL_PATH=str(world.folder / "base-4"))
     with pytest.raises(UserError, match="has 4 experts a sparse layer, not 8"):
-        models.load_base(c, 8)
+        families.load_base(c, 8)
 
 
 def test_base_of_another_kind_is_refused(world, tmp_path):

@@ -1,0 +1,42 @@
+"""Switch Transformers under the names that training/families.py asks of a family."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from expert_merging.data import features
+from expert_merging.run.deviations import of_method
+from expert_merging.switch.cross_entropy import layer_states, task_loss, teacher_forced, token_loss
+from expert_merging.switch.decoding import evaluate_task
+from expert_merging.switch.idle_experts import pass_over_idle
+from expert_merging.switch.merging import MERGINGS, merge
+from expert_merging.switch.models import load_model
+from expert_merging.switch.usage import STACKS, read_usage
+
+__all__ = [
+    "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of", "layer_states",
+    "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss", "teacher_forced", "token_loss",
+]  # fmt: skip
+
+
+def check_constants(c: SimpleNamespace, config) -> None:
+    """Everything that the constants can say is known of this family."""
+
+
+def experts_of(config) -> int:
+    """Experts in each sparse layer."""
+    return config.num_experts
+
+
+def count_usage(model, c: SimpleNamespace) -> None:
+    """From here on evaluation counts the tokens that each expert gets, as the reading counts."""
+    model.set_usage_counting(of_method(c.reading, "counts"))
+
+
+def reset_usage(model) -> None:
+    """Begin to count anew."""
+    model.reset_expert_usage()
+
+
+def collate(rows: list[dict[str, Any]], pad_token_id: int, c: SimpleNamespace) -> dict[str, Any]:
+    """A batch for `token_loss`; see features.collate."""
+    return features.collate(rows, pad_token_id, *features.padded_lengths(c, "padding"))
