@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = ROOT / "expert_merging"
-ROOMS = ("core", "run", "data", "merging", "switch", "training", "analysis", "experiment", "report")
+ROOMS = ("core", "run", "data", "merging", "switch", "causal", "training", "analysis", "experiment", "report")
 NEIGHBOURS = ("wemoe", "meo", "hemoe")
 
 

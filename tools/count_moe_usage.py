@@ -23,6 +23,7 @@ def main(c):
 
     from caem_files import install
     from expert_merging.analysis import moe_usage
+    from expert_merging.causal.models import load_model
     from expert_merging.core.bars import bar
     from expert_merging.core.errors import UserError
     from expert_merging.merging.model_folders import open_source
@@ -41,9 +42,9 @@ def main(c):
     if results.is_done(out, identity, elsewhere="out", again="count"):
         return
 
-    model = moe_usage.load(source, make_accelerator(c).device)
+    model = load_model(source.folder, "folder", dtype="auto").eval().to(make_accelerator(c).device)
     with bar(desc="texts", total=len(texts)) as moving:
-        counts = moe_usage.count(model, routers, texts, c.batch_texts, moving.update)
+        counts = moe_usage.count(model, texts, c.batch_texts, moving.update)
     usage = moe_usage.record(counts, sum(map(len, texts)), routers)
     shares_of_experts(source.folder.name, usage["layers"], usage["entropies"], out.with_suffix(".png"))
     results.save(out, identity, usage)

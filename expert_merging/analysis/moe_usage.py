@@ -1,8 +1,4 @@
-"""Use of the experts of a causal mixture of experts on texts: what each router chooses, by hooks on an unpatched model.
-
-None of these families cuts tokens off at a capacity, so what is chosen is what is computed. Each of a token's k choices
-counts: a layer's counts add up to k times the tokens.
-"""
+"""Use of the experts of a causal mixture of experts on texts: what each router chooses (causal/routers.py)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +12,7 @@ from expert_merging.core.files import sha256
 from expert_merging.core.hub import first_line
 from expert_merging.data.raw_files import not_text, read_jsonl
 from expert_merging.merging.model_folders import Source
-from expert_merging.merging.moe_layouts import layout_of, sparse_layers
+from expert_merging.merging.moe_layouts import sparse_layers
 
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe")  # softmax, then the k largest; transformers 4.46 has them
 
@@ -84,59 +80,27 @@ def token_ids(source: Source, texts: Sequence[str], max_tokens: int) -> list[lis
     return found
 
 
-def load(source: Source, device: torch.device | str = "cpu") -> nn.Module:
-    """The folder's model in the dtype of its files. Raises UserError where weights are missing or of other shapes."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, left = AutoModelForCausalLM.from_pretrained(
-            source.folder, torch_dtype="auto", output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{source.folder} cannot be loaded ({first_line(error)})") from error
-    if absent := left["missing_keys"]:
-        raise UserError(f"{source.folder} lacks {absent[0]}, which {type(model).__name__} has")
-    return model.eval().to(device)
-
-
 @torch.no_grad()
-def count(
-    model: Any, routers: Sequence[str], texts: Iterable[Sequence[int]], batch_size: int, moved: Callable[[int], object]
-) -> torch.Tensor:
-    """Times each expert was chosen: int64 [layers, n].
+def count(model: Any, texts: Iterable[Sequence[int]], batch_size: int, moved: Callable[[int], object]) -> torch.Tensor:
+    """Times each expert was chosen: int64 [sparse layers, n].
 
     Args:
-        model: a causal language model; its output matrix is not used.
-        routers: its modules that give [batch * positions, n] logits (`routers_of`), by layer.
+        model: as causal.models.load_model gives it, in evaluation mode; its output matrix is not used.
         texts: token ids of each, at least one; padded on the right within a batch. Padding is not counted.
         moved: called with numbers of texts that are counted.
     """
-    modules, device = [model.get_submodule(name) for name in routers], model.device
-    experts, k = modules[0].out_features, getattr(model.config, layout_of(model.config.to_dict()).chosen)
-    counts = torch.zeros(len(modules), experts, dtype=torch.int64, device=device)
-    real = torch.empty(0, dtype=torch.bool, device=device)  # [batch, positions] of the batch in hand
-
-    def counter(layer: int):
-        def hook(_module, _inputs, logits):
-            chosen = logits.softmax(dim=-1, dtype=torch.float).topk(k, dim=-1).indices  # as the models choose
-            counts[layer] += torch.bincount(chosen[real.flatten()].flatten(), minlength=experts)
-
-        return hook
-
-    hooks = [module.register_forward_hook(counter(layer)) for layer, module in enumerate(modules)]
-    try:
-        texts = list(texts)
-        for start in range(0, len(texts), batch_size):
-            batch = [torch.tensor(ids) for ids in texts[start : start + batch_size]]
-            ids = nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device)
-            lengths = torch.tensor([len(one) for one in batch], device=device)
-            real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            model.base_model(input_ids=ids, attention_mask=real.long(), use_cache=False)
-            moved(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counts.cpu()
+    routers, device = model.routers, model.device
+    routers.counting = True
+    routers.reset()
+    texts = list(texts)
+    for start in range(0, len(texts), batch_size):
+        batch = [torch.tensor(ids) for ids in texts[start : start + batch_size]]
+        ids = nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device)
+        lengths = torch.tensor([len(one) for one in batch], device=device)
+        real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        model.base_model(input_ids=ids, attention_mask=real.long(), use_cache=False)
+        moved(len(batch))
+    return routers.counts()
 
 
 def record(counts: torch.Tensor, tokens: int, routers: Sequence[str]) -> dict[str, Any]:

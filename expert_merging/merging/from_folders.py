@@ -36,6 +36,7 @@ class Merged:
     unchanged: list[str] = field(default_factory=list)  # likewise: equal to the base's, although the sources differ
     said: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)  # of CAEM: what share_out gave
 
 
 def arguments_of(method: Method, given: Iterable[str], seed: int) -> dict[str, Any]:

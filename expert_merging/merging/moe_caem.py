@@ -56,6 +56,30 @@ def merge(
     base: Source | None, models: Sequence[Source], usage: Sequence[str], experts: int, alpha: float = 1.0,
     moved: Callable[[int], object] = lambda _: None,
 ) -> Merged:  # fmt: skip
+    """`merge_counted` of the usage in files, one a model (`read_usage`).
+
+    Raises UserError where models, usage or numbers do not fit.
+    """
+    template = base or models[0]
+    layers, number = sparse_layers(template.config, template.kinds), template.config[layout_of(template.config).number]
+    if len(usage) != len(models) and any(usage):
+        raise UserError(f"there are {len(usage)} files of usage for {len(models)} models")
+    check_shapes([*([base] if base else []), *models], common_rows=None)
+    return merge_counted(base, models, read_usage(usage, len(layers), number), experts, alpha, moved=moved)
+
+
+def check_chosen(config: Mapping[str, Any], experts: int, constant: str) -> None:
+    """Raises UserError, naming `constant`, where a token is to be sent to more experts than `experts`."""
+    layout = layout_of(config)
+    k = config.get(layout.chosen, 1) if layout.chosen else 1
+    if experts < k:
+        raise UserError(f"a token is sent to {k} experts ({layout.chosen}); {constant} is {experts}")
+
+
+def merge_counted(
+    base: Source | None, models: Sequence[Source], counts: Sequence[torch.Tensor], experts: int, alpha: float = 1.0,
+    rule: str = "paper", by: Sequence[Sequence[float]] | None = None, moved: Callable[[int], object] = lambda _: None,
+) -> Merged:  # fmt: skip
     """One model with `experts` experts a sparse layer out of models of one family.
 
     In each layer the normalised entropies of the models' usage share out the experts (`allocate_experts`); of each model
@@ -64,29 +88,24 @@ def merge(
 
     Args:
         base: gives configuration and tokenizer; None takes the first model's.
-        usage: a file a model (`read_usage`).
-        alpha: see `allocate_experts`.
+        counts: tokens sent to each expert, [sparse layers, n], of each model.
+        alpha, rule, by: see `share_out`.
         moved: called with numbers of tensors of the models that are done with.
 
-    Raises UserError where models, usage or numbers do not fit, or a token is to be sent to more experts than there are.
+    Raises UserError where models or numbers do not fit, or a token is to be sent to more experts than there are.
     """
     template = base or models[0]
     check_shapes([*([base] if base else []), *models], common_rows=None)
     layers, layout = sparse_layers(template.config, template.kinds), layout_of(template.config)
     number = template.config[layout.number]
-    if len(usage) != len(models) and any(usage):
-        raise UserError(f"there are {len(usage)} files of usage for {len(models)} models")
-    counts = read_usage(usage, len(layers), number)
-    k = template.config.get(layout.chosen, 1) if layout.chosen else 1
-    if experts < k:
-        raise UserError(f"a token is sent to {k} experts ({layout.chosen}); --experts is {experts}")
+    check_chosen(template.config, experts, "--experts")
     try:
-        shared = share_out(counts, number, experts, alpha)
+        shared = share_out(counts, number, experts, alpha, rule, by)
     except ValueError as error:
         raise UserError(f"caem: {error}") from error
     allocation, chosen, weights = (shared[name] for name in ("allocation", "experts", "weights"))
 
-    found = Merged(_kinds(template, layers, experts), iter(()), config={layout.number: experts})
+    found = Merged(_kinds(template, layers, experts), iter(()), config={layout.number: experts}, shared=shared)
     for prefix, layer in zip(layers, allocation, strict=True):
         shares = ", ".join(f"{model.folder.name} {a}" for model, a in zip(models, layer, strict=True))
         found.said.append(f"{prefix}: experts from {shares}")
