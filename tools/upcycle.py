@@ -1,10 +1,11 @@
-"""A dense Llama as a mixture of experts, a Mixtral: python tools/upcycle.py DENSE_FOLDER OUT --experts 8
+"""A dense Llama as a mixture of experts: python tools/upcycle.py DENSE_FOLDER OUT --experts 8
 
 Reads   dense: a Hugging Face folder of a Llama without biases. parts: files {layer}.part.{experts}, as
-        HEMoE_moe_construction.py leaves them, one for every layer.
-Writes  out: a Mixtral folder with the dense model's tokenizer. Each expert is the whole FFN, and the logits are the dense
-        model's; with noise, near them. With parts each expert is its share of the neurons, all of one size, and the outputs
-        are other than the dense model's: a Mixtral averages the chosen experts where the dense FFN adds all neurons up.
+        HEMoE_moe_construction.py leaves them, one for every sparse layer.
+Writes  out: a Mixtral folder with the dense model's tokenizer; a Qwen2-MoE where some layers stay dense. Each expert is the
+        whole FFN, and the logits are the dense model's; with noise, near them. With parts each expert is its share of the
+        neurons, all of one size, and the outputs are other than the dense model's: the mixture averages the chosen experts
+        where the dense FFN adds all neurons up.
 Takes   reading the dense model and writing the other. Memory: a tensor and its copy.
 """
 
@@ -12,8 +13,9 @@ from expert_merging.run.constants import run
 
 dense = ""  # folder of a Llama
 out = ""  # the folder to be made
-experts = 8  # in each layer
+experts = 8  # in each sparse layer
 chosen = 2  # experts that a token is sent to
+every = 1  # the last of so many layers gets experts, the others stay dense; 1: all
 noise = 0.0  # standard deviation of what is added to each expert's tensors, over that of the tensor itself
 parts = ""  # folder of a split into experts of one size; "" copies all neurons into each
 
@@ -31,11 +33,10 @@ def main(c):
     if not 0 <= c.noise < float("inf"):
         raise UserError(f"noise is {c.noise}; it must be 0 or more")
     source, out, folder = open_source(Path(c.dense)), Path(c.out), Path(c.parts) if c.parts else None
-    config, split = upcycling.mixtral_config(source, c.experts, c.chosen), None
+    config, split = upcycling.sparse_config(source, c.experts, c.chosen, c.every), None
     if folder:
-        split = upcycling.read_parts(folder, config.num_hidden_layers, config.intermediate_size, c.experts)
-        config.intermediate_size = len(split[0][0])
-    made = upcycling.record(source, c.experts, c.chosen, c.noise, folder, c.seed)
+        split = upcycling.read_parts(folder, upcycling.sparse_layers(config), config.intermediate_size, c.experts)
+    made = upcycling.record(source, c.experts, c.chosen, c.every, c.noise, folder, c.seed)
     if upcycling.is_done(out, made):
         print(f"{out}: there already")
         return
@@ -43,7 +44,8 @@ def main(c):
     with bar(desc="upcycling", total=len(source.kinds), unit=" tensors") as moving:
         kinds, stream = upcycling.tensors(source, config, split, c.noise, c.seed, moving.update)
         upcycling.write(source, config, kinds, stream, made, out)
-    print(f"{out}: {c.experts} experts of {config.intermediate_size} neurons a layer, {c.chosen} chosen")
+    layers = len(upcycling.sparse_layers(config))
+    print(f"{out}: {c.experts} experts of {upcycling.neurons(config)} neurons in {layers} layers, {c.chosen} chosen")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Causal mixtures of experts from disk."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def load_model(path: str | Path, constant: str, dtype: Any = "float32"):
 
     from expert_merging.causal.routers import Routers
 
+    # A shared expert of no neuron (tools/upcycle.py) is meant.
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
     try:
         model, left = AutoModelForCausalLM.from_pretrained(
             folder or path, torch_dtype=getattr(torch, dtype, dtype), output_loading_info=True

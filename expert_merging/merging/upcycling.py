@@ -1,27 +1,31 @@
-"""A dense Llama folder as a Mixtral (tools/upcycle.py): sparse upcycling (arXiv 2212.05055), a tensor at a time.
+"""A dense Llama folder as a mixture of experts (tools/upcycle.py): sparse upcycling (arXiv 2212.05055), a tensor at a time.
 
-Every feed-forward part stands in each expert, behind a fresh router. Mixtral makes the weights of the chosen experts sum to
-1, so equal experts give what the dense part gave, whatever the router says.
+Every feed-forward part stands in each expert, behind a fresh router. The weights of the chosen experts sum to 1, so equal
+experts give what the dense part gave, whatever the router says. With experts in every layer it becomes a Mixtral; where some
+layers stay dense a Qwen2-MoE, which is a Llama but for biases of queries, keys and values (zero here) and an expert that all
+tokens share (of no neuron here).
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json, sha256, write_json
 from expert_merging.core.safetensors_folder import Kind
-from expert_merging.core.safetensors_stream import write_stream
+from expert_merging.core.safetensors_stream import DTYPES, write_stream
 from expert_merging.merging.from_folders import copy_beside_weights
 from expert_merging.merging.model_folders import Source
 
 ROUTER_STD = 0.02
 RECORD = "upcycled.json"  # in the folder made: what of and how
-_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's names; Qwen2-MoE's are Llama's
+Config = Any  # MixtralConfig or Qwen2MoeConfig
 _FFN = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(_PARTS)})\.weight")
 _KEPT = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
@@ -30,12 +34,15 @@ _KEPT = (
 )  # fmt: skip
 
 
-def mixtral_config(dense: Source, experts: int, chosen: int) -> MixtralConfig:
-    """The configuration of the Mixtral that `dense` becomes, its experts as wide as the dense feed-forward parts.
+def sparse_config(dense: Source, experts: int, chosen: int, every: int = 1) -> Config:
+    """The configuration of what `dense` becomes, its experts as wide as the dense feed-forward parts.
+
+    Args:
+        every: the last of so many layers gets experts: of 3 the third, the sixth and so on. 1: all, in a Mixtral.
 
     Raises UserError for what is no Llama or has what Mixtral has not: biases, scaled rotary positions, heads of another
-    width than hidden_size / num_attention_heads; for a layer that lacks its feed-forward part, and for numbers of experts
-    that cannot be.
+    width than hidden_size / num_attention_heads; for a layer that lacks its feed-forward part, and for numbers of experts or
+    layers that cannot be.
     """
     family = dense.config.get("model_type")
     if family != "llama":
@@ -61,41 +68,66 @@ def mixtral_config(dense: Source, experts: int, chosen: int) -> MixtralConfig:
         if name not in dense.kinds or dense.kinds[name].shape != shape:
             found = dense.kinds[name].shape if name in dense.kinds else "absent"
             raise UserError(f"{dense.folder}: {name} is {found}; by config.json it is {shape}")
+    if not 1 <= every <= config.num_hidden_layers:
+        raise UserError(
+            f"every is {every}; of {config.num_hidden_layers} layers it may be 1 to {config.num_hidden_layers}"
+        )
     kept = {name: getattr(config, name) for name in _KEPT}
     kept["rope_theta"] = dense.config.get("rope_theta", rope.get("rope_theta", config.rope_theta))
+    if every > 1:
+        return Qwen2MoeConfig(
+            **kept, intermediate_size=config.intermediate_size, moe_intermediate_size=config.intermediate_size,
+            shared_expert_intermediate_size=0, decoder_sparse_step=every, norm_topk_prob=True, num_experts=experts,
+            num_experts_per_tok=chosen, architectures=["Qwen2MoeForCausalLM"],
+        )  # fmt: skip
     return MixtralConfig(
         **kept, intermediate_size=config.intermediate_size, sliding_window=None, num_local_experts=experts,
         num_experts_per_tok=chosen, architectures=["MixtralForCausalLM"],
     )  # fmt: skip
 
 
-def read_parts(folder: Path, layers: int, neurons: int, experts: int) -> list[list[torch.Tensor]]:
-    """The neurons of each expert of each layer, int64 [size], ascending, from the files `{layer}.part.{experts}`.
+def sparse_layers(config: Config) -> list[int]:
+    """The layers with experts."""
+    step = 1 if isinstance(config, MixtralConfig) else config.decoder_sparse_step
+    return list(range(step - 1, config.num_hidden_layers, step))
+
+
+def neurons(config: Config) -> int:
+    """Of each expert."""
+    return getattr(config, _width_of(config))
+
+
+def _width_of(config: Config) -> str:
+    return "intermediate_size" if isinstance(config, MixtralConfig) else "moe_intermediate_size"
+
+
+def read_parts(folder: Path, layers: Sequence[int], number: int, experts: int) -> dict[int, list[torch.Tensor]]:
+    """The neurons of each expert of each of `layers`, int64 [size], ascending, from the files `{layer}.part.{experts}`.
 
     Line i of a file names the experts of neuron i, with commas between several, as HEMoE_moe_construction.py writes it. A
     neuron may stand in several experts or in none.
 
-    Raises UserError where a file is missing, has another number of lines than `neurons` or names an expert that is none,
-    and where experts are not all of one size, as Mixtral's must be.
+    Raises UserError where a file is missing, has other than `number` lines, one a neuron, or names an expert that is none, and
+    where experts are not all of one size, as Mixtral's must be.
     """
-    found = []
-    for layer in range(layers):
+    found = {}
+    for layer in layers:
         path = folder / f"{layer}.part.{experts}"
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             there = ", ".join(sorted(one.name for one in folder.glob(f"{layer}.part.*"))) or "none"
             raise UserError(f"cannot read {path}; of layer {layer} there is {there}") from error
-        if len(lines) != neurons:
-            raise UserError(f"{path} has {len(lines)} lines; the model has {neurons} neurons a layer")
+        if len(lines) != number:
+            raise UserError(f"{path} has {len(lines)} lines; the model has {number} neurons a layer")
         groups: list[list[int]] = [[] for _ in range(experts)]
         for neuron, line in enumerate(lines):
             for word in filter(None, (word.strip() for word in line.split(","))):
                 if not (word.isascii() and word.isdigit() and int(word) < experts):
                     raise UserError(f"{path}, line {neuron + 1}: {word!r} is not an expert of 0 to {experts - 1}")
                 groups[int(word)].append(neuron)
-        found.append([torch.tensor(group, dtype=torch.int64) for group in groups])
-    sizes = sorted({len(expert) for layer in found for expert in layer})
+        found[layer] = [torch.tensor(group, dtype=torch.int64) for group in groups]
+    sizes = sorted({len(expert) for experts_of in found.values() for expert in experts_of})
     if len(sizes) > 1 or not sizes[0]:
         raise UserError(
             f"{folder}: experts have {sizes[0]} to {sizes[-1]} neurons; in a Mixtral all have one size, above 0"
@@ -104,47 +136,111 @@ def read_parts(folder: Path, layers: int, neurons: int, experts: int) -> list[li
 
 
 def tensors(
-    dense: Source, config: MixtralConfig, parts: Sequence[Sequence[torch.Tensor]] | None, noise: float, seed: int,
+    dense: Source, config: Config, parts: Mapping[int, Sequence[torch.Tensor]] | None, noise: float, seed: int,
     moved: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Kind], Iterator[tuple[str, torch.Tensor]]]:  # fmt: skip
-    """What the Mixtral's tensors are, and these one after the other, in the dense model's dtypes.
+    """What the mixture's tensors are, and these one after the other, in the dense model's dtypes.
 
     Args:
-        parts: neurons of each expert of each layer (`read_parts`); None copies all into each.
+        config: gets the experts' width where there are `parts`.
+        parts: neurons of each expert of each sparse layer (`read_parts`), all of one size; None copies all into each.
         noise: standard deviation of what is added to each expert's tensors, over that of the dense tensor.
         seed: of noise and routers; each tensor has random numbers of its own.
         moved: called whenever a tensor of the dense model has been dealt with.
     """
-    experts, width = config.num_local_experts, config.hidden_size
+    names = _Mixtral if isinstance(config, MixtralConfig) else _Qwen
+    layers, width = sparse_layers(config), config.hidden_size
+    experts = config.num_local_experts if isinstance(config, MixtralConfig) else config.num_experts
+    if parts is not None:
+        setattr(config, _width_of(config), len(parts[layers[0]][0]))
+    width_of_expert = neurons(config)
     kinds: dict[str, Kind] = {}
+    zeros: dict[str, Kind] = {}
+
+    def sparse(name: str) -> re.Match[str] | None:
+        match = _FFN.fullmatch(name)
+        return match if match and int(match[1]) in layers else None
+
     for name, kind in dense.kinds.items():
-        if match := _FFN.fullmatch(name):
-            shape = (width, config.intermediate_size) if match[2] == "down_proj" else (config.intermediate_size, width)
-            kinds |= {_expert(match[1], match[2], e): Kind(kind.dtype, shape) for e in range(experts)}
+        if match := sparse(name):
+            shape = (width, width_of_expert) if match[2] == "down_proj" else (width_of_expert, width)
+            kinds |= {names.expert(match[1], match[2], e): Kind(kind.dtype, shape) for e in range(experts)}
+            zeros |= names.empty(match[1], match[2], Kind(kind.dtype, shape))
             if match[2] == "gate_proj":
-                kinds[_router(match[1])] = Kind(kind.dtype, (experts, width))
+                kinds[names.router(match[1])] = Kind(kind.dtype, (experts, width))
         elif not name.endswith("rotary_emb.inv_freq"):  # of old folders; made anew by the model
             kinds[name] = kind
+            zeros |= names.biases(name, kind)
+    kinds |= zeros
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name in dense.kinds:
-            if match := _FFN.fullmatch(name):
+            if match := sparse(name):
                 tensor = dense.tensors[name]
                 for e in range(experts):
-                    own, target = tensor, _expert(match[1], match[2], e)
+                    own, target = tensor, names.expert(match[1], match[2], e)
                     if parts is not None:
                         own = tensor.index_select(int(match[2] == "down_proj"), parts[int(match[1])][e])
                     if noise:
                         own = (own + noise * tensor.float().std() * _normal(own.shape, seed, target)).to(tensor.dtype)
                     yield target, own
                 if match[2] == "gate_proj":
-                    router = ROUTER_STD * _normal((experts, width), seed, _router(match[1]))
-                    yield _router(match[1]), router.to(tensor.dtype)
+                    router = ROUTER_STD * _normal((experts, width), seed, names.router(match[1]))
+                    yield names.router(match[1]), router.to(tensor.dtype)
             elif name in kinds:
                 yield name, dense.tensors[name]
             moved()
+        for name, kind in zeros.items():
+            yield name, torch.zeros(kind.shape, dtype=DTYPES[kind.dtype])
 
     return kinds, stream()
+
+
+class _Mixtral:
+    """The names of what a Llama has not."""
+
+    @staticmethod
+    def expert(layer: str, part: str, expert: int) -> str:
+        return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{_PARTS[part]}.weight"
+
+    @staticmethod
+    def router(layer: str) -> str:
+        return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+
+    @staticmethod
+    def empty(layer: str, part: str, kind: Kind) -> dict[str, Kind]:
+        """What is nothing but zeros beside the experts."""
+        return {}
+
+    @staticmethod
+    def biases(name: str, kind: Kind) -> dict[str, Kind]:
+        """Likewise, of the dense tensor `name`."""
+        return {}
+
+
+class _Qwen(_Mixtral):
+    @staticmethod
+    def expert(layer: str, part: str, expert: int) -> str:
+        return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+
+    @staticmethod
+    def router(layer: str) -> str:
+        return f"model.layers.{layer}.mlp.gate.weight"
+
+    @staticmethod
+    def empty(layer: str, part: str, kind: Kind) -> dict[str, Kind]:
+        rows, columns = kind.shape
+        shape = (rows, 0) if part == "down_proj" else (0, columns)
+        made = {f"model.layers.{layer}.mlp.shared_expert.{part}.weight": Kind(kind.dtype, shape)}
+        if part == "gate_proj":
+            made[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] = Kind(kind.dtype, (1, columns))
+        return made
+
+    @staticmethod
+    def biases(name: str, kind: Kind) -> dict[str, Kind]:
+        if not re.search(r"self_attn\.[qkv]_proj\.weight$", name):
+            return {}
+        return {name.removesuffix("weight") + "bias": Kind(kind.dtype, kind.shape[:1])}
 
 
 def _ffn_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -153,26 +249,21 @@ def _ffn_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{l}.mlp.{p}.weight": rows[p] for l in range(config.num_hidden_layers) for p in _PARTS}
 
 
-def _expert(layer: str, part: str, expert: int) -> str:
-    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{_PARTS[part]}.weight"
-
-
-def _router(layer: str) -> str:
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
-
-
 def _normal(shape: Sequence[int], seed: int, name: str) -> torch.Tensor:
     """Standard normal numbers, float32, that follow from the seed and the tensor's name alone."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.randn(*shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:6])))
 
 
-def record(dense: Source, experts: int, chosen: int, noise: float, parts: Path | None, seed: int) -> dict:
+def record(
+    dense: Source, experts: int, chosen: int, every: int, noise: float, parts: Path | None, seed: int
+) -> dict:  # fmt: skip
     """What the folder is made of and how, as JSON values."""
     files = sorted(parts.glob(f"*.part.{experts}")) if parts else []
     return {
         "weights_sha256": dense.sha256(), "config_sha256": sha256(dense.folder / "config.json"), "experts": experts,
-        "chosen": chosen, "noise": noise, "seed": seed, "parts_sha256": {path.name: sha256(path) for path in files},
+        "chosen": chosen, **({"every": every} if every > 1 else {}), "noise": noise, "seed": seed,
+        "parts_sha256": {path.name: sha256(path) for path in files},
     }  # fmt: skip
 
 
@@ -187,7 +278,7 @@ def is_done(out: Path, wanted: dict) -> bool:
     return True
 
 
-def write(dense: Source, config: MixtralConfig, kinds: dict[str, Kind], stream, made: dict, out: Path) -> None:
+def write(dense: Source, config: Config, kinds: dict[str, Kind], stream, made: dict, out: Path) -> None:
     """Write the folder `out`: weights, configuration, the dense model's tokenizer, the record `made`; all or nothing."""
     with new_folder(out) as temporary:
         write_stream(stream, kinds, temporary)

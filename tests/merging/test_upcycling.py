@@ -64,6 +64,35 @@ def test_the_logits_are_the_dense_models(tmp_path, tied, chosen):
     assert read_json(tmp_path / "out" / "generation_config.json") == read_json(dense / "generation_config.json")
 
 
+@pytest.mark.parametrize(("every", "sparse"), [(2, {1, 3}), (3, {2})])
+def test_experts_in_some_layers_only(tmp_path, every, sparse):
+    """A Qwen2-MoE with zero biases and a shared expert of no neuron; the other layers stay the dense ones."""
+    dense = dense_folder(tmp_path / "dense", tie_word_embeddings=True, num_hidden_layers=4)
+    made = upcycle(dense, tmp_path / "out", "--experts", 5, "--every", every)
+    model = loaded(tmp_path / "out")
+    assert type(model).__name__ == "Qwen2MoeForCausalLM" and model.config.num_experts_per_tok == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, loaded(dense)(IDS).logits, rtol=0, atol=1e-4)
+    assert {int(n.split(".")[2]) for n in made if n.endswith("mlp.gate.weight")} == sparse
+    own = SafetensorsFolder(dense)
+    assert all(torch.equal(made[name], own[name]) for name in own if name in made)
+    assert {n for n in own if n not in made} == {
+        f"model.layers.{l}.mlp.{part}.weight" for l in sparse for part in FFN.values()
+    }
+    assert sum(p.numel() for n, p in model.named_parameters() if "shared_expert." in n) == 0
+
+
+def test_a_split_of_some_layers(tmp_path):
+    write_parts(tmp_path / "parts", [[0, 1, 2, 3] * 8] * 2, 4)
+    (tmp_path / "parts" / "0.part.4").unlink()  # of a layer that stays dense
+    dense = dense_folder(tmp_path / "dense")
+    made = upcycle(dense, tmp_path / "out", "--experts", 4, "--every", 2, "--parts", tmp_path / "parts")
+    assert made["model.layers.1.mlp.experts.3.down_proj.weight"].shape == (16, 8)
+    model = loaded(tmp_path / "out")
+    assert model.config.moe_intermediate_size == 8 and model.config.intermediate_size == 32
+    assert model(IDS).logits.isfinite().all()
+
+
 def test_what_config_leaves_out_is_llamas_default(tmp_path):
     """Mixtral's own are others: 8 key heads, rope_theta 1e6, rms_norm_eps 1e-5."""
     dense = dense_folder(tmp_path / "dense", rope_theta=10000.0, rms_norm_eps=1e-6, num_key_value_heads=4)
@@ -190,6 +219,8 @@ def test_splits_that_make_no_mixtral(tmp_path, lines, said):
         ({"quantization_config": {}}, (), "holds quantised weights"),
         ({}, ("--chosen", 9), "sent to chosen 9 of experts 8; it must be 1 to 8"),
         ({}, ("--chosen", 0), "it must be 1 to 8"),
+        ({}, ("--every", 0), "every is 0; of 2 layers it may be 1 to 2"),
+        ({}, ("--every", 3), "every is 3; of 2 layers it may be 1 to 2"),
         ({}, ("--noise", -1), "noise is -1.0; it must be 0 or more"),
         ({}, ("--noise", "nan"), "noise is nan; it must be 0 or more"),
         ({}, ("--dense", "nowhere"), "there is no folder nowhere"),
