@@ -1,12 +1,13 @@
 """6a  A dense model against the same with several experts, as a vanilla MoE and as MEO: score, FLOPs, time, memory.
 
-Reads   MODEL_PATH, or for the docstring tasks a small model that is pre-trained here first; the task's data from the hub,
-        from GLUE_PATH, WIKITEXT_PATH, SQUAD_PATH, XSUM_PATH, or from the docstrings of the installed packages.
+Reads   MODEL_PATH, or for the docstring tasks a small model that is pre-trained here first; the task's data from
+        TASKS_PATH/{task}/{train,validation,test}.jsonl, lines {"text", "label"} and for pairs "text2"; or from the hub,
+        GLUE_PATH, WIKITEXT_PATH, SQUAD_PATH, XSUM_PATH; or from the docstrings of the installed packages.
 Writes  MEO_DIR/{family}_{task}/seed{seed}/{variant}.json, a record a run, and from these the table and the figures in
-        MEO_DIR/{family}_{task}/report; of several tasks the table of their scores and average in MEO_DIR/{family}_{a+b+c}.
-        MEO_DIR/bases/{family}, the small pre-trained model.
-Takes   at tiny about half a minute a run on one CPU core, and pre-training three minutes. Interrupted, it goes on; what
-        has been run is not run again.
+        MEO_DIR/{family}_{task}/report; of several tasks the same of all together, with intervals and the claims' verdicts, in
+        MEO_DIR/{family}_{a+b+c}. MEO_DIR/bases/{family}, the small pre-trained model.
+Takes   at tiny about half a minute a run on one CPU core, and pre-training three minutes; at real (MiniLM on four tasks, 120
+        runs) some three hours of one core. Interrupted, it goes on; what has been run is not run again.
 
 GLUE's and SQuAD's test answers are not public: their published validation split is the test here, and the epoch is chosen on
 a tenth of the training set, held out (of SQuAD whole passages). Inputs longer than input_length lose their end.
@@ -16,25 +17,33 @@ from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 family = "bert"  # bert | gpt2 | t5 | bart
-tasks = by_scale(  # GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa, doc_summary
-    paper=("sst2",), night=("doc_topic",), tiny=("doc_topic",)
-)  # one or several, of several also the average
+tasks = by_scale(  # folders in TASKS_PATH; GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa,
+    paper=("sst2",), night=("doc_topic",), tiny=("doc_topic",), real=("sst2", "mrpc", "trec", "subj")
+)  # doc_summary; one or several, of several also the average
 n = by_scale(paper=0, night=8, tiny=8)  # experts in place of each FFN linear; 0 takes the task's own: GLUE's 16, else 8
 ks = by_scale(
-    paper=(0,), night=(1, 2, 4), tiny=(1, 2, 4)
+    paper=(0,), night=(1, 2, 4), tiny=(1, 2, 4), real=(2, 4)
 )  # of them active; 0: the task's own, GLUE's 12, SQuAD's 8, else 2
 levels = by_scale(  # task | sequence | token: what shares a gate (for gpt2 task, token); own: the task's, GLUE's task
     paper=("own",), night=("sequence", "token"), tiny=("sequence", "token")
 )  # and WikiText's, else sequence
 seeds = (0, 1, 2)
-MODEL_PATH = ""  # hub name or folder, for all tasks; nothing takes the task's own (expert_merging/meo/recipes.py)
+MODEL_PATH = by_scale(
+    paper="", night="", tiny="", real="models/minilm-l6"
+)  # hub name or folder, for all tasks; nothing takes the task's own (expert_merging/meo/recipes.py)
+TASKS_PATH = ""  # folder with a folder a task
 GLUE_PATH = "nyu-mll/glue"  # hub name, or a folder with a folder a task: train and validation as .jsonl, .csv, .parquet
 WIKITEXT_PATH = "Salesforce/wikitext"  # hub name, or a folder with wikitext-2-raw-v1/: train, validation, test
 MEO_DIR = "{RUN_DIR}/meo"
-learning_rate = 0.0  # at the start; 0 takes the task's own, as for the next three
-epochs = 0  # the best on validation is kept
+learning_rate = (0.0,)  # at the start; 0 takes the task's own. Of several the best on validation counts, run by run
+epochs = 0  # the best on validation is kept; 0 takes the task's own, as for the next two
 train_batch = 0  # sequences a step
 input_length = 0  # tokens; longer inputs are cut
+
+# of a task in TASKS_PATH, 0 takes all
+task_train = 320  # training examples that each seed draws for itself
+task_validation = 200  # that choose the epoch, the same for all
+task_test = 600  # the same for all
 
 # the small models of the docstring tasks, and their pre-training
 d_model = by_scale(paper=128, night=256, tiny=64)
@@ -45,6 +54,8 @@ pretraining_steps = by_scale(paper=1500, night=20000, tiny=1500)
 pretraining_batch = by_scale(paper=32, night=128, tiny=32)  # blocks a step
 pretraining_length = 64  # tokens a block
 pretraining_lr = 3e-3  # peak
+
+publish = False  # of several tasks: copy records, tables and figures to results/meo/{scale}
 
 
 def main(c):
@@ -60,6 +71,8 @@ def main(c):
     from expert_merging.run.devices import make_accelerator
 
     logging.set_verbosity_error()  # it would say of every model that its head is new
+    if c.publish:
+        report.check_publishing(c)
     raw = comparison.check(c, jobs)
     accelerator = make_accelerator(c)
 
@@ -73,7 +86,7 @@ def main(c):
         for folder in folders.values():
             print(report.write_finetuning(report.records_of(folder), folder / "report"))
         if len(folders) > 1:
-            print(report.write_average(folders, Path(c.MEO_DIR) / f"{c.family}_{'+'.join(folders)}"))
+            print(report.write_together(c, folders))
 
 
 if __name__ == "__main__":

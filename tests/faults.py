@@ -129,10 +129,10 @@ CASES = {
     ),
     "meo": Case(
         "neighbours/MEO_finetune.py",
-        ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--tasks", "rte", "--GLUE_PATH", "{world}/glue", "--seeds", "0",
-         "--n", "3", "--ks", "2", "--levels", "sequence", "--epochs", "2", "--train_batch", "4", "--input_length", "24",
-         "--learning_rate", "0.01"],
-        ignored=("meo/bert_rte/report",),  # it shows times
+        ["--MODEL_PATH", "{world}/bert", "--family", "bert", "--tasks", "rte", "mrpc", "--GLUE_PATH", "{world}/glue",
+         "--seeds", "0", "--n", "3", "--ks", "2", "--levels", "sequence", "--epochs", "2", "--train_batch", "4",
+         "--input_length", "24", "--learning_rate", "0.01"],
+        ignored=("meo/bert_rte/report", "meo/bert_mrpc/report", "meo/bert_rte+mrpc"),  # they show times
     ),
     "hemoe": Case(
         "neighbours/HEMoE_moe_construction.py",
@@ -452,11 +452,13 @@ def add_other_models(folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder / "bert")
     texts = sentences(40)
-    (folder / "glue" / "rte").mkdir(parents=True)
+    for task in ("rte", "mrpc"):
+        (folder / "glue" / task).mkdir(parents=True)
     for split, part in (("train", texts[:24]), ("validation", texts[24:])):
         rows = [{"sentence1": text, "sentence2": text[::-1], "label": i % 2} for i, text in enumerate(part)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "glue" / "rte" / f"{split}.jsonl").write_text(lines)
+        for task in ("rte", "mrpc"):
+            (folder / "glue" / task / f"{split}.jsonl").write_text(lines)
 
     write_clip_place(folder / "clip")
 

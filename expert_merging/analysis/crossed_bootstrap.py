@@ -136,12 +136,17 @@ def interval(found: Contrast, level: float = 0.95) -> tuple[float, float]:
     drawn = float(found.draws.var())
     if drawn == 0:
         return found.mean, found.mean
-    seeds, (of_seeds, of_examples, noise) = len(found.by_seed), _variances(found)
-    variance = max(of_seeds + of_examples - noise, of_seeds, of_examples)
-    freedom = (of_seeds + of_examples) ** 2 / (of_seeds**2 / (seeds - 1)) if of_seeds else np.inf
+    variance, freedom = _spread(found)
     wider = t.ppf((1 + level) / 2, freedom) / norm.ppf((1 + level) / 2) * (variance / drawn) ** 0.5
     low, high = found.mean + wider * (np.quantile(found.draws, [(1 - level) / 2, (1 + level) / 2]) - found.mean)
     return float(low), float(high)
+
+
+def _spread(found: Contrast) -> tuple[float, float]:
+    """Of the mean difference: its variance, and the degrees of freedom that this is known with (Satterthwaite)."""
+    of_seeds, of_examples, noise = _variances(found)
+    freedom = (of_seeds + of_examples) ** 2 / (of_seeds**2 / (len(found.by_seed) - 1)) if of_seeds else np.inf
+    return max(of_seeds + of_examples - noise, of_seeds, of_examples), freedom
 
 
 def _variances(found: Contrast) -> tuple[float, float, float]:
@@ -150,6 +155,27 @@ def _variances(found: Contrast) -> tuple[float, float, float]:
     of_seeds = float(found.by_seed.var(ddof=1)) / seeds
     of_examples = float(found.example_draws.mean(1).var())
     return of_seeds, of_examples, max(0.0, (float(found.example_draws.var(0).mean()) - of_examples) / (seeds - 1))
+
+
+def interval_p(found: Contrast) -> float:
+    """Two-sided p of no difference, by the t distribution behind `interval`: for so few seeds that no flips of signs could
+    tell."""
+    return min(1.0, 2 * _beyond(found, abs(found.mean)))
+
+
+def equivalence_p(found: Contrast, margin: float) -> float:
+    """The larger p of two one-sided tests of a difference of `margin` or more, up or down (Schuirmann, 1987)."""
+    return _beyond(found, margin - abs(found.mean))
+
+
+def _beyond(found: Contrast, distance: float) -> float:
+    """The chance of an estimate that lies `distance` or more, in one direction, from the truth."""
+    from scipy.stats import t
+
+    variance, freedom = _spread(found)
+    if variance == 0:
+        return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
+    return float(t.sf(distance / variance**0.5, freedom))
 
 
 def sign_flip_p(by_seed: np.ndarray) -> float:
@@ -201,17 +227,32 @@ def _signs(seeds: int, random: np.random.Generator) -> np.ndarray:
     return 1.0 - 2 * (np.arange(2**seeds)[:, None] >> np.arange(seeds) & 1)
 
 
-def seeds_needed(found: Contrast, family: int = 1, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """About how many seeds would tell the difference that was found with this power, by normal quantiles; None where no
-    number would, since the test examples alone leave more doubt."""
+def seeds_needed(
+    found: Contrast, family: int = 1, alpha: float = 0.05, power: float = 0.8, *, distance: float | None = None,
+    flips: bool = True,
+) -> int | None:  # fmt: skip
+    """
+    About how many seeds would tell the difference that was found with this power, by normal quantiles; None where no number
+    would, since the test examples alone leave more doubt.
+
+    Args:
+        distance: what is to be told in place of the difference: for equivalence the margin less its size.
+        flips: whether by `sign_flip_p`, which so many seeds must be able to bring below alpha / family.
+    """
     from scipy.stats import norm
 
     of_seeds, of_examples, noise = _variances(found)
-    told = (found.mean / (norm.ppf(1 - alpha / family / 2) + norm.ppf(power))) ** 2 - max(0.0, of_examples - noise)
+    distance = abs(found.mean) if distance is None else max(0.0, distance)
+    told = (distance / (norm.ppf(1 - alpha / family / 2) + norm.ppf(power))) ** 2 - max(0.0, of_examples - noise)
     if told <= 0:
         return None
-    least = int(np.floor(np.log2(2 * family / alpha))) + 1  # below which no p is small enough
+    least = int(np.floor(np.log2(2 * family / alpha))) + 1 if flips else 2
     return max(least, int(np.ceil(of_seeds * len(found.by_seed) / told)))
+
+
+def undecided(seeds: int | None) -> str:
+    """The verdict that nothing can be told, with what would (`seeds_needed`)."""
+    return f"{UNKNOWN} ({f'some {seeds} seeds would' if seeds else 'more seeds would not, more examples might'})"
 
 
 def holm(ps: Sequence[float]) -> list[float]:

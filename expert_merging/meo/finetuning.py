@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from expert_merging import meo
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
 from expert_merging.core.hub import first_line
 from expert_merging.data.batches import epoch_examples, length_grouped
+from expert_merging.data.scores import pack
+from expert_merging.meo import cost
 from expert_merging.meo.bases import mask_tokens
 from expert_merging.meo.recipes import Recipe, classification_scores
 from expert_merging.run import results
@@ -167,8 +167,9 @@ def collate(
 @torch.no_grad()
 def evaluate(
     model, rows: list[dict], tokenizer, family: str, recipe: Recipe, c: SimpleNamespace, device
-) -> dict[str, float]:
-    """Scores (0..100, or the perplexity) with "loss", the mean cross-entropy: an example, or a target token."""
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """(scores, 0..100 or the perplexity, with "loss", the mean cross-entropy: an example, or a target token; where the main
+    score is accuracy, that of each row, 0 or 100)."""
     model.eval()
     total, count, outputs = 0.0, 0, []
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), i))
@@ -190,11 +191,14 @@ def evaluate(
             outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
     loss = total / count
     if recipe.kind == "language modelling":
-        return {"perplexity": math.exp(loss), "loss": loss}
+        return {"perplexity": math.exp(loss), "loss": loss}, None
     if recipe.kind == "classification":
-        labels = np.array([rows[i]["label"] for i in order])
-        return {**classification_scores(np.concatenate(outputs), labels, recipe.main_score), "loss": loss}
-    return {**_text_scores(recipe, outputs, [rows[i]["references"] for i in order]), "loss": loss}
+        labels, logits = np.array([rows[i]["label"] for i in order]), np.concatenate(outputs)
+        each = np.empty(len(rows))
+        each[order] = 100.0 * (logits.argmax(-1) == labels)
+        scores = classification_scores(logits, labels, recipe.main_score)
+        return {**scores, "loss": loss}, each if recipe.main_score == "accuracy" else None
+    return {**_text_scores(recipe, outputs, [rows[i]["references"] for i in order]), "loss": loss}, None
 
 
 def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -223,7 +227,7 @@ def run_variant(
         checkpoints.release(work)
     accelerator.wait_for_everyone()
     score = record["scores"]["test"][recipe.main_score]
-    accelerator.print(f"seed {identity['seed']}, {variant.name}: {recipe.main_score} {score:.2f}")
+    accelerator.print(f"{task}, seed {identity['seed']}, {variant.name}: {recipe.main_score} {score:.2f}")
 
 
 def train_variant(
@@ -265,12 +269,12 @@ def train_variant(
         log.add(step, loss)
         return loss * weight, len(mine)
 
-    def test(split: str) -> dict[str, float]:
+    def test(split: str) -> tuple[dict[str, float], np.ndarray | None]:
         bare = accelerator.unwrap_model(model)
         return evaluate(bare, rows[split], tokenizer, family, recipe, c, accelerator.device)
 
     def after_epoch(epoch: int) -> dict[str, Any]:
-        scores = test("validation")
+        scores, _ = test("validation")
         value = scores[recipe.main_score]
         return {"selection": -value if recipe.main_score == "perplexity" else value, "scores": scores}
 
@@ -278,24 +282,41 @@ def train_variant(
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     history = loop.train(
-        accelerator, model, torch.optim.AdamW(groups, lr=recipe.lr), num_epochs=recipe.epochs, steps_of=steps_of,
+        accelerator, model, torch.optim.AdamW(groups, lr=recipe.lr, fused=True), num_epochs=recipe.epochs, steps_of=steps_of,
         loss_of=loss_of, after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0,
-        schedule=lambda epoch, step: 1 - (epoch * per_epoch + step) / total, label=f"{variant.name}, seed {seed}:",
+        schedule=lambda epoch, step: 1 - (epoch * per_epoch + step) / total, label=f"{task}, {variant.name}, seed {seed}:",
+        each_epoch=False,  # eight times as many weights in experts as are used: a checkpoint can take longer than an epoch
     )  # fmt: skip
 
     best = checkpoints.best_folder(work, history)
     _load_weights(model, best)
-    scores = {"validation": history[checkpoints.best_epoch(history)]["scores"], "test": test("test")}
+    tested, each = test("test")
+    scores = {"validation": history[checkpoints.best_epoch(history)]["scores"], "test": tested}
     losses, seconds = log.read()
-    cost = measure(accelerator.unwrap_model(model), train, tokenizer, family, recipe, accelerator.device)
+    costs = measure(accelerator.unwrap_model(model), train, tokenizer, family, recipe, accelerator.device)
     accelerator.free_memory()
     return {
         "variant": {**asdict(variant), "name": variant.name}, "family": family, "task": task, "seed": seed,
         "kind": recipe.kind, "main_score": recipe.main_score, "scores": scores,
-        "best_epoch": checkpoints.best_epoch(history) + 1,
+        **({} if each is None else {"test_each": pack(each.tolist())}), "best_epoch": checkpoints.best_epoch(history) + 1,
         "history": [{"scores": e["scores"], "train_loss": e["train_loss"]} for e in history],
         "step_losses": losses, "step_seconds": statistics.median(seconds) if seconds else None,
-        "device": accelerator.device.type, "threads": torch.get_num_threads(), **cost,
+        "device": accelerator.device.type, "threads": torch.get_num_threads(), **costs,
+    }  # fmt: skip
+
+
+def measure(model, train: list[dict], tokenizer, family: str, recipe: Recipe, device) -> dict[str, Any]:
+    """{"flops": of one sequence of `length` tokens (of a seq2seq also its target), "flops_length", "parameters", "kept_bytes":
+    of a batch of the first rows}, as meo/cost.py counts them."""
+    rng = np.random.default_rng(0)
+    one = {**train[0], "input_ids": np.resize(train[0]["input_ids"], recipe.length)}
+    if "labels" in one:
+        one["labels"] = np.resize(one["labels"], recipe.target_length)
+    batches = (collate(rows, tokenizer, family, recipe, rng) for rows in ([one], train[: recipe.batch_size]))
+    counted, batch = ({name: tensor.to(device) for name, tensor in own.items()} for own in batches)
+    return {
+        "flops": cost.flops(model, counted), "flops_length": recipe.length,
+        "parameters": sum(p.numel() for p in model.parameters()), "kept_bytes": cost.kept_bytes(model, batch),
     }  # fmt: skip
 
 
@@ -340,50 +361,3 @@ class _Log:
                 lines[step] = loss, seconds
         kept = [lines[step] for step in sorted(lines)]
         return [loss for loss, _ in kept], [seconds for _, seconds in kept if seconds is not None]
-
-
-# ---------------------------------------------------------------- cost
-
-
-def measure(model, train: list[dict], tokenizer, family: str, recipe: Recipe, device) -> dict[str, Any]:
-    """What a variant costs, without a clock.
-
-    {"flops": of a forward pass of one sequence of `length` tokens (of a seq2seq also its target), 2 a multiplication and
-    addition, as torch.utils.flop_counter sees them; "flops_length"; "parameters"; "kept_bytes": what a training pass of one
-    batch of the first rows keeps for its backward pass, weights aside}
-    """
-    rng = np.random.default_rng(0)
-    ids = np.resize(train[0]["input_ids"], recipe.length)
-    one = {**train[0], "input_ids": ids}
-    if "labels" in one:
-        one["labels"] = np.resize(one["labels"], recipe.target_length)
-    counted = collate([one], tokenizer, family, recipe, rng)
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**{name: tensor.to(device) for name, tensor in counted.items()})
-    batch = collate(train[: recipe.batch_size], tokenizer, family, recipe, rng)
-    with _kept_for_backward(model) as kept:
-        model.train()(**{name: tensor.to(device) for name, tensor in batch.items()})
-    return {
-        "flops": counter.get_total_flops(), "flops_length": recipe.length,
-        "parameters": sum(p.numel() for p in model.parameters()), "kept_bytes": sum(kept.values()),
-    }  # fmt: skip
-
-
-@contextmanager
-def _kept_for_backward(model):
-    """{address: bytes} of the storages that autograd keeps inside the block, but for the model's own."""
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    alive = []  # an address must not be given out again meanwhile
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor.detach())
-        return tensor.detach()  # the tensor itself would hold the graph that holds it, for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
-    alive.clear()

@@ -16,6 +16,9 @@ from expert_merging.meo.gate import Routing, without_autocast
 # Bytes of experts and merged weights in work at a time: on a CPU what stays in its cache, else what is little memory.
 TILE_BYTES = {"cpu": 32 << 20}
 OTHER_TILE_BYTES = 512 << 20
+# Experts for one that is active, from which on each row's own are gathered: copying one takes as long as some nine
+# multiplications a number (on a CPU; n = 8, 16 and 32, k = 2, 2 to 32 rows).
+GATHER_ABOVE = 8
 
 
 def merge(stack: Tensor, gates: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def mix_weights(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
         x = x.to(torch.get_autocast_dtype(x.device.type))
     n, k = len(weight), routing.experts.shape[1]
     # Few of many experts: gather the rows' own k. Else one product with all n, which reads each only once for all rows.
-    gathered = routing.experts if 2 * k < n or len(x) == 1 and k < n else None
+    gathered = routing.experts if GATHER_ABOVE * k < n or len(x) == 1 and k < n else None
     with without_autocast(x):
         y = _MergedLinear.apply(x, weight, routing.gates, gathered)
         if bias is not None:

@@ -12,8 +12,9 @@ import numpy as np
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import local_folder, offline_if_unreachable
+from expert_merging.data import text_tasks
+from expert_merging.data.text_tasks import SPLITS
 
-SPLITS = ("train", "validation", "test")
 KINDS = {  # what a family does here
     "bert": ("classification", "language modelling"),
     "gpt2": ("language modelling",),
@@ -100,17 +101,30 @@ RECIPES = {
         generation={"num_beams": 3, "no_repeat_ngram_size": 3}, description="Summarise the text in one sentence.",
     ),
 }  # fmt: skip
+# Of a task in TASKS_PATH: the released rate, 1e-5, and its ten epochs belong to training sets a hundred times as large.
+FOLDER_TASK = Recipe(
+    "classification", "", "accuracy", lr=2e-4, epochs=3, weight_decay=0.1, length=64,
+    description="To which class does the text belong?",
+)  # fmt: skip
 
 
-def chosen(c: SimpleNamespace, task: str) -> Recipe:
-    """The recipe of a task with the constants that are not 0 in place of its own. Raises UserError for what cannot be."""
-    recipe = recipe_of(task, c.family)
-    own = {"lr": c.learning_rate, "epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
-    if negative := [name for name, value in own.items() if value < 0]:
-        raise UserError(f"the {negative[0]} given is {own[negative[0]]}; it must be above 0, or 0 for the task's own")
+def chosen(c: SimpleNamespace, task: str) -> list[Recipe]:
+    """The recipe of a task with the constants that are not 0 in place of its own, one for each learning rate. Raises
+    UserError for what cannot be."""
+    recipe = recipe_of(c, task)
+    own = {"epochs": c.epochs, "batch_size": c.train_batch, "length": c.input_length}
+    given = {**own, "learning rate": min(c.learning_rate)}
+    if negative := [name for name, value in given.items() if value < 0]:
+        raise UserError(f"the {negative[0]} given is {given[negative[0]]}; it must be above 0, or 0 for the task's own")
     if not c.seeds:
         raise UserError("seeds is empty; give one at least")
-    return replace(recipe, **{name: value for name, value in own.items() if value})
+    recipe = replace(recipe, **{name: value for name, value in own.items() if value})
+    return [replace(recipe, lr=lr or recipe.lr) for lr in dict.fromkeys(c.learning_rate)]
+
+
+def in_folder(c: SimpleNamespace, task: str) -> bool:
+    """Whether the task is one of TASKS_PATH; the docstring tasks stay what they are."""
+    return bool(c.TASKS_PATH) and not task.startswith("doc_")
 
 
 def published_model(c: SimpleNamespace, recipe: Recipe) -> str:
@@ -122,16 +136,17 @@ def published_model(c: SimpleNamespace, recipe: Recipe) -> str:
     return path
 
 
-def recipe_of(task: str, family: str) -> Recipe:
+def recipe_of(c: SimpleNamespace, task: str) -> Recipe:
     """Raises UserError for an unknown task or family, or a task that the family does not do."""
-    if family not in KINDS:
-        raise UserError(f"family is {family!r}; it must be one of {', '.join(KINDS)}")
-    if task not in RECIPES:
-        raise UserError(f"there is no task {task!r}; there are: {', '.join(RECIPES)}")
-    if RECIPES[task].kind not in KINDS[family]:
-        fits = [name for name, one in RECIPES.items() if one.kind in KINDS[family]]
-        raise UserError(f"{task} is {RECIPES[task].kind}, which {family} does not do here; it does: {', '.join(fits)}")
-    return RECIPES[task]
+    if c.family not in KINDS:
+        raise UserError(f"family is {c.family!r}; it must be one of {', '.join(KINDS)}")
+    if not in_folder(c, task) and task not in RECIPES:
+        raise UserError(f"there is no task {task!r}; there are: {', '.join(RECIPES)}, and those in TASKS_PATH")
+    recipe = FOLDER_TASK if in_folder(c, task) else RECIPES[task]
+    if recipe.kind not in KINDS[c.family]:
+        fits = [name for name, one in RECIPES.items() if one.kind in KINDS[c.family]]
+        raise UserError(f"{task} is {recipe.kind}, which {c.family} does not do here; it does: {', '.join(fits)}")
+    return recipe
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
@@ -143,13 +158,16 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_raw(task: str, c: SimpleNamespace) -> Mapping[str, Sequence[dict]]:
-    """Raw examples of each split, no more of them than `{split}_examples` (0: all).
+    """Raw examples of each split, no more of them than `{split}_examples` (0: all); of a task in TASKS_PATH all of training,
+    of which each seed draws its own, and of the others no more than `task_{split}`.
 
     Where the published test split has no answers (GLUE, SQuAD) the published validation split is the test, and what chooses
     the epoch is held out of training.
 
     Raises UserError where they are neither on the hub nor in the folder that the task's constant names.
     """
+    if in_folder(c, task):
+        return _from_folder(task, c)
     if task.startswith("doc_"):
         return _embedded(task, c)
     if task in ("squad", "xsum"):
@@ -165,6 +183,28 @@ def load_raw(task: str, c: SimpleNamespace) -> Mapping[str, Sequence[dict]]:
     if task == "squad":
         raw = _with_held_out(raw, "SQUAD_PATH", together="context")
     return {split: _first(raw[split], getattr(c, f"{split}_examples")) for split in SPLITS}
+
+
+def _from_folder(task: str, c: SimpleNamespace) -> dict[str, list[dict]]:
+    folder = Path(c.TASKS_PATH).expanduser()
+    if not (folder / task).is_dir():
+        there = sorted(path.name for path in folder.glob("*") if (path / "train.jsonl").is_file())
+        raise UserError(f"TASKS_PATH: there is no folder {folder / task}; tasks there: {', '.join(there) or 'none'}")
+    found = text_tasks.read(folder / task)
+    limits = {"train": 0, "validation": c.task_validation, "test": c.task_test}
+    rows = {split: found.sample(split, most) for split, most in limits.items()}
+    left_out = {"text2"} if found.rows["train"][0].text2 is None else set()
+    return {
+        split: [{name: value for name, value in row._asdict().items() if name not in left_out} for row in of_split]
+        for split, of_split in rows.items()
+    }
+
+
+def drawn(rows: list[dict], number: int, seed: int) -> list[dict]:
+    """`number` of the training rows, drawn anew by each seed; all of them, as they are, for 0 or too few."""
+    if not 0 < number < len(rows):
+        return rows
+    return [rows[i] for i in np.random.default_rng([seed, 17]).permutation(len(rows))[:number]]
 
 
 def _with_held_out(raw: Mapping[str, Any], constant: str, together: str = "") -> dict[str, Any]:
@@ -273,9 +313,9 @@ def rows_of(
         return {split: own for split, (own, _) in pairs.items()}, {"cut": {split: n for split, (_, n) in pairs.items()}}
     texts: tuple[str, ...]
     label_of: Callable[[Any], float]
-    if task == "doc_topic":
+    if not recipe.columns:
         names = sorted({e["label"] for e in raw["train"]})
-        texts, label_of = ("text",), names.index
+        texts, label_of = ("text", "text2") if "text2" in raw["train"][0] else ("text",), names.index
     else:
         names = [] if task == "stsb" else sorted({e["label"] for e in raw["train"]})
         texts, label_of = recipe.columns, float if task == "stsb" else int

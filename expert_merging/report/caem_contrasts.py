@@ -120,5 +120,4 @@ def _verdict(found: bootstrap.Contrast, p: float, margin: float, family: int) ->
     said = bootstrap.verdict(found, p, margin)
     if said != bootstrap.UNKNOWN:
         return said
-    seeds = bootstrap.seeds_needed(found, family) if found.mean else None
-    return f"{said} ({f'some {seeds} seeds would' if seeds else 'more seeds would not, more examples might'})"
+    return bootstrap.undecided(bootstrap.seeds_needed(found, family) if found.mean else None)

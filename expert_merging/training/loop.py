@@ -42,6 +42,7 @@ def train(
     schedule: Callable[[int, int], float] | None = None,
     micro_batches: MicroBatches | None = None,
     label: str = "",
+    each_epoch: bool = True,
 ) -> list[dict[str, Any]]:
     """Train `model` in place; the weights of the best epoch end up in `best_folder(folder, history)`.
 
@@ -51,6 +52,8 @@ def train(
             Where a pass has a `task`, a loss that is no number names it.
         after_epoch: epoch -> what to note in the history; its "selection" (higher is better) chooses the best epoch.
         schedule: (epoch, step) -> factor on the optimizer's learning rate; None keeps it constant.
+        each_epoch: a checkpoint after every epoch too, before and after its evaluation; without, only every
+            `checkpoint_minutes`, for runs whose checkpoints would take as long as their epochs.
         micro_batches: cuts passes that do not fit in memory; a step's loss and examples stay the same. None, or several
             processes (which would wait for one another): a pass that does not fit ends the run.
 
@@ -70,6 +73,7 @@ def train(
     if there := checkpoints.whole_checkpoints(folder):
         progress = checkpoints.load_newest(accelerator, model, optimizer, there)
 
+    saved = time.monotonic()
     while progress["epoch"] < num_epochs:
         epoch, steps = progress["epoch"], steps_of(progress["epoch"])
         bar = progress_bar(
@@ -77,7 +81,7 @@ def train(
             disable=not accelerator.is_main_process,
         )  # fmt: skip
         model.train()
-        started = saved = time.monotonic()
+        started = time.monotonic()
         seconds_before, examples_seen = progress["seconds"], 0
         for number in range(progress["step"], len(steps)):
             if schedule is not None:
@@ -102,7 +106,7 @@ def train(
             )
             bar.update()
             # The checkpoint after the last step spares the evaluation that follows from being paid with a whole epoch.
-            if number + 1 == len(steps) or now - saved > 60 * checkpoint_minutes:
+            if (each_epoch and number + 1 == len(steps)) or now - saved > 60 * checkpoint_minutes:
                 if not sharding.all_finite(accelerator, model):
                     said = f"{label}: a weight became infinite or no number at {where} or in the steps before it"
                     raise UserError(f"{said}; {_REMEDY.format(folder=folder)}")
@@ -123,7 +127,9 @@ def train(
         progress = {
             "epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [*progress["history"], record],
         }  # fmt: skip
-        checkpoints.save(accelerator, model, optimizer, folder, progress)
+        if each_epoch or time.monotonic() - saved > 60 * checkpoint_minutes:
+            checkpoints.save(accelerator, model, optimizer, folder, progress)
+            saved = time.monotonic()
     return progress["history"]
 
 

@@ -217,7 +217,7 @@ def test_several_tasks_are_one_command_with_their_average(folder, capsys):
     found = {task: records(folder, "several", f"bert_{task}") for task in ("rte", "mrpc")}
     assert all(set(own) == {"dense", "block", "moe_sequence_k2", "meo_sequence_k2"} for own in found.values())
     place = folder / "several" / "meo"
-    with (place / "bert_rte+mrpc" / "bert_average.csv").open() as file:
+    with (place / "bert_rte+mrpc" / "tables" / "bert_average.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     averages = []
     for seed in (0, 1):
@@ -226,7 +226,7 @@ def test_several_tasks_are_one_command_with_their_average(folder, capsys):
         assert scores[0] != scores[1]
         averages.append(sum(scores) / 2)
     assert [float(v) for v in rows["MEO sequence k=2"]["average by seed"].split()] == pytest.approx(averages)
-    assert "MEO: bert on rte, mrpc" in capsys.readouterr().out
+    assert "MEO: bert on mrpc, rte" in capsys.readouterr().out
     with pytest.raises(UserError, match="squad is seq2seq, which bert does not do"):
         call_main("neighbours/MEO_finetune.py", words(folder, "several", "bert", "rte squad"))
 
@@ -250,8 +250,9 @@ def test_a_long_context_loses_its_end_and_is_counted(folder):
     assert rows["test"][0]["references"] == ["a striker"]  # it counts as not found
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(done, folder, monkeypatch):
-    """Stopped in the middle of an epoch, after a checkpoint."""
+@pytest.mark.parametrize("minutes", [0, 5])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(done, folder, monkeypatch, minutes):
+    """Stopped in the middle of the second epoch, after a checkpoint or before there is any."""
     from expert_merging.meo import finetuning
 
     found, _ = done
@@ -263,13 +264,15 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(done, folder, monkeypatch
         if len(calls) == 9:
             raise KeyboardInterrupt
 
-    same = words(folder, "stopped", "bert", "rte", levels="sequence", checkpoint_minutes=0)
+    run = f"stopped{minutes}"
+    same = words(folder, run, "bert", "rte", levels="sequence", checkpoint_minutes=minutes)
     monkeypatch.setattr(finetuning._Log, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         call_main("neighbours/MEO_finetune.py", same)
+    assert any((folder / run).rglob("checkpoint-*")) == (minutes == 0)
     monkeypatch.setattr(finetuning._Log, "add", add)
     call_main("neighbours/MEO_finetune.py", same)
-    for name, record in records(folder, "stopped", "bert_rte").items():
+    for name, record in records(folder, run, "bert_rte").items():
         assert record["step_losses"] == found[name]["step_losses"] and record["scores"] == found[name]["scores"]
 
 

@@ -199,9 +199,9 @@ def test_merging_whole_ffns_is_no_mixture(activation):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 8, 4), (1, 4, 4), (1, 8, 2), (3, 8, 2), (3, 4, 4), (5, 9, 4)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 8, 4), (1, 4, 4), (1, 8, 2), (3, 17, 2), (3, 4, 4), (5, 35, 4)])
 def test_counted_operations(bias, rows, n, k):
-    """T5: exact. With all experts in one product (2k >= n, several rows) the merge counts n for k."""
+    """T5: exact. With all experts in one product (8k >= n, several rows) the merge counts n for k."""
     tokens, d_in, d_out = 5, 6, 10
     x, product = torch.randn(rows, tokens, d_in), d_in * d_out
     gate = 2 * rows * d_in * n
@@ -284,3 +284,17 @@ def test_the_papers_figure(name, k):
     assert benchmark.gflops(shape, "moe", k) == pytest.approx(moe, rel=0.01)
     counted = benchmark.merge_once(shape, k, benchmark.gflops(shape, "meo", k))
     assert counted == pytest.approx(merged, rel=0.01)
+
+
+def test_both_ways_of_merging_agree(monkeypatch):
+    """Each row's own k gathered, or one product with all n: the same outputs and gradients."""
+    results = []
+    for above in (0, 8):
+        monkeypatch.setattr(mixing, "GATHER_ABOVE", above)
+        module = stacked(n=6, k=2).double()
+        x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in (module.weight, module.bias, module.w_gate))])
+    for gathered, whole in zip(*results, strict=True):
+        torch.testing.assert_close(gathered, whole)

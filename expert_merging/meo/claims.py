@@ -1,0 +1,142 @@
+"""MEO's claims against runs on several tasks: differences of mean accuracy, over seeds and test examples, with verdicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from expert_merging.analysis import crossed_bootstrap as bootstrap
+from expert_merging.core.errors import UserError
+from expert_merging.data.scores import unpack
+from expert_merging.meo.run_records import Records, having, variants
+
+MARGIN = 1.0  # points of accuracy, within which two models count as equal
+HELP, ASIDE = "more experts help", "the experts help, beside the token block"
+EQUAL, TOKEN = "MEO equals vanilla MoE", "token level above sequence level"
+RULE = (
+    "Difference in accuracy, points, mean over tasks [95% interval, bootstrap crossed over seeds and test examples, 10,000 "
+    f"draws]. p: by the t distribution behind the interval, after Holm over all claims; of '{EQUAL}' the p of two one-sided "
+    f"tests, margin {MARGIN:g} point. Equivalent: the 90% interval within the margin."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the variant `first` is above `second`, or, where it says `EQUAL`, as good."""
+
+    claim: str
+    first: str
+    second: str
+
+
+class Runs:
+    """The scores of single test examples, and the means that bootstrap draws: of each variant [seeds] and [draws, seeds]."""
+
+    def __init__(self, records: Records):
+        """Raises UserError where the seeds of a task were not tested on the same examples."""
+        self.tasks = list(dict.fromkeys(record["task"] for record in records))
+        self.names = [variant["name"] for variant in variants(records)]
+        self.seeds: dict[str, list[int]] = {}
+        scores: dict[str, dict[str, np.ndarray]] = {}
+        for name in self.names:
+            of = {task: {r["seed"]: r for r in having(records, name=name) if r["task"] == task} for task in self.tasks}
+            if seeds := sorted(set.intersection(*map(set, of.values()))):
+                self.seeds[name] = seeds
+                scores[name] = {t: _stacked(t, [unpack(own[s]["test_each"]) for s in seeds]) for t, own in of.items()}
+        for task in self.tasks:
+            _stacked(task, [row for of_tasks in scores.values() for row in of_tasks[task]])
+        self.means = bootstrap.resample(scores) if scores else {}
+
+    def shared(self, *names: str) -> list[int]:
+        """The seeds that have run all of these variants on all tasks."""
+        return sorted(set.intersection(*(set(self.seeds.get(name, ())) for name in names)))
+
+    def arms(self, *names: str) -> list[bootstrap.Means]:
+        """Of the shared seeds."""
+        seeds = self.shared(*names)
+        return [self.means[name].of([self.seeds[name].index(seed) for seed in seeds]) for name in names]
+
+    def estimate(self, name: str, task: str = "") -> tuple[float, float, float]:
+        """(mean, low, high) of a variant's accuracy on a task, or of the mean over tasks; of one seed over examples alone."""
+        return self._estimate(lambda own: own[task] if task else _mean(own), [name])
+
+    def difference(self, first: str, second: str, task: str = "") -> tuple[float, float, float]:
+        """Likewise of the difference between two variants."""
+        return self._estimate(lambda a, b: a[task] - b[task] if task else _mean(a) - _mean(b), [first, second])
+
+    def _estimate(self, statistic: bootstrap.Statistic, names: Sequence[str]) -> tuple[float, float, float]:
+        arms = self.arms(*names)
+        if len(self.shared(*names)) > 1:
+            found = bootstrap.contrast(statistic, arms)
+            return (found.mean, *bootstrap.interval(found))
+        mean = statistic(*[{task: value[None] for task, value in arm.found.items()} for arm in arms])
+        low, high = np.quantile(statistic(*[arm.drawn for arm in arms])[:, 0], (0.025, 0.975))
+        return float(mean[0, 0]), float(low), float(high)
+
+
+def _stacked(task: str, rows: Sequence[np.ndarray]) -> np.ndarray:
+    if len({len(row) for row in rows}) > 1:
+        raise UserError(f"the runs on {task} were not tested on the same examples; run those of one test set again")
+    return np.stack(rows)
+
+
+def _mean(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.mean(list(scores.values()), axis=0)
+
+
+def asked(found: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """The claims that can be asked of these variants."""
+    name = {(v["how"], v["level"], v["k"]): v["name"] for v in found}
+    dense, block = (name.get((how, "", 1)) for how in ("dense", "block"))
+    meo = [(level, k) for how, level, k in name if how == "meo"]
+    pairs = [(HELP, ("meo", level, k), dense) for level, k in meo]
+    pairs += [(ASIDE, ("meo", level, k), block) for level, k in meo if level == "token"]
+    pairs += [(EQUAL, ("meo", level, k), name.get(("moe", level, k))) for level, k in meo]
+    for how, level, k in name:
+        pairs += [(TOKEN, (how, level, k), name.get((how, "sequence", k)))] if level == "token" else []
+    return [Claim(claim, name[first], second) for claim, first, second in pairs if second]
+
+
+def judged(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """A row a claim: difference with interval, p by Holm over all claims, verdict; of one seed no p."""
+    several = [claim for claim in claims if len(runs.shared(claim.first, claim.second)) > 1]
+    found = {claim: bootstrap.contrast(_difference, runs.arms(claim.first, claim.second)) for claim in several}
+    ps = [_p(claim, contrast) for claim, contrast in found.items()]
+    adjusted = dict(zip(found, bootstrap.holm(ps), strict=True)) if ps else {}
+    rows = []
+    for claim in claims:
+        if not (seeds := runs.shared(claim.first, claim.second)):
+            continue
+        mean, low, high = runs.difference(claim.first, claim.second)
+        verdict = "cannot tell: one seed"
+        if claim in found:
+            verdict = _verdict(claim, found[claim], adjusted[claim], len(found))
+        rows.append({
+            "claim": claim.claim, "difference": f"{claim.first} - {claim.second}", "seeds": len(seeds),
+            "points": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            "p": f"{adjusted[claim]:.3f}" if claim in adjusted else "", "verdict": verdict,
+        })  # fmt: skip
+    return rows
+
+
+def _difference(first: bootstrap.Scores, second: bootstrap.Scores) -> np.ndarray:
+    return _mean(first) - _mean(second)
+
+
+def _p(claim: Claim, found: bootstrap.Contrast) -> float:
+    return bootstrap.equivalence_p(found, MARGIN) if claim.claim == EQUAL else bootstrap.interval_p(found)
+
+
+def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, family: int) -> str:
+    """`p` is adjusted for so many claims."""
+    if claim.claim != EQUAL:
+        said = bootstrap.verdict(found, p, MARGIN)
+        seeds = bootstrap.seeds_needed(found, family, flips=False)
+        return bootstrap.undecided(seeds) if said == bootstrap.UNKNOWN else said
+    if p < 0.05:
+        return bootstrap.EQUIVALENT
+    low, high = bootstrap.interval(found)
+    if low > MARGIN or high < -MARGIN:
+        return bootstrap.NOT
+    return bootstrap.undecided(bootstrap.seeds_needed(found, family, distance=MARGIN - abs(found.mean), flips=False))
