@@ -41,7 +41,7 @@ train_batch = 0  # sequences a step
 input_length = 0  # tokens; longer inputs are cut
 
 # of a task in TASKS_PATH, 0 takes all
-task_train = 320  # training examples that each seed draws for itself
+task_train = 400  # training examples that each seed draws for itself
 task_validation = 200  # that choose the epoch, the same for all
 task_test = 600  # the same for all
 

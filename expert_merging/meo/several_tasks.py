@@ -109,8 +109,8 @@ def _beside_the_paper(groups: Groups, runs: claims.Runs) -> Table:
     table = Table(
         "paper", "Beside the paper's numbers",
         "The paper: BERT-base, the average over GLUE and operations with the vocabulary's head, from its abstract (its tables "
-        "were not at hand); SimSMoE: another paper's runs of both. Here a smaller model, fewer examples and other tasks: "
-        "compare differences and ratios.",
+        "were not at hand). SimSMoE: another paper's runs of both, at a level that it does not state. Here a smaller model, "
+        "fewer examples and other tasks: compare differences and ratios.",
     )  # fmt: skip
     flops = {r["variant"]["name"]: r["flops"] / 1e9 for r in listed(groups)}
 
@@ -127,18 +127,18 @@ def _beside_the_paper(groups: Groups, runs: claims.Runs) -> Table:
                 add(f"{one}, average", f"{score} (GLUE)", _in_words(runs.estimate(one)), one)
             paper = f"{_PAPER_MEO - _PAPER_MOE:+.1f}"
             add(f"{name} - MoE, average", paper, _in_words(difference, sign="+"), name, moe)
+            for task in (task for task in runs.tasks if task in _RERUN):
+                paper = f"{_RERUN[task][1] - _RERUN[task][0]:+.1f} (SimSMoE)"
+                add(f"{name} - MoE, {task}", paper, _in_words(runs.difference(name, moe, task), sign="+"), name, moe)
         elif k == 4:
             paper = f"{_PAPER_FLOPS[0]} / {_PAPER_FLOPS[1]} = {_PAPER_FLOPS[0] / _PAPER_FLOPS[1]:.2f}"
             here = f"{flops[moe]:.2f} / {flops[name]:.2f} = {flops[moe] / flops[name]:.2f}"
             add(f"G operations, MoE / MEO, {level} k={k}", paper, here, name, moe)
-        for task in (task for task in runs.tasks if task in _RERUN):
-            paper = f"{_RERUN[task][1] - _RERUN[task][0]:+.1f} (SimSMoE)"
-            add(f"{name} - MoE, {task}", paper, _in_words(runs.difference(name, moe, task), sign="+"), name, moe)
     return table
 
 
 def _in_words(estimate: tuple[float, float, float], sign: str = "") -> str:
-    mean, low, high = estimate
+    mean, low, high = (round(value, 1) + 0.0 for value in estimate)  # -0.0 would keep its sign
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 

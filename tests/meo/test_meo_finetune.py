@@ -99,6 +99,28 @@ def test_costs_are_the_formulas(done):
     assert all(record["kept_bytes"] > 0 for record in found.values())
 
 
+def test_products_by_onednn_and_attention_are_counted(folder):
+    """What torch's own counter passes over: without it the dense model would cost nothing on some processors."""
+    from transformers import AutoModel
+
+    from caem_files import cpu_kernels
+    from expert_merging.meo import cost
+
+    x, weight = torch.randn(3, 5, 8), torch.randn(7, 8)
+
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            return cpu_kernels.product(x, weight)
+
+    assert cost.flops(Product(), {"x": x}) == 2 * 3 * 5 * 8 * 7
+    batch = {"input_ids": torch.arange(5, 17)[None], "attention_mask": torch.ones(1, 12)}
+    counts = {
+        way: cost.flops(AutoModel.from_pretrained(folder / "bert", attn_implementation=way), batch)
+        for way in ("eager", "sdpa")
+    }
+    assert counts["eager"] == counts["sdpa"] > 8 * 12 * 16**2 + 4 * 12 * 16 * 32
+
+
 def test_measuring_leaves_no_tensor_behind(folder):
     """Of each measured model nothing may stay alive, or a comparison of many fills the memory."""
     import gc
