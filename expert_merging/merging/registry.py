@@ -117,6 +117,11 @@ SHARES = {
 FROM_WEIGHTS = {name: method for name, method in METHODS.items() if not method.sees}
 
 
+def once() -> tuple[str, ...]:
+    """The methods that merge once and for all, from weights alone or with statistics of each model."""
+    return tuple(name for name, method in METHODS.items() if name in FROM_WEIGHTS or method.statistics)
+
+
 def constants(methods: Iterable[Method]) -> dict[str, Constant]:
     """{name: constant} of the methods, but for those of global_config.py; what a script adds to its own."""
     return {c.name: c for method in methods for c in method.constants if c.default is not None}

@@ -1,58 +1,51 @@
-"""Merging image classifiers of several tasks: what CLIP_vision does with frozen text heads, by every method, measured alike.
+"""Merging classifiers of several tasks, of images or of texts, by every method: what merges, adapts and is measured alike.
 
-A model maps pixels to embeddings; a task has a head of unit class embeddings, and logits are scaled cosines. So samples of
-several tasks can share a batch, which tells a router that looks at each sample from one that looks at the batch.
+A model maps inputs to embeddings, and each task has a frozen head (scoring.py).
 """
 
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
+from expert_merging.core.files import replacing
 from expert_merging.merging.adamerging import AdaMerged
 from expert_merging.merging.fisher import diagonal_fisher
-from expert_merging.merging.registry import FROM_WEIGHTS, LAM, constants
+from expert_merging.merging.registry import FROM_WEIGHTS, LAM, constants, once
 from expert_merging.merging.registry import METHODS as ROWS
 from expert_merging.merging.regmean import gram_matrices
 from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
-from expert_merging.wemoe.ffn import ensembles, upscale
+from expert_merging.wemoe.ffn import FFN, ensembles, upscale
+from expert_merging.wemoe.scoring import Task, embed, evaluate
 from expert_merging.wemoe.vectors import held_bytes
 
-_WEMOE = re.compile(r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<batch>_batch)?$")
+_WEMOE = re.compile(
+    r"(?P<pruned>e)?wemoe(?P<percent>_[\d.]+)?(?P<depth>_depth[012])?(?P<modules>_attention|_both)?(?P<batch>_batch)?$"
+)
 # Merged once and for all, from weights alone or with statistics of each expert: the registry's rows, of which one has an
-# older name in this experiment's records.
-STATIC = {
-    {"ties": "ties_mean"}.get(name, name): method
-    for name, method in ROWS.items() if name in FROM_WEIGHTS or method.statistics
-}  # fmt: skip
+# older name, too, in the records of images.
+STATIC = {name: ROWS[name] for name in once()} | {"ties_mean": ROWS["ties"]}
 ADAMERGING = ("adamerging_task", "adamerging_layer", "adamerging_task++", "adamerging_layer++")
 METHODS = ", ".join(
-    ("individual", "pretrained", *STATIC, *ADAMERGING, "wemoe[_depth0|1|2][_batch]", "ewemoe[_PERCENT][...]")
+    (
+        "individual",
+        "pretrained",
+        *STATIC,
+        *ADAMERGING,
+        "wemoe[_depth0|1|2][_attention|_both][_batch]",
+        "ewemoe[_PERCENT][...]",
+    )
 )
 CONSTANTS = constants(FROM_WEIGHTS.values())
-
-
-@dataclass
-class Task:
-    """Test inputs of a task. `pixels(indices)` gives [len(indices), channels, height, width]; `head` is [classes, D]."""
-
-    name: str
-    labels: list[int]
-    head: torch.Tensor
-    pixels: Callable[[list[int]], torch.Tensor]
-
-    def to(self, device: torch.device) -> "Task":
-        """The same with head and pixels on `device`."""
-        return Task(self.name, self.labels, self.head.to(device), lambda indices: self.pixels(indices).to(device))
 
 
 @dataclass
@@ -71,6 +64,9 @@ class Settings:
     statistics_examples: int = 256
     seed: int = 0
     layers: Sequence[int] | None = None
+    mixed: bool = True  # whether to measure a WEMoE in mixed batches, too
+    modules: str = FFN  # names of what WEMoE routes, and of what wemoe_attention does
+    attention: str = r"(^|\.)self_attn$"
     constants: Mapping[str, Any] = field(default_factory=lambda: {name: x.default for name, x in CONSTANTS.items()})
 
     @classmethod
@@ -151,9 +147,10 @@ def build(
     if found:
         pruned = float(found["percent"][1:]) / 100 if found["pruned"] else 0.0
         depth = int((found["depth"] or "_depth2")[-1])
+        select = {"": s.modules, "_attention": s.attention}.get(found["modules"] or "", f"{s.modules}|{s.attention}")
         # E-WEMoE is both: pruned, and one router for all layers.
         return upscale(
-            base, experts, layers=s.layers, lam=s.lam, depth=depth, share_router=bool(found["pruned"]), prune=pruned,
+            base, experts, select, layers=s.layers, lam=s.lam, depth=depth, share_router=bool(found["pruned"]), prune=pruned,
             routing="batch" if found["batch"] else "sample", seed=s.seed,
         )  # fmt: skip
     model = copy.deepcopy(base).requires_grad_(False)
@@ -170,10 +167,11 @@ def statistics_of(
     kind: str, base: nn.Module, experts: Mapping[str, Mapping[str, torch.Tensor]], tasks: Sequence[Task], s: Settings
 ) -> list[dict[str, torch.Tensor]]:
     """Of each expert, in their order, its diagonal Fisher information (`kind` is "information") or its linear layers' Gram
-    matrices ("grams"), over the first `s.statistics_examples` of the task's images in random order.
+    matrices ("grams"), over the first `s.statistics_examples` of the task's inputs in random order.
 
-    The Fisher information is that of the model's own predictions, so no label is needed. It takes an image at a time:
-    the square of a batch's summed gradient would hold products between images.
+    The Fisher information is that of the model's own predictions, so no label is needed. It takes an input at a time:
+    the square of a batch's summed gradient would hold products between inputs. So do Gram matrices of texts, in which
+    padding would count.
     """
     by_name = {task.name: task for task in tasks}
     found: list[dict[str, torch.Tensor]] = []
@@ -184,12 +182,12 @@ def statistics_of(
         model.requires_grad_(kind == "information").to(task.head.device)
         order = torch.randperm(len(task.labels), generator=torch.Generator().manual_seed(s.seed)).tolist()
         chosen = order[: s.statistics_examples]
-        size = 1 if kind == "information" else s.eval_batch_size
-        batches = (task.pixels(chosen[start : start + size]) for start in range(0, len(chosen), size))
+        size = 1 if kind == "information" or task.ragged else s.eval_batch_size
+        batches = (task.inputs(chosen[start : start + size]) for start in range(0, len(chosen), size))
         if kind == "information":
 
-            def logits_of(model: nn.Module, pixels: torch.Tensor, head=task.head) -> tuple[torch.Tensor, int]:
-                return s.logit_scale * embed(model, pixels) @ head.t(), len(pixels)
+            def logits_of(model: nn.Module, inputs: torch.Tensor, head=task.head) -> tuple[torch.Tensor, int]:
+                return s.logit_scale * embed(model, inputs) @ head.t(), len(inputs)
 
             one = diagonal_fisher(model, batches, logits_of)
         else:
@@ -198,80 +196,17 @@ def statistics_of(
     return found
 
 
-def embed(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit embeddings [batch, D]."""
-    return F.normalize(model(pixel_values=pixels).image_embeds.float(), dim=-1)
-
-
 def adapt_to(model: nn.Module, tasks: Sequence[Task], s: Settings, lr: float, **more) -> dict[str, Any]:
     """Adapt what of `model` has gradients to the tasks' test inputs, without their labels; the record of `adapt`."""
     by_name = {task.name: task for task in tasks}
 
     def loss(name: str, step: int):
         task = by_name[name]
-        pixels = task.pixels(batch_at(step, len(task.labels), s.adapt_batch_size, s.seed))
-        return entropy_loss(s.logit_scale * embed(model, pixels) @ task.head.t())
+        inputs = task.inputs(batch_at(step, len(task.labels), s.adapt_batch_size, s.seed))
+        return entropy_loss(s.logit_scale * embed(model, inputs) @ task.head.t())
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return adapt(trained, list(by_name), loss, s.steps, lr, s.guard, s.guard_floor, **more)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, tasks: Sequence[Task], s: Settings, mixed: bool = False, title: str = ""
-) -> dict[str, Any]:
-    """Accuracy and loss of each task, each example counting the same; and mean routing weights by layer and task.
-
-    Args:
-        mixed: batches hold examples of all tasks in random order, in the place of one task's.
-
-    Returns:
-        {task: {"accuracy": 0..1, "loss": nats}, ..., "routing_weights": {layer: {task: [T]}}}
-    """
-    layers = dict(ensembles(model))
-    right, loss, count = ({task.name: 0.0 for task in tasks} for _ in range(3))
-    # Sums, tensors from the first batch on.
-    weights: dict[str, dict[str, Any]] = {layer: {task.name: 0.0 for task in tasks} for layer in layers}
-    batches = list(_batches(tasks, s, mixed))
-    for batch in progress_bar(batches, title, leave=False):
-        embedded = embed(model, torch.cat([task.pixels(indices) for task, indices in batch]))
-        routing = {}
-        for name, layer in layers.items():
-            assert layer.last_weights is not None  # the pass above has just left them
-            routing[name] = layer.last_weights.expand(len(embedded), -1)
-        start = 0
-        for task, indices in batch:
-            here = slice(start, start := start + len(indices))
-            logits = s.logit_scale * embedded[here] @ task.head.t()
-            labels = torch.tensor([task.labels[i] for i in indices], device=logits.device)
-            right[task.name] += int((logits.argmax(dim=-1) == labels).sum())
-            loss[task.name] += F.cross_entropy(logits, labels, reduction="sum").item()
-            count[task.name] += len(indices)
-            for name, of_layer in routing.items():
-                weights[name][task.name] = weights[name][task.name] + of_layer[here].float().sum(dim=0).cpu()
-    found: dict[str, Any] = {
-        name: {"accuracy": right[name] / count[name], "loss": loss[name] / count[name]} for name in right
-    }
-    if layers:
-        found["routing_weights"] = {
-            layer: {name: [round(w, 5) for w in (total / count[name]).tolist()] for name, total in of_layer.items()}
-            for layer, of_layer in weights.items()
-        }
-    return found
-
-
-def _batches(tasks: Sequence[Task], s: Settings, mixed: bool) -> Iterator[list[tuple[Task, list[int]]]]:
-    size = s.eval_batch_size
-    if not mixed:
-        for task in tasks:
-            for start in range(0, len(task.labels), size):
-                yield [(task, list(range(start, min(start + size, len(task.labels)))))]
-        return
-    pairs = [(number, i) for number, task in enumerate(tasks) for i in range(len(task.labels))]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    for start in range(0, len(order), size):
-        chosen = sorted(pairs[i] for i in order[start : start + size])
-        yield [(task, own) for n, task in enumerate(tasks) if (own := [i for number, i in chosen if number == n])]
 
 
 def run_method(
@@ -287,54 +222,82 @@ def run_method(
     Args:
         experts: {task: the fine-tuned model's tensors}.
         tasks: to evaluate on, on the device to compute on; `adapt_tasks`: to adapt to.
-        more: for `adapt`.
+        more: for `merged_model`.
     """
-    device = tasks[0].head.device
     if method == "individual":
         model = copy.deepcopy(base).requires_grad_(False)
         info = _model_info(model)  # of as many models as there are tasks
         info |= {key: len(experts) * info[key] for key in ("all_params", "effective_params", "bytes")}
         record: dict[str, Any] = {"model_info": info}
-        model.to(device)
+        model.to(tasks[0].head.device)
         for task in tasks:
             if task.name in experts:
                 model.load_state_dict(dict(experts[task.name]))
                 record |= evaluate(model, [task], s, title=f"individual: {task.name}")
         return record | {"average_accuracy": _average(record, tasks)}, None
+    model, made = merged_model(method, base, experts, adapt_tasks, s, **more)
+    record = measured(model, tasks, s, method)
+    return record | made | {"method": method, "seconds": made["seconds"] | record["seconds"]}, model
+
+
+def merged_model(
+    method: str, base: nn.Module, experts: Mapping[str, Mapping[str, torch.Tensor]], adapt_tasks: Sequence[Task],
+    s: Settings, statistics_tasks: Sequence[Task] | None = None, keep: Path | None = None, reuse: Path | None = None, **more,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    """(the model that `method` makes, adapted where it adapts; {"model_info", "seconds", "adaptation"}).
+
+    Args:
+        adapt_tasks: to adapt to, on the device to compute on.
+        statistics_tasks: whose inputs statistics of the experts are taken on; as `adapt_tasks` by default.
+        keep: a file for what was adapted.
+        reuse: such a file; what is in it takes the place of adapting.
+        more: for `adapt`.
+    """
     started = time.monotonic()
     statistics = {}
     if method in STATIC and (kind := STATIC[method].statistics):
-        statistics[kind] = statistics_of(kind, base, experts, adapt_tasks, s)
-    model = build(method, base, list(experts.values()), s, statistics).eval().to(device)
-    seconds = {"merge": time.monotonic() - started}
-    record = {"model_info": _model_info(model)}
-    adaptation = None
-    if any(parameter.requires_grad for parameter in model.parameters()):
+        statistics[kind] = statistics_of(kind, base, experts, statistics_tasks or adapt_tasks, s)
+    model = build(method, base, list(experts.values()), s, statistics).eval().to(adapt_tasks[0].head.device)
+    made: dict[str, Any] = {"model_info": _model_info(model), "seconds": {"merge": time.monotonic() - started}}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    made["adaptation"] = adaptation = None
+    if trained and reuse is not None:
+        with torch.no_grad():
+            for name, tensor in load_file(reuse).items():
+                trained[name].copy_(tensor)
+    elif trained:
         lr = s.adamerging_lr if method in ADAMERGING else s.lr
-        adaptation = adapt_to(model, adapt_tasks, s, lr, title=f"{method}: adapting", **more)
-        seconds["adapt"] = adaptation["seconds"]
+        made["adaptation"] = adaptation = adapt_to(model, adapt_tasks, s, lr, title=f"{method}: adapting", **more)
+        made["seconds"]["adapt"] = adaptation["seconds"]
+    if trained and keep is not None:
+        with replacing(keep) as temporary:
+            save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, temporary)
     if isinstance(model, AdaMerged):
-        coefficients = {name: [round(float(x), 5) for x in own] for name, own in model.learnt().items()}
-        assert adaptation is not None  # the coefficients have gradients
-        adaptation["coefficients"] = coefficients if "layer" in method else next(iter(coefficients.values()))
+        if adaptation is not None:
+            coefficients = {name: [round(float(x), 5) for x in own] for name, own in model.learnt().items()}
+            adaptation["coefficients"] = coefficients if "layer" in method else next(iter(coefficients.values()))
         model = model.merged(model.model)
+    return model, made
+
+
+def measured(model: nn.Module, tasks: Sequence[Task], s: Settings, title: str) -> dict[str, Any]:
+    """Scores of a model on each of the tasks and their mean; of one that routes in mixed batches, too."""
     started = time.monotonic()
-    record |= evaluate(model, tasks, s, title=f"{method}: one-task batches")
-    seconds["evaluate"] = time.monotonic() - started
-    record["average_accuracy"] = _average(record, tasks)
-    if any(True for _ in ensembles(model)):
+    record = evaluate(model, tasks, s, title=f"{title}: one-task batches")
+    record |= {"average_accuracy": _average(record, tasks), "seconds": {"evaluate": time.monotonic() - started}}
+    if s.mixed and any(True for _ in ensembles(model)):
         for key, mixed, routing in (("mixed", True, None), ("sample_wise", False, "sample")):
             before = {layer: layer.routing for _, layer in ensembles(model)}
             if routing and set(before.values()) == {routing}:
                 continue
             for layer in before:
                 layer.routing = routing or layer.routing
-            found = evaluate(model, tasks, s, mixed=mixed, title=f"{method}: {key}")
+            found = evaluate(model, tasks, s, mixed=mixed, title=f"{title}: {key}")
             found.pop("routing_weights")
             record[key] = found | {"average_accuracy": _average(found, tasks)}
             for layer, was in before.items():
                 layer.routing = was
-    return record | {"method": method, "seconds": seconds, "adaptation": adaptation}, model
+    return record
 
 
 def _average(record: Mapping[str, Any], tasks: Sequence[Task]) -> float:

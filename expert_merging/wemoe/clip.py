@@ -17,7 +17,7 @@ from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line, local_folder, weights_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
-from expert_merging.wemoe.classification import Task
+from expert_merging.wemoe.scoring import Task
 
 # CLIP's own prompts (Radford et al. 2021, its repository's prompts notebook), {} standing for the class.
 TEMPLATES = {

@@ -12,8 +12,9 @@ from torch import nn
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.run import results
 from expert_merging.wemoe import checkpoints, clip, report
-from expert_merging.wemoe.classification import Settings, Task, changed, check_adaptation, expanded
+from expert_merging.wemoe.classification import Settings, changed, check_adaptation, expanded
 from expert_merging.wemoe.corruptions import CORRUPTIONS, corrupting
+from expert_merging.wemoe.scoring import Task
 
 DEPENDS_ON = (
     "CLIP_PATH",

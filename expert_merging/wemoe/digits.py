@@ -18,7 +18,8 @@ from torch import nn
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import replacing
-from expert_merging.wemoe.classification import Task, check_adaptation, embed
+from expert_merging.wemoe.classification import check_adaptation
+from expert_merging.wemoe.scoring import Task, embed
 
 IMAGES, TRAIN, EMBEDDING, LOGIT_SCALE = 1797, 1200, 24, 20.0
 DEPENDS_ON = (

@@ -17,8 +17,9 @@ from expert_merging.core.errors import UserError
 from expert_merging.report import folders
 from expert_merging.wemoe import classification, digits, report
 from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss
-from expert_merging.wemoe.classification import Settings, Task, embed, run_method, statistics_of
+from expert_merging.wemoe.classification import Settings, run_method, statistics_of
 from expert_merging.wemoe.ffn import ensembles, routers, upscale
+from expert_merging.wemoe.scoring import Task, embed
 
 
 @given(st.integers(2, 50), st.integers(0, 100))
@@ -347,7 +348,7 @@ def test_the_most_that_training_may_be_given_holds_no_test_image():
     pixels, _ = digits.images()
     tested = digits.test_tasks(0)[0]
     assert len(pixels) == digits.IMAGES and len(tested.labels) == digits.IMAGES - digits.TRAIN
-    torch.testing.assert_close(tested.pixels([0]), pixels[digits.TRAIN :][:1])
+    torch.testing.assert_close(tested.inputs([0]), pixels[digits.TRAIN :][:1])
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +375,7 @@ def test_before_adapting_accuracy_is_that_of_task_arithmetic(trained_digits, met
 def test_fisher_and_regmean_look_at_each_experts_own_images_and_at_no_label(trained_digits):
     base, experts, tasks = trained_digits
     s = Settings(eval_batch_size=8, logit_scale=digits.LOGIT_SCALE, statistics_examples=12)
-    unlabelled = [Task(task.name, [0] * len(task.labels), task.head, task.pixels) for task in tasks]
+    unlabelled = [Task(task.name, [0] * len(task.labels), task.head, task.inputs) for task in tasks]
     order = torch.randperm(597, generator=torch.Generator().manual_seed(0))[:12].tolist()
     layer = "vision_model.encoder.layers.0.mlp.fc1"
 
@@ -384,7 +385,7 @@ def test_fisher_and_regmean_look_at_each_experts_own_images_and_at_no_label(trai
     model.load_state_dict(experts["rotated"])
     seen = []
     model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
-    pixels = next(task for task in tasks if task.name == "rotated").pixels(order)
+    pixels = next(task for task in tasks if task.name == "rotated").inputs(order)
     logits = s.logit_scale * embed(model, pixels) @ tasks[1].head.t()
     expected = seen[0].T @ seen[0] / len(seen[0])
     torch.testing.assert_close(grams[layer], expected, atol=1e-4, rtol=1e-4)
