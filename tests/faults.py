@@ -117,6 +117,16 @@ CASES = {
          "--methods", "average", "adamerging_task", "wemoe", "ewemoe_90"],
         ignored=("tables/cost.",),
     ),
+    "text": Case(
+        "neighbours/WEMoE_text.py",
+        ["--ENCODER", "{world}/text/bert", "--TASKS_PATH", "{world}/text/tasks", "--text_tasks", "who", "where",
+         "--unseen_tasks", "pairs", "--seeds", "0", "--general_tasks", "2", "--max_tokens", "16", "--train_examples", "40",
+         "--validation_examples", "12", "--test_examples", "16", "--select_examples", "8", "--robust_examples", "6",
+         "--grid", "0.3", "1", "--adapt_steps", "3", "--adapt_batch_size", "4", "--statistics_examples", "3",
+         "--finetune_lr", "0.01", "--methods", "individual", "multi_task", "task_arithmetic", "adamerging_layer", "wemoe",
+         "--parts", "main", "guard", "generalization", "robustness"],
+        ignored=("tables/cost.",),
+    ),
     "movement": Case(
         "tools/module_movement.py",
         ["--base_model", "{world}/clip/base", "--tuned_models", "{world}/clip/tower_mnist", "{world}/clip/tower_dtd"],
@@ -439,10 +449,10 @@ def add_other_models(folder: Path) -> None:
 
     import torch
     from raw_data import sentences, tiny_tokenizer
-    from tiny_models import write_clip_place
+    from tiny_models import write_clip_place, write_text_place
     from transformers import AutoModelForCausalLM, OlmoeConfig, SwitchTransformersForConditionalGeneration
 
-    from expert_merging.hemoe import doc_choice, small_llama
+    from expert_merging.hemoe import questions, small_llama
     from expert_merging.meo import bases
 
     torch.manual_seed(0)
@@ -461,6 +471,7 @@ def add_other_models(folder: Path) -> None:
             (folder / "glue" / task / f"{split}.jsonl").write_text(lines)
 
     write_clip_place(folder / "clip")
+    write_text_place(folder / "text")
 
     model = SwitchTransformersForConditionalGeneration.from_pretrained(folder / "base-4")
     with torch.no_grad():
@@ -481,7 +492,7 @@ def add_other_models(folder: Path) -> None:
             rows.append({"instruction": f"{task} {' '.join(four)}:", "output": answer, "task": task, "other": other})
         test = [{**row, "choices": [row["output"], row["other"]], "label": 0} for row in rows[:6]]
         found[task] = {"train": rows[6:], "test": test}
-    doc_choice.write(found, folder / "instructions", folder / "eval")
+    questions.write_doc_choice(found, folder / "instructions", folder / "eval")
     tokenizer = small_llama.new_tokenizer([row["output"] for row in found["copy"]["train"]], 300)
     shape = SimpleNamespace(base_hidden_size=16, base_intermediate_size=24, base_layers=3, base_heads=2)
     small_llama.new_llama(shape, tokenizer).save_pretrained(folder / "llama")

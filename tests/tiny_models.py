@@ -139,3 +139,42 @@ def sparsity(share: float, moe_parameters: int, all_parameters: int) -> float:
     """HEMoE's authors record what is switched off for a token, of all parameters, as 1 - P_moe / P_all (1 - r): the
     activated part; embeddings count, routers do not. `share` is r, the activated share of the experts' neurons."""
     return 1 - moe_parameters / all_parameters * (1 - share)
+
+
+TEXT_TASKS = ("who", "where", "pairs")
+
+
+def write_text_place(folder):
+    """A BERT with random weights and its tokenizer in `folder`/bert, three tasks of text in `folder`/tasks; returns it."""
+    import random
+
+    from raw_data import SUBJECTS, VERBS, sentences, tiny_tokenizer
+    from transformers import BertModel
+
+    from expert_merging.meo.bases import new_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer(tiny_tokenizer())
+    sizes = {"hidden_size": SIZE, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id, **sizes
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    texts = random.Random(0).sample(sentences(120), 120)
+    rows = {
+        "who": [{"text": text, "label": [text.startswith(who) for who in SUBJECTS].index(True) % 3} for text in texts],
+        "where": [{"text": text, "label": int(any(verb in text for verb in VERBS[:4]))} for text in texts],
+        "pairs": [
+            {"text": text, "text2": text[::-1] if i % 2 else text, "label": i % 2} for i, text in enumerate(texts)
+        ],
+    }  # fmt: skip
+    for task, own in rows.items():
+        (folder / "tasks" / task).mkdir(parents=True)
+        for split, part in (("train", own[:60]), ("validation", own[60:80]), ("test", own[80:])):
+            write_lines(folder / "tasks" / task / f"{split}.jsonl", part)
+    return folder
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -60,11 +60,10 @@ def _check_raw(c: SimpleNamespace, folder: Path) -> None:
 
 def _of_docstrings(c: SimpleNamespace, folder: Path) -> dict:
     """Six multiple-choice tasks, and text for a base model."""
-    from expert_merging.data import docstring_reader, docstring_splits
-    from expert_merging.hemoe import doc_choice
+    from expert_merging.data import doc_choice, docstring_reader, docstring_splits
 
     docs = docstring_reader.read_docstrings()
-    doc_choice.write(
+    questions.write_doc_choice(
         doc_choice.examples(docs, c.doc_train_examples, c.doc_test_examples), folder / "train", folder / "eval"
     )
     texts = docstring_splits.pretraining_texts(docs)

@@ -91,6 +91,15 @@ def write_task(
     )  # fmt: skip
 
 
+def write_doc_choice(found: dict[str, dict[str, list[dict]]], train_folder: Path, tasks_folder: Path) -> None:
+    """Write `train_folder`/{task}.jsonl, and for lm_eval `tasks_folder`/{task}.yaml and .jsonl, of what
+    `data.doc_choice.examples` gives."""
+    fields = {"doc_to_text": "instruction", "doc_to_choice": "choices", "doc_to_target": "label"}
+    for task, splits in found.items():
+        write_lines(train_folder / f"{task}.jsonl", splits["train"])
+        write_task(tasks_folder, f"doc_{task}", splits["test"], fields, ("acc", "acc_norm"))
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -9,14 +9,20 @@ python -m expert_merging.wemoe.report results/wemoe/digits runs/tiny/wemoe_digit
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from expert_merging.core.errors import UserError
 from expert_merging.merging.registry import FROM_WEIGHTS, METHODS
-from expert_merging.report import publish
+from expert_merging.report import folders, index, publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import every, source
 from expert_merging.report.records import read as read_groups
 from expert_merging.report.tables import Table, stat
+from expert_merging.run.provenance import ROOT
+from expert_merging.wemoe import text_report
+
+RESULTS = ROOT / "results" / "wemoe"
 
 MORE = ("model_info", "routing_weights", "mixed", "sample_wise", "adaptation", "seconds", "files")
 
@@ -32,6 +38,9 @@ def seen_and_unseen(found: dict[str, Any], tasks: Sequence[str], unseen: Sequenc
 
 def line(found: dict[str, Any]) -> str:
     """A record in a line."""
+    if "corrupted" in found:
+        means = {way: 100 * sum(of_task.values()) / len(of_task) for way, of_task in found["corrupted"].items()}
+        return ", ".join(f"{value:.1f} {way}" for way, value in means.items())
     parts = [f"{100 * found['average_accuracy']:.2f} in batches of one task"]
     parts += [f"{100 * found[key]['average_accuracy']:.2f} {label}" for key, label in
               (("mixed", "in mixed batches"), ("sample_wise", "sample by sample")) if key in found]  # fmt: skip
@@ -128,12 +137,42 @@ def draw(records: dict[str, dict[str, dict[str, Any]]], folder: Path) -> dict[st
     return captions
 
 
-WING = Wing("WEMoE", read, tables, draw)
+def _read_any(folder: Path) -> Any:
+    groups = read_groups(Path(folder))
+    return groups if text_report.is_text(groups) else read(folder)
+
+
+def _of_text(found: dict[str, dict[str, Any]]) -> bool:
+    """Whether `_read_any` has read groups of runs, as there are of texts, or methods of groups."""
+    return any("part" in record for runs in found.values() for record in runs.values())
+
+
+WING = Wing(
+    "WEMoE", _read_any, lambda found: text_report.tables(found) if _of_text(found) else tables(found),
+    lambda found, folder: text_report.draw(found, folder) if _of_text(found) else draw(found, folder),
+)  # fmt: skip
 
 
 def write(folder: Path) -> str:
     """Write tables, figures and page into `folder` from the records there; returns the first table."""
     return publish.write(Path(folder), WING)[0].markdown()
+
+
+def write_text(c: SimpleNamespace) -> str:
+    """Likewise for WEMOE_TEXT_DIR, and into results/wemoe/text where `publish` says so; returns all tables but those of size
+    and time."""
+    folder = Path(c.WEMOE_TEXT_DIR)
+    made = publish.write(folder, WING)
+    if c.publish:
+        publish.publish({RESULTS / "text": read_groups(folder)}, WING)
+    return "\n".join(table.markdown() for table in made if table.name != "cost")
+
+
+def check() -> None:
+    """Raises UserError where a table under results/wemoe is not what its records give."""
+    if wrong := [line for folder in index.folders(RESULTS) for line in folders.check(folder, WING)]:
+        raise UserError(f"{RESULTS.relative_to(ROOT)} does not follow from its records: {'; '.join(wrong)}")
+    print("the tables of results/wemoe follow from their records")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ WORDS = "red green blue one two three four five cat dog bird fish".split()
 def place(tmp_path_factory):
     """A dense model, instruction data of two tasks and two lm_eval tasks; nothing run yet."""
 
-    from expert_merging.hemoe import doc_choice, small_llama
+    from expert_merging.hemoe import questions, small_llama
 
     folder = tmp_path_factory.mktemp("hemoe")
     rng = random.Random(0)
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
             {**row, "choices": [row["output"], " ".join(row["output"].split()[::-1])], "label": 0} for row in rows[:6]
         ]
         found[task] = {"train": rows[6:], "test": test}
-    doc_choice.write(found, folder / "train", folder / "eval")
+    questions.write_doc_choice(found, folder / "train", folder / "eval")
     tokenizer = small_llama.new_tokenizer([row["output"] for row in found["copy"]["train"]], 300)
     torch.manual_seed(0)
     shape = SimpleNamespace(base_hidden_size=16, base_intermediate_size=24, base_layers=3, base_heads=2)
@@ -333,8 +333,7 @@ def test_lm_eval_scores_are_those_of_the_likeliest_choice(place):
 
 
 def test_tasks_made_of_docstrings():
-    from expert_merging.data import docstring_reader
-    from expert_merging.hemoe import doc_choice
+    from expert_merging.data import doc_choice, docstring_reader
 
     docs = docstring_reader.read_docstrings(("joblib", "numpy"))
     found = doc_choice.examples(docs, train=40, test=8)

@@ -41,11 +41,11 @@ METHODS["half"] = FROM_WEIGHTS["half"] = Method(
 from expert_merging.experiment import grid
 from expert_merging.run.constants import read_constants
 from expert_merging.wemoe import classification, report
-from neighbours import WEMoE_clip, WEMoE_digits, WEMoE_multi_task_merging
+from neighbours import WEMoE_clip, WEMoE_digits, WEMoE_multi_task_merging, WEMoE_text
 
-for script in (WEMoE_clip, WEMoE_digits, WEMoE_multi_task_merging):
+for script in (WEMoE_clip, WEMoE_digits, WEMoE_multi_task_merging, WEMoE_text):
     assert read_constants(vars(script), ["--half_lam", "0.7"]).half_lam == 0.7
-assert "half" in WEMoE_multi_task_merging.methods
+assert "half" in WEMoE_multi_task_merging.methods and "half" in WEMoE_text.methods
 classification.check_method("half")
 c = read_constants({"__file__": grid.__file__, "experts_num": 4, "larger_experts_num": 6}, [])
 assert "merging-4 half" in grid.grid(c).steps

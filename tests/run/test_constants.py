@@ -10,6 +10,7 @@ SCRIPTS = (
     "datasets_preprocessing.py", "single_task_finetune.py", "Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py",
     "tools/pretrain_base_model.py", "tools/reference_scores.py", "reproduce_tables.py",
     "neighbours/WEMoE_multi_task_merging.py", "neighbours/WEMoE_digits.py", "neighbours/WEMoE_clip.py",
+    "neighbours/WEMoE_text.py",
 )  # fmt: skip
 
 

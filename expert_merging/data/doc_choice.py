@@ -15,13 +15,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from expert_merging.data import docstring_splits
 from expert_merging.data.docstring_reader import Docstring
 from expert_merging.data.docstring_splits import Candidate
 from expert_merging.data.tasks import doc_qa, doc_summary, doc_topic
-from expert_merging.hemoe import questions
 
 CHOICES = 4  # but for `topic`, which has a choice a library
 COMMON = 30  # of how many common types, and defaults, the wrong ones are
@@ -31,35 +29,27 @@ SENTENCE = range(12, 25)  # words of a sentence that is cut in two
 ORDERED = range(6, 13)  # words of a sentence that is shuffled
 
 
-def examples(docs: Iterable[Docstring], train: int, test: int) -> dict[str, dict[str, list[dict]]]:
-    """{task: {"train": examples, "test": examples with choices}}, at most so many; the same each time.
+def examples(docs: Iterable[Docstring], train: int, test: int, validation: int = 1) -> dict[str, dict[str, list[dict]]]:
+    """{task: {"train": examples, "validation": examples, "test": examples with choices}}, at most so many; the same each time.
 
     Splits are by source file, and no test example stands in training text (docstrings.split_examples).
     """
     docs = list(docs)
-    sizes = {"train": train, "validation": 1, "test": test}
+    sizes = {"train": train, "validation": validation, "test": test}
     result = {}
     for task, (candidates, most_common, wrong) in _TASKS.items():
         found = docstring_splits.split_examples(docs, candidates(docs), sizes, most_common)
         answers = [answer for answer, _ in Counter(e["output"] for e in found["train"]).most_common(COMMON)]
         rng = random.Random(f"{docstring_splits.DATA_SEED} {task}")
-        for one in (*found["train"], *found["test"]):
+        for one in (one for split in found.values() for one in split):
             one["task"] = task
         for one in found["test"]:
             others = wrong(one, answers, found["test"], rng)
             one["choices"] = [one["output"], *others]
             rng.shuffle(one["choices"])
             one["label"] = one["choices"].index(one["output"])
-        result[task] = {split: found[split] for split in ("train", "test")}
+        result[task] = found
     return result
-
-
-def write(found: dict[str, dict[str, list[dict]]], train_folder: Path, tasks_folder: Path) -> None:
-    """Write `train_folder`/{task}.jsonl, and for lm_eval `tasks_folder`/{task}.yaml and .jsonl."""
-    fields = {"doc_to_text": "instruction", "doc_to_choice": "choices", "doc_to_target": "label"}
-    for task, splits in found.items():
-        questions.write_lines(train_folder / f"{task}.jsonl", splits["train"])
-        questions.write_task(tasks_folder, f"doc_{task}", splits["test"], fields, ("acc", "acc_norm"))
 
 
 # ---------------------------------------------------------------- the tasks: their examples, then the wrong choices
