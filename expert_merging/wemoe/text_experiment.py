@@ -309,7 +309,8 @@ def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...],
 
 def missing(c: SimpleNamespace, seed: int, tasks: Mapping[str, TextTask], merged: tuple[str, ...]) -> list[Run]:
     """The runs without a record, in their order; this process is now the only one that may make them."""
-    runs = [run for part in text_plan.PARTS if part in c.parts
+    ablates = seed in c.seeds[: c.ablation_seeds]
+    runs = [run for part in text_plan.PARTS if part in c.parts and (ablates or part not in text_plan.ABLATIONS)
             for run in text_plan.runs_of(part, c.methods, merged, c.general_tasks)]  # fmt: skip
     names = [run.name for run in runs]
     wanted = records.missing(

@@ -11,6 +11,7 @@ from expert_merging.wemoe.classification import STATIC, check_method
 PARTS = (
     "main", "defaults", "validation", "guard", "mixed", "generalization", "robustness", "number", "modules", "depth",
 )  # fmt: skip
+ABLATIONS = ("number", "modules", "depth")  # only of the first ablation_seeds
 NOT_MERGED = ("individual", "pretrained", "multi_task")
 # What is compared where comparing everything would take too long.
 FEW = (
@@ -47,15 +48,19 @@ class Run:
 
 
 def runs_of(part: str, methods: Sequence[str], tasks: tuple[str, ...], general_tasks: int) -> list[Run]:
-    """The runs of a part, its methods as far as they are among `methods` and have a say there."""
+    """The runs of a part, its methods as far as they are among `methods` and have a say there.
+
+    What adapts is dear: the parts defaults, validation, generalization, robustness and number have of it those of FEW.
+    """
     few = [method for method in FEW if method in methods]
     adapting = [method for method in methods if adapts(method)]
     if part == "main":
         return [Run(part, method, tasks) for method in methods]
     if part == "defaults":
-        return [Run(part, method, tasks, chosen=False) for method in methods if adapts(method) or coefficient(method)]
+        once = [method for method in methods if coefficient(method)]
+        return [Run(part, m, tasks, chosen=False) for m in (*once, *(m for m in few if adapts(m)))]
     if part == "validation":
-        return [Run(part, method, tasks, adapt_to="validation") for method in adapting if method in FEW]
+        return [Run(part, method, tasks, adapt_to="validation") for method in few if adapts(method)]
     if part == "guard":
         return [Run(part, method, tasks, guard="rollback") for method in adapting]
     if part == "mixed":
@@ -105,7 +110,9 @@ def check(c: SimpleNamespace) -> None:
         c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "statistics_examples", "scoring_batch",
         "select_examples",
     )  # fmt: skip
-    at_least(c, 0, "train_examples", "validation_examples", "test_examples", "robust_examples", "seeds")
+    at_least(
+        c, 0, "ablation_seeds", "train_examples", "validation_examples", "test_examples", "robust_examples", "seeds"
+    )
     at_least(c, 2, "general_tasks")
     if c.max_tokens < 4:
         raise UserError(f"max_tokens is {c.max_tokens}; a pair of texts with its marks needs 4 or more")
