@@ -226,7 +226,7 @@ def run_method(
     """
     if method == "individual":
         model = copy.deepcopy(base).requires_grad_(False)
-        info = _model_info(model)  # of as many models as there are tasks
+        info = model_info(model)  # of as many models as there are tasks
         info |= {key: len(experts) * info[key] for key in ("all_params", "effective_params", "bytes")}
         record: dict[str, Any] = {"model_info": info}
         model.to(tasks[0].head.device)
@@ -258,7 +258,7 @@ def merged_model(
     if method in STATIC and (kind := STATIC[method].statistics):
         statistics[kind] = statistics_of(kind, base, experts, statistics_tasks or adapt_tasks, s)
     model = build(method, base, list(experts.values()), s, statistics).eval().to(adapt_tasks[0].head.device)
-    made: dict[str, Any] = {"model_info": _model_info(model), "seconds": {"merge": time.monotonic() - started}}
+    made: dict[str, Any] = {"model_info": model_info(model), "seconds": {"merge": time.monotonic() - started}}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     made["adaptation"] = adaptation = None
     if trained and reuse is not None:
@@ -305,7 +305,7 @@ def _average(record: Mapping[str, Any], tasks: Sequence[Task]) -> float:
     return sum(found) / len(found)
 
 
-def _model_info(model: nn.Module) -> dict[str, Any]:
+def model_info(model: nn.Module) -> dict[str, Any]:
     """Parameters in all, task vectors counted as if dense; those with gradients; elements not zero; bytes in memory."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -16,7 +16,16 @@ from expert_merging.core.errors import UserError
 from expert_merging.data.docstring_reader import corpus_hash
 from expert_merging.run import results
 from expert_merging.wemoe import records, text_encoder, text_plan, text_tasks, text_training
-from expert_merging.wemoe.classification import STATIC, Settings, build, measured, merged_model, run_method
+from expert_merging.wemoe.classification import (
+    STATIC,
+    Settings,
+    build,
+    changed,
+    measured,
+    merged_model,
+    model_info,
+    run_method,
+)
 from expert_merging.wemoe.scoring import Task, evaluate
 from expert_merging.wemoe.text_corruptions import CORRUPTIONS, STRENGTHS, corrupted
 from expert_merging.wemoe.text_encoder import TextEncoder, regrouped
@@ -26,7 +35,8 @@ from expert_merging.wemoe.text_tasks import Row, TextTask
 # What a record follows from, beside the models; by the constants of the registry's methods, too.
 DEPENDS_ON = (
     *text_training.TRAINING, "test_examples", "select_examples", "robust_examples", "grid", "lam", "adapt_lr",
-    "adamerging_lr", "adapt_steps", "adapt_batch_size", "guard", "guard_floor", "statistics_examples", "general_tasks",
+    "adamerging_lr", "adapt_steps", "adapt_batch_size", "guard", "guard_floor", "guard_window", "statistics_examples",
+    "general_tasks",
 )  # fmt: skip
 
 
@@ -108,8 +118,6 @@ def open_seed(
 
 def identity_of(c: SimpleNamespace, tasks: Mapping[str, TextTask], merged: Sequence[str]) -> dict[str, Any]:
     """What every record of an experiment follows from; seeds share it."""
-    from expert_merging.wemoe.classification import changed
-
     data = {name: corpus_hash(task.rows) for name, task in tasks.items()}
     return results.identity(c, (*DEPENDS_ON, *changed(c)), merged=list(merged), data=data, encoder=c.encoder_sha256)
 
@@ -197,12 +205,13 @@ def do(seed: Seed, run: Run) -> dict[str, Any]:
     if run.method == "multi_task":
         model = plain(seed, "multi_task")
         found = measured(model, tasks, s, run.method)
-        found["model_info"] = info_of(model)
+        found["model_info"] = model_info(model)
     else:
         more: dict[str, Any] = {
             "checkpoint": folder / f"{group}_{run.name}.adapting", "identity": seed.identity | noted,
             "statistics_tasks": seed.inputs(run.tasks, "train") if has_statistics(run.method) else None,
             "keep": kept if run.part == "main" else None,
+            "window": c.guard_window,
         }  # fmt: skip
         seen = seed.inputs(run.tasks, run.adapt_to)
         more = {} if run.method == "individual" else more
@@ -219,12 +228,6 @@ def plain(seed: Seed, name: str) -> nn.Module:
     model = copy.deepcopy(seed.base)
     model.load_state_dict(dict(seed.tensors(name)))
     return model
-
-
-def info_of(model: nn.Module) -> dict[str, Any]:
-    from expert_merging.wemoe.classification import _model_info
-
-    return _model_info(model)
 
 
 def robustness(seed: Seed, run: Run, s: Settings, kept: Path) -> dict[str, dict[str, float]]:

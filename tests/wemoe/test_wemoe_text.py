@@ -129,6 +129,20 @@ def test_the_coefficient_is_the_best_of_the_grid_on_validation(everything):
     assert "curve" not in runs["main.average"] and "main.average" in runs and "defaults.average" not in runs
 
 
+def test_the_guard_is_run_again_only_where_it_spoke_up(place, tmp_path):
+    """At a floor of 1 any fall of the entropy of the mean prediction counts as a collapse."""
+    more = {"parts": "main guard", "methods": "individual wemoe", "guard_window": 1, "guard_floor": 1, "adapt_steps": 6}
+    with pytest.warns(UserWarning, match="most inputs get one answer"):
+        call_main(SCRIPT, words(place, tmp_path / "r", **more))
+    runs = report.read_groups(tmp_path / "r")["seed0"]
+    main, rolled = runs["main.wemoe"]["adaptation"], runs["guard.wemoe"]["adaptation"]
+    assert main["collapsed"] and main["steps_done"] == 6 and "rolled_back_to" in rolled
+    assert "as_main" not in runs["guard.wemoe"]
+    call_main(SCRIPT, words(place, tmp_path / "s", **more | {"guard_floor": 0}))
+    runs = report.read_groups(tmp_path / "s")["seed0"]
+    assert runs["guard.wemoe"]["as_main"] and runs["guard.wemoe"]["who"] == runs["main.wemoe"]["who"]
+
+
 def test_separate_models_are_folders_that_load_alone(everything):
     from transformers import AutoModel, AutoTokenizer
 
