@@ -27,7 +27,8 @@ methods = (
     "random",
     "random_heterogeneous",  # of HEMoE's sizes
     "EMoE",
-)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH
+)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH; HEMoE_tasks and HEMoE_tfidf, of the
+# domains that domains_from tasks, and clusters of TF-IDF, would give
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(

@@ -39,10 +39,15 @@ def read_examples(folder: Path) -> list[dict[str, Any]]:
 
 def domains(c: SimpleNamespace) -> None:
     """Put aside `held_out` examples of each task, and choose `score_sequences` of each domain from `task_examples` others."""
+    for which, constants in pipeline.by_domains(c).items():
+        _domains(constants, pipeline.ending(which))
+
+
+def _domains(c: SimpleNamespace, end: str) -> None:
     from expert_merging.data.docstring_reader import corpus_hash
     from expert_merging.hemoe.domains import by_cluster, by_task
 
-    path, wanted = seed_folder(c) / "domains.json", pipeline.identity(c, "domains")
+    path, wanted = seed_folder(c) / f"domains{end}.json", pipeline.identity(c, "domains")
     if pipeline.is_done(path, wanted):
         return
     started = time.perf_counter()
@@ -66,7 +71,7 @@ def domains(c: SimpleNamespace) -> None:
         )
     rows = [examples[i] for i in used]
     found = by_task(rows) if c.domains_from == "tasks" else by_cluster(rows, c.num_domains, c.embedder)
-    if len(found.names) != c.num_domains:
+    if len(found.names) != c.num_domains and not end:
         raise UserError(f"num_domains is {c.num_domains}, but {c.INSTRUCTIONS_PATH} has {len(found.names)} tasks")
     chosen = {
         name: [used[i] for i in found.members(number)[: c.score_sequences]] for number, name in enumerate(found.names)
@@ -81,12 +86,12 @@ def domains(c: SimpleNamespace) -> None:
 
 
 class Examples:
-    """The encoded examples that domains.json chose, in batches."""
+    """The encoded examples that domains.json chose, or that of other `domains`, in batches."""
 
-    def __init__(self, c: SimpleNamespace, tokenizer):
+    def __init__(self, c: SimpleNamespace, tokenizer, domains: str = ""):
         from expert_merging.data.docstring_reader import corpus_hash
 
-        self._record = pipeline.load(seed_folder(c) / "domains.json", "domains")
+        self._record = pipeline.load(seed_folder(c) / f"domains{pipeline.ending(domains)}.json", "domains")
         self._examples = read_examples(Path(c.INSTRUCTIONS_PATH))
         if corpus_hash(self._examples) != self._record["examples_sha256"]:
             raise UserError(f"{c.INSTRUCTIONS_PATH} has changed since the step domains; remove {seed_folder(c)}")

@@ -29,7 +29,7 @@ def conversion(c: SimpleNamespace) -> None:
         from expert_merging.hemoe.router_start import start_from_domains
 
         started = time.perf_counter()
-        split, (dense, tokenizer), (_, _, router) = split_of(c, method), load_dense(c), pipeline.METHODS[method]
+        split, (dense, tokenizer), router = split_of(c, method), load_dense(c), pipeline.METHODS[method].router
         config = HEMoEConfig(
             dense=dense.config.to_dict(), moe_layers=split.layers, experts=split.experts, k=c.router_k or c.num_experts,
             router="fixed" if router == "fixed" else "learned", router_std=c.router_std, balance_coef=c.balance_coef,

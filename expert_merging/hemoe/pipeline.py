@@ -2,7 +2,7 @@
 
 HEMOE_DIR/data           instruction data and evaluation tasks: of docstrings (not at scale paper), RAW_PATH, QUESTIONS_PATH
 HEMOE_DIR/seed{s}/base   the dense model trained on them (scales tiny and night)
-HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json
+HEMOE_DIR/seed{s}/       domains.json, scores.npz and scores.json, of other domains beside the script's own, too
 .../{method}/            split.npz, split.json, parts/; model/: its routers as converted; measure_before.json and
                          evaluation_before.json; tuned/, tuning.json; measure.json; evaluation.json. Tuned for one task,
                          the last four have its name at their end: tuned_{task}/ and so on
@@ -11,9 +11,10 @@ Each step reads files, writes files, and is left out where its result is there (
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import read_json, sha256
@@ -23,21 +24,40 @@ STEPS = ("data", "base", "domains", "scores", "partition", "conversion", "tuning
 BEFORE = "_before"  # what the names of results before tuning end in
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
 
-# name: (partition, its settings that differ, the router: noise at the start, domains (the map's), fixed (EMoE's mean gate))
-METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "HEMoE": ("HEMoE", {}, "noise"),
-    "HEMoE_start": ("HEMoE", {}, "domains"),
-    "HEMoE_gate": ("HEMoE", {}, "fixed"),
-    "HEMoE_modules": ("HEMoE", {"modules": "num_modules"}, "noise"),
-    "HEMoE_equal": ("HEMoE", {"ratio": 1.0}, "noise"),
-    "MoEfication": ("MoEfication", {}, "noise"),
-    "MoEBERT": ("MoEBERT", {}, "noise"),
-    "MoEBERT_domains": ("MoEBERT_domains", {}, "noise"),
-    "random": ("random", {}, "noise"),
-    "random_heterogeneous": ("random_heterogeneous", {}, "noise"),
-    "EMoE": ("EMoE", {}, "fixed"),
-    "parts": ("parts", {}, "noise"),  # the released files in PARTS_PATH
+
+class Method(NamedTuple):
+    """How a mixture is made.
+
+    `settings` are the partition's that differ; `router`: noise at the start, domains (the map's), fixed (EMoE's mean gate);
+    `domains`: which of `DOMAINS` importance is measured on.
+    """
+
+    partition: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+    router: str = "noise"
+    domains: str = ""
+
+
+METHODS = {
+    "HEMoE": Method("HEMoE"),
+    "HEMoE_start": Method("HEMoE", router="domains"),
+    "HEMoE_gate": Method("HEMoE", router="fixed"),
+    "HEMoE_modules": Method("HEMoE", {"modules": "num_modules"}),
+    "HEMoE_equal": Method("HEMoE", {"ratio": 1.0}),
+    "MoEfication": Method("MoEfication"),
+    "MoEBERT": Method("MoEBERT"),
+    "MoEBERT_domains": Method("MoEBERT_domains"),
+    "random": Method("random"),
+    "random_heterogeneous": Method("random_heterogeneous"),
+    "EMoE": Method("EMoE", router="fixed"),
+    "HEMoE_tasks": Method("HEMoE", domains="tasks"),
+    "HEMoE_tfidf": Method("HEMoE", domains="tfidf"),
+    "parts": Method("parts"),  # the released files in PARTS_PATH
 }
+# What domains are made from: the script's constants, or others in the place of some.
+DOMAINS: dict[str, dict[str, Any]] = {
+    "": {}, "tasks": {"domains_from": "tasks"}, "tfidf": {"domains_from": "clusters", "embedder": "tfidf"},
+}  # fmt: skip
 
 # What each step's result follows from, beside the earlier steps'.
 _CONSTANTS = {
@@ -102,6 +122,17 @@ def check(c: SimpleNamespace) -> None:
 
 def seed_folder(c: SimpleNamespace) -> Path:
     return Path(c.HEMOE_DIR) / f"seed{c.seed}"
+
+
+def by_domains(c: SimpleNamespace) -> dict[str, SimpleNamespace]:
+    """{which domains: the constants that make them} that the methods ask for; the script's own always. What follows from the
+    others alone has their name at the end of its own: domains_tasks.json, scores_tasks.npz."""
+    asked = dict.fromkeys(["", *(METHODS[method].domains for method in c.methods)])
+    return {name: SimpleNamespace(**vars(c) | DOMAINS[name]) for name in asked}
+
+
+def ending(name: str) -> str:
+    return name and f"_{name}"
 
 
 def tunings(c: SimpleNamespace) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,8 @@ SHARES = (0.25, 0.5, 0.75)  # at which curves are compared
 _LABELS = {
     "dense": "dense, as it is", "dense_tuned": "dense, tuned alike", "HEMoE": "HEMoE, neurons",
     "HEMoE_start": "HEMoE, routers from the map", "HEMoE_gate": "HEMoE, EMoE's routers", "HEMoE_modules": "HEMoE, modules",
-    "HEMoE_equal": "HEMoE, equal sizes", "MoEBERT_domains": "MoEBERT, an expert a domain",
+    "HEMoE_equal": "HEMoE, equal sizes", "HEMoE_tasks": "HEMoE, domains from tasks",
+    "HEMoE_tfidf": "HEMoE, domains from TF-IDF", "MoEBERT_domains": "MoEBERT, an expert a domain",
     "random": "random, equal sizes", "random_heterogeneous": "random, HEMoE's sizes",
 }  # fmt: skip
 _PER_TASK = "_per_task"
@@ -40,6 +41,8 @@ _QUESTIONS = (
     ("EMoE's routers instead of trained ones", "HEMoE_gate", "HEMoE"),
     ("neurons instead of modules", "HEMoE", "HEMoE_modules"),
     ("routers that start from the map", "HEMoE_start", "HEMoE"),
+    ("domains from tasks", "HEMoE_tasks", "HEMoE"),
+    ("domains from TF-IDF", "HEMoE_tfidf", "HEMoE"),
 )
 
 
@@ -91,7 +94,8 @@ def _collected(folder: Path, method: str, end: str = "") -> dict[str, Any] | Non
     ks = sorted(there["measure"]["k"].keys() & last["k"].keys(), key=int)
     return {
         **{name: last[name] for name in ("command", "versions", "seed", "identity")}, "method": method,
-        "split": there.get("split", {}).get("split"), "training": there.get("tuning", {}).get("training"),
+        "split": there.get("split", {}).get("split"), "agreement": there.get("split", {}).get("agreement"),
+        "training": there.get("tuning", {}).get("training"),
         "k": {k: {**there["measure"]["k"][k], **_accuracies(last["k"][k])} for k in ks}, "seconds": _seconds(there),
     }  # fmt: skip
 
@@ -249,10 +253,12 @@ def _points(records: Groups) -> Table:
 
 
 def _splits(records: Groups) -> Table:
+    agree = any(one.get("agreement") is not None for of_seed in records.values() for one in of_seed.values())
+    alike = "; agreement with HEMoE's partition: adjusted Rand index, 1 the same, 0 as by chance" if agree else ""
     table = Table(
         "splits", "The partitions",
         "Sizes of the experts over all neurons, ascending, mean over layers and seeds; of the solver: objective over its "
-        "proved bound, mean over layers and seeds.",
+        f"proved bound, mean over layers and seeds{alike}.",
     )  # fmt: skip
     for method in METHODS:
         splits = [of[method]["split"] for of in records.values() if method in of]
@@ -263,6 +269,8 @@ def _splits(records: Groups) -> Table:
                 {
                     "model": _name(method), "sizes": " ".join(f"{size:.3f}" for size in sizes),
                     "objective / bound": float(np.mean(solved)) if solved else None,
+                    **({"agreement": stat([of[method].get("agreement") for of in records.values() if method in of], 3)}
+                       if agree else {}),
                     "from": source(records, method),
                 }
             )  # fmt: skip

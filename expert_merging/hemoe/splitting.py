@@ -1,5 +1,6 @@
 """The steps scores and partition: how much each neuron matters to each domain, and which neurons make an expert."""
 
+import functools
 import time
 from types import SimpleNamespace
 
@@ -12,25 +13,29 @@ from expert_merging.hemoe.pipeline import seed_folder
 
 def scores(c: SimpleNamespace) -> None:
     """Importance of every FFN neuron to every domain: one backward pass a batch."""
-    from expert_merging.hemoe.importance import score
+    for which, constants in pipeline.by_domains(c).items():
+        _scores(constants, which)
 
-    folder, wanted = seed_folder(c), pipeline.identity(c, "scores")
-    if pipeline.is_done(folder / "scores.json", wanted):
+
+def _scores(c: SimpleNamespace, domains: str) -> None:
+    folder, wanted, end = seed_folder(c), pipeline.identity(c, "scores"), pipeline.ending(domains)
+    if pipeline.is_done(folder / f"scores{end}.json", wanted):
         return
+    from expert_merging.hemoe.importance import score
     from expert_merging.run.devices import make_accelerator
 
     started = time.perf_counter()
     model, tokenizer = load_dense(c)
     found = score(
-        model.to(make_accelerator(c).device), Examples(c, tokenizer).batches("scored"), accumulate=c.score_sums
+        model.to(make_accelerator(c).device), Examples(c, tokenizer, domains).batches("scored"), accumulate=c.score_sums
     )
-    found.save(folder / "scores.npz")
+    found.save(folder / f"scores{end}.npz")
     correlation = _correlations(found.values)
     record = {
         "domains": found.domains, "sequences": found.sequences, "correlation": correlation,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
-    pipeline.save(c, folder / "scores.json", wanted, record)
+    pipeline.save(c, folder / f"scores{end}.json", wanted, record)
 
 
 def _correlations(values) -> list[float]:
@@ -50,23 +55,26 @@ def partition(c: SimpleNamespace) -> None:
     from expert_merging.hemoe.partition import Settings
     from expert_merging.hemoe.partition import partition as split_by
 
-    found, gates = None, None
-    order = sorted(c.methods, key=lambda method: method == "random_heterogeneous")  # it copies HEMoE's sizes
+    scores_of = functools.cache(lambda end: Scores.load(seed_folder(c) / f"scores{end}.npz"))
+    gates = None
+    # random_heterogeneous copies HEMoE's sizes, and all are compared with HEMoE.
+    order = sorted(c.methods, key=lambda method: (method != "HEMoE", method == "random_heterogeneous"))
     for method in order:
         folder, wanted = seed_folder(c) / method, pipeline.identity(c, "split", method=method)
         if pipeline.is_done(folder / "split.json", wanted):
             continue
-        if found is None or gates is None:
-            found = Scores.load(seed_folder(c) / "scores.npz")
+        made_as = pipeline.METHODS[method]
+        found = scores_of(pipeline.ending(made_as.domains))
+        if gates is None:
             model, _ = load_dense(c)
             layers = list(c.moe_layers)
             gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().float().numpy() for layer in layers]
         started = time.perf_counter()
-        name, other, _ = pipeline.METHODS[method]
+        name = made_as.partition
         settings = {
             "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
             "starts": c.solver_starts, "seconds": c.solver_seconds, "solver": c.solver, "rounding": c.rounding,
-            **{key: getattr(c, value) if isinstance(value, str) else value for key, value in other.items()},
+            **{key: getattr(c, value) if isinstance(value, str) else value for key, value in made_as.settings.items()},
         }  # fmt: skip
         if name == "parts":
             split = _imported(c, gates[0].shape[0])
@@ -80,8 +88,31 @@ def partition(c: SimpleNamespace) -> None:
         split.export_parts(folder / "parts")
         seconds = time.perf_counter() - started
         record = {"split": split.record(), "left_out": split.left_out().tolist(), "seconds": seconds}
+        record["agreement"] = (
+            _agreement(split, split_of(c, "HEMoE")) if _there(c, "HEMoE") and method != "HEMoE" else None
+        )
         pipeline.save(c, folder / "split.json", wanted, record)
         print(f"{method}: sizes {[sorted(sizes) for sizes in split.sizes.tolist()]}")
+
+
+def _agreement(one, other) -> float | None:
+    """How alike two partitions are: the adjusted Rand index (1 the same, 0 as by chance), mean over layers; None where
+    one of them has a neuron twice or not at all."""
+    import numpy as np
+    from sklearn.metrics import adjusted_rand_score
+
+    if any(split.left_out().any() or split.repeated().any() for split in (one, other)):
+        return None
+
+    def labels(experts) -> np.ndarray:
+        return np.repeat(np.arange(len(experts)), [len(of) for of in experts])[np.argsort(np.concatenate(experts))]
+
+    found = [adjusted_rand_score(*map(labels, pair)) for pair in zip(one.experts, other.experts, strict=True)]
+    return float(np.mean(found))
+
+
+def _there(c: SimpleNamespace, method: str) -> bool:
+    return (seed_folder(c) / method / "split.npz").exists()
 
 
 def _imported(c: SimpleNamespace, neurons: int):

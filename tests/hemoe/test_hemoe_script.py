@@ -411,3 +411,39 @@ def test_half_the_bytes_in_bfloat16(place, done, tmp_path):
     with pytest.raises(UserError, match="save_dtype was 'float32', is now 'bfloat16'"):  # the dense reference's
         call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
     assert (seed / "tuned/model.safetensors").stat().st_size < 0.6 * whole
+
+
+def test_other_domains_beside_the_script_s_own(place, done, tmp_path):
+    """HEMoE_tfidf: domains, scores and partition of its own; what is held out and trained on is the same."""
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed = tmp_path / "runs/hemoe/seed0"
+    before = (seed / "domains.json").stat().st_mtime_ns, (seed / "scores.npz").stat().st_mtime_ns
+    steps = ("domains", "scores", "partition", "conversion")
+    given = words(place, methods=("HEMoE", "HEMoE_tasks", "HEMoE_tfidf"), steps=steps)
+    call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+    assert before == ((seed / "domains.json").stat().st_mtime_ns, (seed / "scores.npz").stat().st_mtime_ns)
+    own, tasks, tfidf = (read_json(seed / f"domains{end}.json") for end in ("", "_tasks", "_tfidf"))
+    assert own["held"] == tasks["held"] == tfidf["held"]
+    assert own["used"] == tasks["used"] == tfidf["used"]
+    assert (tasks["names"], tfidf["names"]) == (["copy", "turn"], ["cluster0", "cluster1"])
+    # Domains are the tasks here, so that these two are the same partition, and the third agrees as far as it does.
+    splits = {m: read_json(seed / m / "split.json") for m in ("HEMoE", "HEMoE_tasks", "HEMoE_tfidf")}
+    assert splits["HEMoE"]["agreement"] is None
+    assert splits["HEMoE_tasks"]["agreement"] == pytest.approx(1.0)
+    assert -0.5 < splits["HEMoE_tfidf"]["agreement"] <= 1.0
+
+
+def test_agreement_of_partitions():
+    """The adjusted Rand index knows nothing of the experts' numbers; none where neurons are in several experts or none."""
+    import numpy as np
+
+    from expert_merging.hemoe.split import Split
+    from expert_merging.hemoe.splitting import _agreement
+
+    def split(*experts):
+        return Split("random", 6, (0,), [[np.array(sorted(neurons)) for neurons in experts]])
+
+    assert _agreement(split([0, 1, 2], [3, 4, 5]), split([3, 5, 4], [2, 0, 1])) == 1.0
+    # Pairs together in both: 01 and 45 of 6 in each; by chance 6 * 6 / 15 = 2.4; (2 - 2.4) / (6 - 2.4).
+    assert _agreement(split([0, 1, 2], [3, 4, 5]), split([0, 1, 3], [2, 4, 5])) == pytest.approx(-0.4 / 3.6)
+    assert _agreement(split([0, 1, 2], [2, 3, 4]), split([0, 1, 3], [2, 4, 5])) is None
