@@ -27,8 +27,8 @@ methods = (
     "random",
     "random_heterogeneous",  # of HEMoE's sizes
     "EMoE",
-)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH; HEMoE_tasks and HEMoE_tfidf, of the
-# domains that domains_from tasks, and clusters of TF-IDF, would give
+)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH; HEMoE_noise, whose
+# routers start from noise; HEMoE_tasks and HEMoE_tfidf, of the domains that tasks, and clusters of TF-IDF, would give
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(
@@ -86,7 +86,10 @@ moe_layers = by_scale(
     paper=tuple(range(3, 15)), night=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3), real=tuple(range(3, 27))
 )  # from 0; others stay dense
 router_k = by_scale(paper=4, night=0, tiny=0)  # experts that fire in tuning; 0 draws 1..n anew for each step
-router_std = 1e-3  # of a learned router's initial weights
+router_start = by_scale(
+    paper="noise", night="noise", tiny="noise", real="gate"
+)  # of learned routers: noise of router_std | gate: EMoE's, the mean gate of an expert, from which some tens of steps get on
+router_std = 1e-3
 balance_coef = 0.1  # lambda of the size-weighted balance loss; the released code has 5e-4, times the tokens
 balance_scale = "experts"  # experts: times n | tokens: times the tokens of a batch (released)
 balance_padding = False  # whether padding counts (released: it does)

@@ -26,10 +26,14 @@ def conversion(c: SimpleNamespace) -> None:
         from safetensors.torch import save_file
 
         from expert_merging.hemoe.modeling import HEMoEConfig, HEMoEForCausalLM
-        from expert_merging.hemoe.router_start import start_from_domains
+        from expert_merging.hemoe.router_start import start_from_domains, start_from_gates
 
         started = time.perf_counter()
-        split, (dense, tokenizer), router = split_of(c, method), load_dense(c), pipeline.METHODS[method].router
+        split, (dense, tokenizer), router = (
+            split_of(c, method),
+            load_dense(c),
+            pipeline.METHODS[method].router or c.router_start,
+        )
         config = HEMoEConfig(
             dense=dense.config.to_dict(), moe_layers=split.layers, experts=split.experts, k=c.router_k or c.num_experts,
             router="fixed" if router == "fixed" else "learned", router_std=c.router_std, balance_coef=c.balance_coef,
@@ -39,6 +43,8 @@ def conversion(c: SimpleNamespace) -> None:
         model = HEMoEForCausalLM(config, dense)
         if router == "domains":
             start_from_domains(model, Examples(c, tokenizer).batches("scored"))
+        elif router == "gate":
+            start_from_gates(model)
         with new_folder(folder) as temporary:
             config.save_pretrained(temporary)
             save_file(_routers(model), temporary / _ROUTERS)

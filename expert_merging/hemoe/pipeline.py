@@ -28,13 +28,14 @@ DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same 
 class Method(NamedTuple):
     """How a mixture is made.
 
-    `settings` are the partition's that differ; `router`: noise at the start, domains (the map's), fixed (EMoE's mean gate);
-    `domains`: which of `DOMAINS` importance is measured on.
+    `settings` are the partition's that differ; `router`: what it is at the start, noise, gate (EMoE's: the expert's mean gate)
+    or domains (the map's), or fixed (gate, and not trained), as `router_start` says where none is named; `domains`: which of
+    `DOMAINS` importance is measured on.
     """
 
     partition: str
     settings: Mapping[str, Any] = MappingProxyType({})
-    router: str = "noise"
+    router: str = ""
     domains: str = ""
 
 
@@ -50,6 +51,7 @@ METHODS = {
     "random": Method("random"),
     "random_heterogeneous": Method("random_heterogeneous"),
     "EMoE": Method("EMoE", router="fixed"),
+    "HEMoE_noise": Method("HEMoE", router="noise"),
     "HEMoE_tasks": Method("HEMoE", domains="tasks"),
     "HEMoE_tfidf": Method("HEMoE", domains="tfidf"),
     "parts": Method("parts"),  # the released files in PARTS_PATH
@@ -72,7 +74,7 @@ _CONSTANTS = {
         "moe_layers", "num_experts", "size_ratio", "experts_per_domain", "num_modules", "solver", "solver_starts",
         "solver_seconds", "rounding",
     ),
-    "model": ("router_std", "router_k", "balance_coef", "balance_scale", "balance_padding"),
+    "model": ("router_start", "router_std", "router_k", "balance_coef", "balance_scale", "balance_padding"),
     "tuning": (
         "lora_rank", "lora_alpha", "lora_dropout", "tune_steps", "tune_batch", "tune_accumulation", "tune_lr",
         "tune_last_lr", "tune_warmup", "tune_tasks", "save_dtype", "precision",
@@ -89,6 +91,7 @@ def check(c: SimpleNamespace) -> None:
         ("methods", METHODS),
         ("domains_from", domains_from),
         ("balance_scale", scales),
+        ("router_start", ("noise", "gate")),
         ("prompts", prompts),
         ("save_dtype", ("float32", "bfloat16")),
     ):

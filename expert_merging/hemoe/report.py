@@ -21,7 +21,8 @@ SHARES = (0.25, 0.5, 0.75)  # at which curves are compared
 _LABELS = {
     "dense": "dense, as it is", "dense_tuned": "dense, tuned alike", "HEMoE": "HEMoE, neurons",
     "HEMoE_start": "HEMoE, routers from the map", "HEMoE_gate": "HEMoE, EMoE's routers", "HEMoE_modules": "HEMoE, modules",
-    "HEMoE_equal": "HEMoE, equal sizes", "HEMoE_tasks": "HEMoE, domains from tasks",
+    "HEMoE_equal": "HEMoE, equal sizes", "HEMoE_noise": "HEMoE, routers from noise",
+    "HEMoE_tasks": "HEMoE, domains from tasks",
     "HEMoE_tfidf": "HEMoE, domains from TF-IDF", "MoEBERT_domains": "MoEBERT, an expert a domain",
     "random": "random, equal sizes", "random_heterogeneous": "random, HEMoE's sizes",
 }  # fmt: skip
@@ -41,6 +42,7 @@ _QUESTIONS = (
     ("EMoE's routers instead of trained ones", "HEMoE_gate", "HEMoE"),
     ("neurons instead of modules", "HEMoE", "HEMoE_modules"),
     ("routers that start from the map", "HEMoE_start", "HEMoE"),
+    ("routers that start from noise", "HEMoE_noise", "HEMoE"),
     ("domains from tasks", "HEMoE_tasks", "HEMoE"),
     ("domains from TF-IDF", "HEMoE_tfidf", "HEMoE"),
 )

@@ -1,4 +1,5 @@
-"""Starting a router from the integer program's map of domains to experts, in the place of noise."""
+"""Starting a router from the gates of its experts, or from the integer program's map of domains to experts, in the place of
+noise."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,6 +7,12 @@ import torch
 
 from expert_merging.core.errors import UserError
 from expert_merging.hemoe.modeling import HEMoEForCausalLM
+
+
+def start_from_gates(model: HEMoEForCausalLM) -> None:
+    """Set every router to EMoE's: an expert's score is the mean of its gate pre-activations. It can be trained from there."""
+    for ffn in model.ffns:
+        ffn.router.weight.data.copy_(ffn.mean_gate_rows())
 
 
 def start_from_domains(

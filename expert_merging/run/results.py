@@ -34,6 +34,7 @@ _BEFORE = {
     "shares": "entropy",
     "pool_inputs": 256,
     "prompts": "plain",
+    "router_start": "noise",
     "save_dtype": "float32",
 }  # entries that older records lack
 

@@ -447,3 +447,22 @@ def test_agreement_of_partitions():
     # Pairs together in both: 01 and 45 of 6 in each; by chance 6 * 6 / 15 = 2.4; (2 - 2.4) / (6 - 2.4).
     assert _agreement(split([0, 1, 2], [3, 4, 5]), split([0, 1, 3], [2, 4, 5])) == pytest.approx(-0.4 / 3.6)
     assert _agreement(split([0, 1, 2], [2, 3, 4]), split([0, 1, 3], [2, 4, 5])) is None
+
+
+def test_routers_that_start_from_gates(place, done, tmp_path):
+    """Learned routers begin as EMoE's, which are not trained; HEMoE_noise's begin as noise all the same."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed = tmp_path / "runs/hemoe/seed0"
+    shutil.rmtree(seed / "HEMoE/model")
+    given = words(
+        place, methods=("HEMoE", "HEMoE_gate", "HEMoE_noise"), router_start="gate", steps=("partition", "conversion")
+    )
+    call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+    found = {m: load_file(seed / m / "model/routers.safetensors") for m in ("HEMoE", "HEMoE_gate", "HEMoE_noise")}
+    kinds = {m: read_json(seed / m / "model/config.json")["router"] for m in found}
+    assert kinds == {"HEMoE": "learned", "HEMoE_gate": "fixed", "HEMoE_noise": "learned"}
+    for name, weight in found["HEMoE"].items():
+        assert torch.equal(weight, found["HEMoE_gate"][name])
+        assert not torch.allclose(weight, found["HEMoE_noise"][name], atol=1e-4)
