@@ -17,9 +17,9 @@ from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 family = "bert"  # bert | gpt2 | t5 | bart
-tasks = by_scale(  # folders in TASKS_PATH; GLUE's cola .. wnli, wikitext, squad, xsum; or doc_topic, doc_lm, doc_qa,
+tasks = by_scale(  # in TASKS_PATH; GLUE's cola .. wnli, wikitext, squad, xsum; doc_topic, doc_lm, doc_qa, doc_summary
     paper=("sst2",), night=("doc_topic",), tiny=("doc_topic",), real=("sst2", "mrpc", "trec", "subj")
-)  # doc_summary; one or several, of several also the average
+)  # one or several, of several also the average and the claims
 n = by_scale(paper=0, night=8, tiny=8)  # experts in place of each FFN linear; 0 takes the task's own: GLUE's 16, else 8
 ks = by_scale(
     paper=(0,), night=(1, 2, 4), tiny=(1, 2, 4), real=(2, 4)

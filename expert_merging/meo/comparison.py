@@ -81,6 +81,9 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
     about: dict[str, Any] = {"data": recipes.rows_hash(rows), "base": finetuning.weights_hash(base)}
     about |= {"drawn": number} if number else {}
     about |= results.identity(c, ("family", "precision"), task=job.task, n=job.n)
+    alike = {**about, "recipe": recipes.as_json(first)}
+    apart = ("seed", "variant", *(["recipe"] if len(job.recipes) > 1 else []))
+    results.refuse_others(folder.glob("seed*/*.json"), alike, elsewhere="MEO_DIR", but=apart)
     for seed in c.seeds:
         of_seed = {**rows, "train": recipes.drawn(rows["train"], number, seed)}
         for variant, recipe in _runs(job, c.family):

@@ -114,6 +114,13 @@ def test_moe_and_meo_answer_alike_and_are_equivalent(done):
     assert equal["verdict"] == bootstrap.EQUIVALENT and equal["p"] == "0.000"
 
 
+def test_one_table_never_holds_runs_of_two_set_ups(done, world):
+    """Seed 2 would be trained on other examples than the seeds that are there, or for another number of epochs."""
+    for changed in ({"task_train": 16}, {"epochs": 1}):
+        with pytest.raises(UserError, match="one table would show both: restore them, or choose another MEO_DIR"):
+            call_main(SCRIPT, words(world, seeds=2, **changed))
+
+
 def test_of_several_learning_rates_the_best_on_validation_counts(world, tmp_path):
     call_main(
         SCRIPT, words(world, RUN_DIR=tmp_path, tasks="pairs", learning_rate="0.01 0.0001", seeds=0, levels="sequence")
