@@ -107,8 +107,8 @@ def check(c: SimpleNamespace) -> None:
     if "guard" in c.parts and "main" not in c.parts:
         raise UserError("the part guard goes by what happened in the part main; add it to parts")
     at_least(
-        c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "guard_window", "statistics_examples", "scoring_batch",
-        "select_examples",
+        c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "guard_window", "statistics_examples",
+        "scoring_batch", "select_examples",
     )  # fmt: skip
     at_least(
         c, 0, "ablation_seeds", "train_examples", "validation_examples", "test_examples", "robust_examples", "seeds"

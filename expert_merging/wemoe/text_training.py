@@ -56,8 +56,11 @@ def head_of(c: SimpleNamespace, seed: int, task: TextTask, tokenizer, device: to
         torch.cat(states).numpy(), empty.labels
     )
     found = fitted.coef_ if len(fitted.coef_) > 1 else np.concatenate([-fitted.coef_, fitted.coef_]) / 2
-    results.save(path, identity, {"head": found.astype(np.float32).tolist()})
-    return torch.tensor(found, dtype=torch.float32)
+    rows_of_head = found.astype(
+        np.float32
+    ).tolist()  # as read from the file, in memory too: another order of bytes rounds anew
+    results.save(path, identity, {"head": rows_of_head})
+    return torch.tensor(rows_of_head)
 
 
 def finetuned(
