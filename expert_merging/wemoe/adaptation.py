@@ -43,6 +43,16 @@ def batch_at(step: int, examples: int, batch_size: int, seed: int) -> list[int]:
     return order[number * batch_size : (number + 1) * batch_size].tolist()
 
 
+def neighbours_at(step: int, examples: int, batch_size: int, seed: int) -> list[int]:
+    """Likewise, but a batch is a run of examples, such as texts of like length; the runs come in a new order each epoch."""
+    epoch, number = divmod(step, math.ceil(examples / batch_size))
+    order = torch.randperm(
+        math.ceil(examples / batch_size), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    )
+    start = int(order[number]) * batch_size
+    return list(range(start, min(start + batch_size, examples)))
+
+
 def check_guard(guard: str, floor: float = 0.5) -> None:
     """Raises UserError for an unknown guard, and for a floor that is no share."""
     if guard not in GUARDS:

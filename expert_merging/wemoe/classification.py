@@ -23,7 +23,7 @@ from expert_merging.merging.fisher import diagonal_fisher
 from expert_merging.merging.registry import FROM_WEIGHTS, LAM, constants, once
 from expert_merging.merging.registry import METHODS as ROWS
 from expert_merging.merging.regmean import gram_matrices
-from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss
+from expert_merging.wemoe.adaptation import adapt, batch_at, check_guard, entropy_loss, neighbours_at
 from expert_merging.wemoe.ffn import FFN, ensembles, upscale
 from expert_merging.wemoe.scoring import Task, embed, evaluate
 from expert_merging.wemoe.vectors import held_bytes
@@ -202,7 +202,8 @@ def adapt_to(model: nn.Module, tasks: Sequence[Task], s: Settings, lr: float, **
 
     def loss(name: str, step: int):
         task = by_name[name]
-        inputs = task.inputs(batch_at(step, len(task.labels), s.adapt_batch_size, s.seed))
+        rows_at = neighbours_at if task.ragged else batch_at  # else half of a batch of texts is padding
+        inputs = task.inputs(rows_at(step, len(task.labels), s.adapt_batch_size, s.seed))
         return entropy_loss(s.logit_scale * embed(model, inputs) @ task.head.t())
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

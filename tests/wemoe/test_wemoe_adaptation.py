@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from expert_merging.core.errors import UserError
 from expert_merging.report import folders
 from expert_merging.wemoe import classification, digits, report
-from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss
+from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss, neighbours_at
 from expert_merging.wemoe.classification import Settings, run_method, statistics_of
 from expert_merging.wemoe.ffn import ensembles, routers, upscale
 from expert_merging.wemoe.scoring import Task, embed
@@ -231,6 +231,16 @@ def test_bad_adaptations_are_refused():
         adapt([], ["a"], lambda task, step: (parameter, None))
     with pytest.raises(ValueError, match="loss of a is nan at step 0"):
         adapt([parameter], ["a"], lambda task, step: (parameter * float("nan"), None))
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 3))
+def test_batches_of_neighbours_are_an_epoch_of_runs(examples, size, seed):
+    steps = -(-examples // size)
+    for epoch in range(2):
+        batches = [neighbours_at(epoch * steps + step, examples, size, seed) for step in range(steps)]
+        assert sorted(i for batch in batches for i in batch) == list(range(examples))
+        assert all(batch == list(range(batch[0], batch[-1] + 1)) and len(batch) <= size for batch in batches)
+        assert batches == [neighbours_at(epoch * steps + step, examples, size, seed) for step in range(steps)]
 
 
 # -- digits
