@@ -54,6 +54,11 @@ def of(groups: Groups, part: str, method: str) -> list[tuple[str, dict[str, Any]
     return [(group, runs[f"{part}.{method}"]) for group, runs in groups.items() if f"{part}.{method}" in runs]
 
 
+def having(groups: Groups, *parts: str) -> Groups:
+    """The seeds that have one of the parts, which not all need have."""
+    return {group: runs for group, runs in groups.items() if any(run.startswith(parts) for run in runs)}
+
+
 def tasks_of(groups: Groups) -> list[str]:
     """The tasks that are merged in the part main."""
     return next((list(record["tasks"]) for _, _, record in every(groups) if record["part"] == "main"), [])
@@ -228,7 +233,7 @@ def number(groups: Groups) -> Table:
     table = Table(
         "number", "Number of tasks", "Relative test accuracy (%) over the first 2, 3, .. tasks, when these are merged."
     )
-    points = curves(groups)
+    points, groups = curves(groups), having(groups, "number")
     for method, by_number in points.items():
         row: dict[str, Any] = {"method": label(method)}
         runs = []
@@ -241,6 +246,7 @@ def number(groups: Groups) -> Table:
 
 def curves(groups: Groups) -> dict[str, dict[int, list[float | None]]]:
     """{method: {number of tasks: relative accuracy (%) of each seed}}"""
+    groups = having(groups, "number")
     parts = sorted({record["part"] for _, _, record in every(groups) if record["part"].startswith("number")})
     if not parts:
         return {}
@@ -256,6 +262,7 @@ def curves(groups: Groups) -> dict[str, dict[int, list[float | None]]]:
 def ablation(groups: Groups) -> Table:
     note = "Mean test accuracy (%) and relative accuracy: which modules are routed, and how deep the routers are (2 in WEMoE)."
     table, names = Table("ablation", "What is routed, and by what", note), tasks_of(groups)
+    groups = having(groups, "modules", "depth")
     rows = [(part, method) for part in ("modules", "depth") for method in methods_of(groups, part)]
     if rows and of(groups, "main", "wemoe"):
         rows = [("main", "wemoe"), *rows]
