@@ -46,11 +46,11 @@ methods = (
 
 # -- heads and fine-tuning
 max_tokens = by_scale(paper=128, night=64, tiny=48, real=64)  # of a text or a pair; what is longer is cut
-train_examples = by_scale(paper=0, night=1500, tiny=300, real=1500)  # a task, drawn by each seed; 0 takes all
-validation_examples = by_scale(
+train_texts = by_scale(paper=0, night=1500, tiny=300, real=1500)  # a task, drawn by each seed; 0 takes all
+validation_texts = by_scale(
     paper=0, night=300, tiny=60, real=300
 )  # a task, a fixed sample: the epoch; unlabelled inputs
-test_examples = by_scale(paper=0, night=400, tiny=100, real=400)  # a task, a fixed sample; 0 takes all
+test_texts = by_scale(paper=0, night=400, tiny=100, real=400)  # a task, a fixed sample; 0 takes all
 head_c = 10.0  # of a head's logistic regression: more is freer
 finetune_epochs = by_scale(paper=3, night=2, tiny=2, real=2)
 finetune_lr = by_scale(paper=5e-5, night=5e-5, tiny=1e-4, real=5e-5)  # AdamW: up to it over `warmup`, then down to 0
@@ -59,7 +59,7 @@ warmup = 0.1  # share of the steps
 
 # -- choosing coefficients
 grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of every method's factor on what it adds
-select_examples = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task's validation
+select_texts = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task's validation
 
 # -- adapting
 adapt_steps = by_scale(paper=1000, night=50, tiny=10, real=50)
@@ -73,7 +73,7 @@ guard_window = by_scale(paper=20, night=10, tiny=5, real=10)  # steps over which
 
 # -- further parts
 general_tasks = 4  # how many are merged in the part generalization; the others and unseen_tasks are only tested
-robust_examples = by_scale(paper=0, night=100, tiny=20, real=100)  # of the test sample, in the part robustness
+robust_texts = by_scale(paper=0, night=100, tiny=20, real=100)  # of the test sample, in the part robustness
 scoring_batch = 32  # texts in a forward pass without gradients
 WEMOE_TEXT_DIR = "{RUN_DIR}/wemoe_text"
 publish = False  # copy the records to results/wemoe/text and make tables and figures of them there

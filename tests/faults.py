@@ -120,8 +120,8 @@ CASES = {
     "text": Case(
         "neighbours/WEMoE_text.py",
         ["--ENCODER", "{world}/text/bert", "--TASKS_PATH", "{world}/text/tasks", "--text_tasks", "who", "where",
-         "--unseen_tasks", "pairs", "--seeds", "0", "--general_tasks", "2", "--max_tokens", "16", "--train_examples", "40",
-         "--validation_examples", "12", "--test_examples", "16", "--select_examples", "8", "--robust_examples", "6",
+         "--unseen_tasks", "pairs", "--seeds", "0", "--general_tasks", "2", "--max_tokens", "16", "--train_texts", "40",
+         "--validation_texts", "12", "--test_texts", "16", "--select_texts", "8", "--robust_texts", "6",
          "--grid", "0.3", "1", "--adapt_steps", "3", "--adapt_batch_size", "4", "--statistics_examples", "3",
          "--finetune_lr", "0.01", "--methods", "individual", "multi_task", "task_arithmetic", "adamerging_layer", "wemoe",
          "--parts", "main", "guard", "generalization", "robustness"],

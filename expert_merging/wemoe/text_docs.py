@@ -27,11 +27,11 @@ def write_once(c: SimpleNamespace) -> str:
     As many training examples as three seeds with samples of their own can use; validation and test as the constants ask.
     """
     folder = Path(c.WEMOE_TEXT_DIR) / "data"
-    wanted = results.identity(c, ("train_examples", "validation_examples", "select_examples", "test_examples"))
+    wanted = results.identity(c, ("train_texts", "validation_texts", "select_texts", "test_texts"))
     if results.is_done(folder / "complete.json", wanted, claim=folder, elsewhere="WEMOE_TEXT_DIR"):
         return str(folder)
-    train = 2 * (c.train_examples or 4000)
-    held = {"validation": max(c.validation_examples, c.select_examples), "test": c.test_examples or 1000}
+    train = 2 * (c.train_texts or 4000)
+    held = {"validation": max(c.validation_texts, c.select_texts), "test": c.test_texts or 1000}
     docs = docstring_reader.read_docstrings()
     # Of parameters only some have one of the common answers.
     found = doc_choice.examples(docs, 3 * train, 3 * held["test"], 3 * held["validation"])

@@ -34,7 +34,7 @@ from expert_merging.wemoe.text_tasks import Row, TextTask
 
 # What a record follows from, beside the models; by the constants of the registry's methods, too.
 DEPENDS_ON = (
-    *text_training.TRAINING, "test_examples", "select_examples", "robust_examples", "grid", "lam", "adapt_lr",
+    *text_training.TRAINING, "test_texts", "select_texts", "robust_texts", "grid", "lam", "adapt_lr",
     "adamerging_lr", "adapt_steps", "adapt_batch_size", "guard", "guard_floor", "guard_window", "statistics_examples",
     "general_tasks",
 )  # fmt: skip
@@ -70,11 +70,11 @@ class Seed:
         """What is tested on, adapted to, and by which coefficients are chosen: the same for all seeds; for training a sample
         of the seed's own."""
         if split == "train":
-            return self.tasks[name].sample("train", self.c.train_examples, self.number)
+            return self.tasks[name].sample("train", self.c.train_texts, self.number)
         most = {
-            "test": self.c.test_examples,
-            "validation": self.c.validation_examples,
-            "select": self.c.select_examples,
+            "test": self.c.test_texts,
+            "validation": self.c.validation_texts,
+            "select": self.c.select_texts,
         }
         return self.tasks[name].sample("test" if split == "test" else "validation", most[split])
 
@@ -129,7 +129,7 @@ def chosen_coefficient(seed: Seed, method: str, names: Sequence[str]) -> dict[st
     """{"chosen", "curve": [[coefficient, mean relative accuracy], ..]} of a method that adds coefficient times something.
 
     The rule, the same for all: of `grid` the one with the highest mean over tasks of accuracy / accuracy of the separate model
-    on `select_examples` of each task's validation; of equal ones the smallest. What is added is computed once.
+    on `select_texts` of each task's validation; of equal ones the smallest. What is added is computed once.
     """
     c = seed.c
     path = text_training.seed_folder(c, seed.number) / "coefficients" / f"{method}_{len(names)}.json"
@@ -261,8 +261,8 @@ def _same(model: nn.Module, name: str) -> nn.Module:
 
 
 def spoilt(c: SimpleNamespace, task: TextTask, way: str, strength: int) -> list[Row]:
-    """The first `robust_examples` of the test sample; the same for every seed and method."""
-    rows = task.sample("test", c.test_examples)[: c.robust_examples or None]
+    """The first `robust_texts` of the test sample; the same for every seed and method."""
+    rows = task.sample("test", c.test_texts)[: c.robust_texts or None]
     if not strength:
         return rows
 
@@ -296,11 +296,11 @@ def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...],
     merged = tuple(name for name in tasks if name not in unseen)
     for task in tasks.values():
         for seed in c.seeds:
-            drawn = {row.label for row in task.sample("train", c.train_examples, seed)}
+            drawn = {row.label for row in task.sample("train", c.train_texts, seed)}
             if lost := sorted(set(range(task.classes)) - drawn):
                 raise UserError(
-                    f"seed {seed} draws no example of label {lost[0]} of {task.name} in its {c.train_examples} training "
-                    "examples; raise train_examples"
+                    f"seed {seed} draws no example of label {lost[0]} of {task.name} in its {c.train_texts} training "
+                    "examples; raise train_texts"
                 )
     if "generalization" in c.parts and c.general_tasks >= len(merged) + len(unseen):
         raise UserError(

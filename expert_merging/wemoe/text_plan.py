@@ -108,11 +108,9 @@ def check(c: SimpleNamespace) -> None:
         raise UserError("the part guard goes by what happened in the part main; add it to parts")
     at_least(
         c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "guard_window", "statistics_examples",
-        "scoring_batch", "select_examples",
+        "scoring_batch", "select_texts",
     )  # fmt: skip
-    at_least(
-        c, 0, "ablation_seeds", "train_examples", "validation_examples", "test_examples", "robust_examples", "seeds"
-    )
+    at_least(c, 0, "ablation_seeds", "train_texts", "validation_texts", "test_texts", "robust_texts", "seeds")
     at_least(c, 2, "general_tasks")
     if c.max_tokens < 4:
         raise UserError(f"max_tokens is {c.max_tokens}; a pair of texts with its marks needs 4 or more")

@@ -87,8 +87,8 @@ def _facts(groups: Groups) -> str:
     seeds = [group.removeprefix("seed") for group in groups]
     spread = f"mean ± standard deviation over seeds {', '.join(seeds)}" if len(seeds) > 1 else f"seed {seeds[0]} alone"
     return (
-        f"{spread}; {identity['train_examples'] or 'all'} training examples a task and seed, "
-        f"{identity['test_examples'] or 'all'} test examples a task at most"
+        f"{spread}; {identity['train_texts'] or 'all'} training examples a task and seed, "
+        f"{identity['test_texts'] or 'all'} test examples a task at most"
     )
 
 

@@ -27,10 +27,10 @@ from expert_merging.wemoe.text_tasks import TextTask
 
 HEAD = (
     "head_c",
-    "train_examples",
+    "train_texts",
     "max_tokens",
 )  # the constants that a head follows from, and those of a fine-tuned model
-TRAINING = (*HEAD, "validation_examples", "finetune_epochs", "finetune_lr", "finetune_batch", "warmup", "precision")
+TRAINING = (*HEAD, "validation_texts", "finetune_epochs", "finetune_lr", "finetune_batch", "warmup", "precision")
 
 
 def head_of(c: SimpleNamespace, seed: int, task: TextTask, tokenizer, device: torch.device) -> torch.Tensor:
@@ -38,7 +38,7 @@ def head_of(c: SimpleNamespace, seed: int, task: TextTask, tokenizer, device: to
     examples by the pre-trained encoder, C = head_c. Kept in a file, and read from there the next time."""
     from sklearn.linear_model import LogisticRegression
 
-    rows = task.sample("train", c.train_examples, seed)
+    rows = task.sample("train", c.train_texts, seed)
     path = seed_folder(c, seed) / "heads" / f"{task.name}.json"
     identity = results.identity(c, HEAD, seed=seed, task=task.name, data=corpus_hash(rows), encoder=c.encoder_sha256)
     if (kept := results.part(path, identity)) is not None:
@@ -76,8 +76,8 @@ def finetuned(
         (the model's folder, {"validation": {task: accuracy of the epoch that was kept}, "history", "seconds"}).
     """
     folder = seed_folder(c, seed) / "models" / name
-    train = {task.name: task.sample("train", c.train_examples, seed) for task in tasks}
-    held = {task.name: task.sample("validation", c.validation_examples) for task in tasks}
+    train = {task.name: task.sample("train", c.train_texts, seed) for task in tasks}
+    held = {task.name: task.sample("validation", c.validation_texts) for task in tasks}
     identity = results.identity(
         c, TRAINING, seed=seed, tasks=list(train), data=corpus_hash([train, held]), encoder=c.encoder_sha256
     )

@@ -36,7 +36,7 @@ def words(place, results, **more) -> list[str]:
     values = {
         "scale": "tiny", "device": "cpu", "ENCODER": place / "bert", "TASKS_PATH": place / "tasks",
         "text_tasks": " ".join(TEXT_TASKS[:2]), "unseen_tasks": "pairs", "general_tasks": 2, "max_tokens": 16,
-        "train_examples": 40, "validation_examples": 12, "test_examples": 20, "select_examples": 10, "robust_examples": 8,
+        "train_texts": 40, "validation_texts": 12, "test_texts": 20, "select_texts": 10, "robust_texts": 8,
         "grid": "0.3 1", "adapt_steps": 3, "adapt_batch_size": 4, "statistics_examples": 4, "finetune_lr": 0.01,
         "parts": "main", "methods": "individual average task_arithmetic", "WEMOE_TEXT_DIR": results, **more,
     }  # fmt: skip
@@ -268,7 +268,7 @@ def test_an_encoder_without_a_tokenizer_and_what_is_no_encoder(place, tmp_path):
         ({"warmup": "1"}, "warmup is 1.0"),
         ({"adapt_steps": "0"}, "adapt_steps is 0"),
         ({"guard": "hope"}, "the guard is 'hope'"),
-        ({"train_examples": "2"}, "seed 0 draws no example of label . of who in its 2 training examples"),
+        ({"train_texts": "2"}, "seed 0 draws no example of label . of who in its 2 training examples"),
         ({"parts": "generalization", "general_tasks": "3"}, "nothing would be left to generalize to"),
     ],
 )
@@ -308,9 +308,7 @@ def test_docstring_tasks_are_task_folders(tmp_path, monkeypatch):
 
     few = docstring_reader.read_docstrings(("joblib", "numpy"))
     monkeypatch.setattr(docstring_reader, "read_docstrings", lambda: few)
-    c = SimpleNamespace(
-        WEMOE_TEXT_DIR=str(tmp_path), train_examples=30, validation_examples=6, select_examples=6, test_examples=8
-    )
+    c = SimpleNamespace(WEMOE_TEXT_DIR=str(tmp_path), train_texts=30, validation_texts=6, select_texts=6, test_texts=8)
     folder = text_docs.write_once(c)
     there = text_tasks.read_all([folder], ("type", "default", "summary", "next", "order"), [])  # one library alone
     for name, task in there.items():
