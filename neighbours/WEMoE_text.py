@@ -46,7 +46,7 @@ methods = (
 
 # -- heads and fine-tuning
 max_tokens = by_scale(paper=128, night=64, tiny=48, real=64)  # of a text or a pair; what is longer is cut
-train_texts = by_scale(paper=0, night=1500, tiny=300, real=1500)  # a task, drawn by each seed; 0 takes all
+train_texts = by_scale(paper=0, night=1500, tiny=200, real=1500)  # a task, drawn by each seed; 0 takes all
 validation_texts = by_scale(
     paper=0, night=300, tiny=60, real=300
 )  # a task, a fixed sample: the epoch; unlabelled inputs
@@ -58,18 +58,23 @@ finetune_batch = 16
 warmup = 0.1  # share of the steps
 
 # -- choosing coefficients
-grid = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of every method's factor on what it adds
+grid = by_scale(
+    paper=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    night=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    tiny=(0.2, 0.4, 0.6, 0.8, 1.0),
+    real=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)  # of every method's factor on what it adds
 select_texts = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task's validation
 
 # -- adapting
-adapt_steps = by_scale(paper=1000, night=50, tiny=10, real=50)
+adapt_steps = by_scale(paper=1000, night=50, tiny=6, real=50)
 adapt_batch_size = by_scale(paper=16, night=8, tiny=8, real=8)  # texts of a task in a step
 adapt_lr = 1e-3  # of routers
 adamerging_lr = by_scale(paper=1e-3, night=1e-2, tiny=1e-2, real=1e-2)  # of coefficients
 statistics_examples = by_scale(paper=256, night=64, tiny=16, real=64)  # of training inputs, for Fisher and RegMean
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall
-guard_window = by_scale(paper=20, night=10, tiny=5, real=10)  # steps over which that mean is taken
+guard_window = by_scale(paper=20, night=10, tiny=3, real=10)  # steps over which that mean is taken
 
 # -- further parts
 general_tasks = 4  # how many are merged in the part generalization; the others and unseen_tasks are only tested
