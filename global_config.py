@@ -19,7 +19,7 @@ SOURCE_MODEL_WEIGHT_PATH = "{MODEL_SAVE_PATH}/single_task_[{experts}]"  # the si
 SOURCE_PICKLE_PATH = "{PICKLE_PATH}/single_task_[{experts}]"  # their histories: scores and expert usage
 BASE_MODEL_PATH = by_scale(
     paper="google/switch-base-{experts}", night="base_models/tiny-{experts}", tiny="base_models/tiny-{experts}"
-)  # hub name or local folder
+)  # hub name or local folder: a Switch Transformer, or a Mixtral, Qwen2-MoE or OLMoE (docs/moe.md)
 
 # -- the tasks
 task_types = by_scale(

@@ -1,4 +1,4 @@
-"""2  One task, one Switch Transformer; the usage of its experts is counted and pickled.
+"""2  One task, one mixture of experts; the usage of its experts is counted and pickled.
 
 Reads   DATA_DIR/{task_type} (datasets_preprocessing.py) and BASE_MODEL_PATH.
 Writes  SOURCE_MODEL_WEIGHT_PATH/single_task_{task_type}.pt, the same weights as a Hugging Face folder without the .pt, and

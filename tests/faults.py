@@ -58,6 +58,7 @@ class Case:
 
 FEATURES = ("features",)
 SINGLE = (*FEATURES, "single task", "ag_news", "xsum")
+CAUSAL = ("--BASE_MODEL_PATH", "{world}/olmoe", "--RUN_DIR", "{runs}/causal", "--task_types", "squad", "ag_news")
 CASES = {
     "features": Case("datasets_preprocessing.py", ["--num_expert", "4"]),
     "single task": Case("single_task_finetune.py", ["--task_type", "squad", "--num_expert", "4"], needs=FEATURES),
@@ -101,6 +102,18 @@ CASES = {
         "tools/count_moe_usage.py",
         ["--folder", "{world}/olmoe", "--text", "{world}/texts.jsonl", "--out", "{runs}/usage/olmoe.json",
          "--batch_texts", "1"],
+    ),
+    "causal features": Case("datasets_preprocessing.py", [*CAUSAL, "--num_expert", "4"], preparation=True),
+    "causal task": Case(
+        "single_task_finetune.py", [*CAUSAL, "--task_type", "squad", "--num_expert", "4"], needs=("causal features",)
+    ),
+    "causal ag_news": Case(
+        "single_task_finetune.py", [*CAUSAL, "--task_type", "ag_news", "--num_expert", "4"], ("causal features",),
+        preparation=True,
+    ),
+    "causal caem": Case(
+        "CAEM_multi_task_finetune.py", [*CAUSAL, "--source_experts_num", "4", "--target_experts_num", "5"],
+        needs=("causal features", "causal task", "causal ag_news"),
     ),
     "digits": Case(
         "neighbours/WEMoE_digits.py",

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from expert_merging.report import claims
 from expert_merging.report.caem_usage import task_distance
-from expert_merging.report.evidence import STACKS, Evidence, entropy, kept_share
+from expert_merging.report.evidence import Evidence, entropy, kept_share
 from expert_merging.report.tables import Stat, Table
 
 
@@ -32,7 +32,7 @@ def claimed(e: Evidence) -> Table:
     for experts in (n, m):
         names = [f"single-task-{experts} {task}" for task in e.tasks]
         found = e.get(*names)
-        for stack in STACKS if found else ():
+        for stack in e.stacks if found else ():
             rises, verdicts = [], []
             for i in range(len(names) - 1):
                 low, high = e.tasks[i], e.tasks[i + 1]
@@ -60,7 +60,8 @@ def claimed(e: Evidence) -> Table:
             numbers = "; ".join(f"{pair}: {Stat(tuple(v), 3)}" for pair, v in kept.items() if v)
             add(claim, verdict, f"kept of the parents' Overall: {numbers}", *kept)
     pair = f"CAEM-{n}-to-{m} + CAEM-{n}"
-    if similar := [one["cka"] for (one,) in e.get(pair) if "cka" in one]:
+    similar = [one["cka"] for (one,) in e.get(pair) if "cka" in one]
+    if similar and "encoder" in e.stacks:
         lowest = [min(v for task in e.tasks for v in one["after"][task]["encoder"]) for one in similar]
         verdict = claims.HELD if min(lowest) > 0.999 else claims.NOT if max(lowest) <= 0.999 else claims.UNKNOWN
         numbers = f"lowest over tasks and layers after fine-tuning: {Stat(tuple(lowest), 4)}"
@@ -83,7 +84,7 @@ def _of_similarity(e: Evidence, add: Callable[..., None]) -> None:
 
     pairs = {name: [one for (one,) in e.get(name) if "cka" in one] for name in e.pairs()}
     for name, found in pairs.items():
-        if found and f"CAEM-{n}-to-{m}" not in name:
+        if found and f"CAEM-{n}-to-{m}" not in name and "encoder" in e.stacks:
             rises = [similarity(one, "encoder") - similarity(one, "encoder", "before") for one in found]
             claim = f"fine-tuning makes the encoders of {name.replace(' + ', ' and ')} more alike (CKA)"
             add(claim, claims.above(rises), f"after - before: {claims.shown(rises)}", name)
@@ -98,7 +99,7 @@ def _of_similarity(e: Evidence, add: Callable[..., None]) -> None:
         add(claim, claims.above(apart), f"other tasks - {first}: {claims.shown(apart)}", name)
     near, far = f"CAEM-{n}-to-{m} + Baseline-{m}", f"CAEM-{n}-to-{m} + CAEM-{m}"
     both = [pair for pair in e.get(near, far) if all("cka" in one for one in pair)]
-    for stack in STACKS if both else ():
+    for stack in e.stacks if both else ():
         nearer = [similarity(a, stack) - similarity(b, stack) for a, b in both]
         claim = f"CAEM-{n}-to-{m} is nearer to Baseline-{m} than to CAEM-{m} (CKA): {stack}"
         add(claim, claims.above(nearer), f"CKA with one - with the other: {claims.shown(nearer)}", near, far)
@@ -109,7 +110,7 @@ def _of_usage(e: Evidence, add: Callable[..., None]) -> None:
     from scipy.stats import spearmanr
 
     runs = e.multi_task()
-    for stack in STACKS:
+    for stack in e.stacks:
         trends = []
         for of_seed in e.records.values():
             of_runs = [of_seed[name] for name in runs if name in of_seed]
@@ -123,7 +124,7 @@ def _of_usage(e: Evidence, add: Callable[..., None]) -> None:
             )
     joint, singles = f"CAEM-{e.n}", [f"single-task-{e.n} {task}" for task in e.tasks]
     found = e.get(joint, *singles)
-    for stack in STACKS if found else ():
+    for stack in e.stacks if found else ():
         closer = [
             task_distance([single["usage"][stack] for single in apart]) - task_distance([one["usage"][stack]])
             for one, *apart in found

@@ -8,7 +8,7 @@ from typing import Any
 from expert_merging.merging.registry import METHODS
 from expert_merging.report import caem_response, figures
 from expert_merging.report.caem_scores import merging
-from expert_merging.report.evidence import STACKS, Evidence, start_and_epochs
+from expert_merging.report.evidence import Evidence, start_and_epochs
 
 
 def draw(e: Evidence, folder: Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def draw(e: Evidence, folder: Path) -> dict[str, str]:
                 stack: {
                     t: [one["entropy"][stack][t] for (one,) in e.get(f"single-task-{experts} {t}")] for t in e.tasks
                 }
-                for stack in STACKS
+                for stack in e.stacks
             }
     if complexity:
         caption = "Entropy of expert use against the task: the single-task models, a dot a seed."

@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from expert_merging.report.evidence import STACKS, Evidence, kept_share
+from expert_merging.report.evidence import Evidence, kept_share
 from expert_merging.report.tables import Table, stat
 
 PAPER_SOUPS = {
@@ -43,7 +43,7 @@ def similarity(e: Evidence) -> Table:
     )  # fmt: skip
     for pair in e.pairs():
         found = [one["cka"] for (one,) in e.get(pair) if "cka" in one]
-        for stack in STACKS if found else ():
+        for stack in e.stacks if found else ():
             row: dict[str, Any] = {"pair": pair, "stack": stack}
             for when in ("before", "after"):
                 values = [[v for task in e.tasks for v in one[when][task][stack]] for one in found]

@@ -7,7 +7,7 @@ import numpy as np
 
 from expert_merging.merging.registry import SHARES
 from expert_merging.report import claims
-from expert_merging.report.evidence import STACKS, Evidence
+from expert_merging.report.evidence import Evidence
 from expert_merging.report.tables import Table, stat
 
 
@@ -21,7 +21,7 @@ def arms(e: Evidence) -> dict[str, str]:
 
 def given(record: Any, e: Evidence) -> list[float]:
     """Experts a sparse layer that each task gave to the merged model, mean over the layers of both stacks."""
-    layers = [layer for stack in STACKS for layer in record["allocation"][stack]]
+    layers = [layer for stack in e.stacks for layer in record["allocation"][stack]]
     return [fmean(layer[i] for layer in layers) for i in range(len(e.tasks))]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from expert_merging.report.evidence import STACKS, Evidence, entropy
+from expert_merging.report.evidence import Evidence, entropy
 from expert_merging.report.tables import Table, stat
 
 PAPER_ENTROPIES = {"CAEM-8": (0.4524, 0.5923), "CAEM-8-to-16": (0.3345, 0.5312), "CAEM-16": (0.3966, 0.4677)}
@@ -23,7 +23,7 @@ def entropies_after(e: Evidence) -> Table:
     )  # fmt: skip
     for name in e.multi_task():
         row: dict[str, Any] = {"configuration": name}
-        for stack in STACKS:
+        for stack in e.stacks:
             row[stack] = stat([fmean(entropy(one, stack, task) for task in e.tasks) for (one,) in e.get(name)], 4)
             row[f"{stack}, pooled"] = stat([pooled_entropy(one, stack) for (one,) in e.get(name)], 4)
             row[f"{stack}, distance"] = stat([task_distance([one["usage"][stack]]) for (one,) in e.get(name)], 3)
@@ -69,7 +69,7 @@ def entropies_by_task(e: Evidence) -> Table:
             name = f"single-task-{experts} {task}"
             if found := e.get(name):
                 row: dict[str, Any] = {"experts": str(experts), "task": task}
-                row |= {stack: stat([entropy(one, stack, task) for (one,) in found], 4) for stack in STACKS}
+                row |= {stack: stat([entropy(one, stack, task) for (one,) in found], 4) for stack in e.stacks}
                 table.rows.append(row | {"from": e.source(name)})
     return table
 
@@ -83,7 +83,7 @@ def allocation(e: Evidence) -> Table:
     for name in e.multi_task():
         found = [one for (one,) in e.get(name) if "weights" in one]
         counts = [one["allocation"] for one in found]
-        for stack in STACKS:
+        for stack in e.stacks:
             for layer in range(len(counts[0][stack]) if found else 0):
                 row = {"configuration": name, "stack": stack, "sparse layer": str(layer + 1)}
                 for number, task in enumerate(e.tasks):
@@ -111,7 +111,7 @@ def entropy_by_length(e: Evidence) -> Table:
             cell: dict[str, Any] = {"task": task, "cut to": length}
             same = [row for rows in found for row in rows if row["input_length"] == length]
             cell["mean tokens"] = round(fmean(row["mean_length"] for row in same), 1)
-            for stack in STACKS:
+            for stack in e.stacks:
                 for counting in ("paper", "released"):
                     values = [fmean(row["entropy"][stack]) for row in same if row["counting"] == counting]
                     cell[f"{stack}, {counting}"] = stat(values, 4)

@@ -15,8 +15,6 @@ from expert_merging.experiment.grid import POOLED_CASES
 from expert_merging.report import records
 from expert_merging.report.records import Groups
 
-STACKS = ("encoder", "decoder")
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -55,6 +53,14 @@ class Evidence:
     def pairs(self) -> list[str]:
         """The pairs of models that were compared."""
         return list(dict.fromkeys(name for of_seed in self.records.values() for name in of_seed if " + " in name))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The models' stacks with experts: of a Switch Transformer encoder and decoder, of a causal mixture one."""
+        used = (
+            record["usage"] for of_seed in self.records.values() for record in of_seed.values() if "usage" in record
+        )
+        return tuple(next(used, ("encoder", "decoder")))
 
     def main_score(self, task: str) -> str:
         """The name of a task's main score."""

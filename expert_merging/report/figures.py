@@ -55,14 +55,15 @@ def response(panels: dict[str, dict[int, list[tuple[float, float]]]], path: Path
 def expert_use(history: dict[str, Any], path: Path) -> None:
     """Heat maps of expert use, as in the paper's figure 3: a panel a task and stack; sparse layer x expert, share of tokens."""
     usage, entropy = history["usage"], history["entropy"]
-    tasks = list(usage["encoder"])
+    tasks = list(next(iter(usage.values())))
     shares = {
         (stack, task): np.array(grids[task]) / np.maximum(np.sum(grids[task], axis=1, keepdims=True), 1)
         for stack, grids in usage.items()
         for task in tasks
     }
     most = max(share.max() for share in shares.values())  # one scale for all panels, so that they compare
-    figure, panels = plt.subplots(2, len(tasks), figsize=(3.2 * len(tasks), 4), squeeze=False)
+    size = (3.2 * len(tasks), 2 * len(usage))
+    figure, panels = plt.subplots(len(usage), len(tasks), figsize=size, squeeze=False)
     for axes, ((stack, task), share) in zip(panels.flat, shares.items(), strict=True):
         image = axes.imshow(share, vmin=0, vmax=most, cmap="viridis", aspect="auto")
         axes.set(
@@ -100,9 +101,9 @@ def shares_of_experts(name: str, counts: list[list[int]], entropies: Sequence[fl
 
 
 def allocation(history: dict[str, Any], path: Path) -> None:
-    """How many of each layer's experts came from which task: stacked bars, encoder and decoder."""
-    tasks = history["tasks"]
-    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+    """How many of each layer's experts came from which task: stacked bars, a panel a stack."""
+    tasks, stacks = history["tasks"], len(history["allocation"])
+    figure, (panels,) = plt.subplots(1, stacks, figsize=(3.5 * stacks, 2.8), sharey=True, squeeze=False)
     for axes, (stack, of_stack) in zip(panels, history["allocation"].items(), strict=True):
         counts = np.array(of_stack)
         layers = np.arange(1, len(counts) + 1)
@@ -152,16 +153,17 @@ def over_epochs(
 
 
 def cka(pairs: dict[str, list[dict[str, Any]]], tasks: Sequence[str], path: Path) -> None:
-    """Layer-wise CKA (paper, figures 2 and 4): a row a pair, encoder and decoder; a curve a task, dashed before and solid
+    """Layer-wise CKA (paper, figures 2 and 4): a row a pair, a panel a stack; a curve a task, dashed before and solid
     after fine-tuning, the mean over seeds.
 
     Args:
         pairs: pair -> for each seed {"before": {task: {stack: [layer]}}, "after": ...}.
     """
-    size = (7, 2.4 * len(pairs))
-    figure, panels = plt.subplots(len(pairs), 2, figsize=size, sharey=True, squeeze=False)
+    stacks = list(next(iter(pairs.values()))[0]["after"][tasks[0]])
+    size = (3.5 * len(stacks), 2.4 * len(pairs))
+    figure, panels = plt.subplots(len(pairs), len(stacks), figsize=size, sharey=True, squeeze=False)
     for line, (pair, seeds) in zip(panels, pairs.items(), strict=True):
-        for axes, stack in zip(line, ("encoder", "decoder"), strict=True):
+        for axes, stack in zip(line, stacks, strict=True):
             for number, task in enumerate(tasks):
                 for when, style in (("before", "--"), ("after", "-")):
                     values = np.mean([one[when][task][stack] for one in seeds], axis=0)
@@ -210,8 +212,9 @@ def entropy_by_task(groups: dict[str, dict[str, dict[str, list[list[float]]]]], 
     Args:
         groups: group -> stack -> task -> for each seed its layers' entropies.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
-    for axes, stack in zip(panels, ("encoder", "decoder"), strict=True):
+    names = list(next(iter(groups.values())))
+    figure, (panels,) = plt.subplots(1, len(names), figsize=(3.5 * len(names), 2.8), sharey=True, squeeze=False)
+    for axes, stack in zip(panels, names, strict=True):
         for number, (group, stacks) in enumerate(groups.items()):
             tasks = list(stacks[stack])
             shift = (number - (len(groups) - 1) / 2) * 0.18

@@ -130,6 +130,27 @@ def test_the_merge_is_algorithm_1(done):
         torch.testing.assert_close(merged[name], w[0] * sources[0][name] + w[1] * sources[1][name])
 
 
+def test_tables_and_figures_by_the_same_command(done):
+    """What is there is not made again; the references, the soup, the line and the CKA come to it."""
+    place, folder = done
+    if place.family != "qwen2_moe":
+        pytest.skip("one family is enough")
+    words = [*place.words(), "--experts_num", "4", "--larger_experts_num", "6", "--parts"]
+    before = sha256(folder / "histories" / "CAEM_[4|4].json")
+    result = run_script("reproduce_tables.py", [*words, "comparison", "CAEM-4 + Baseline-4"])
+    assert result.returncode == 0, result.stderr
+    for row in ("base model, not fine-tuned", "single-task models", "Baseline-4", "CAEM-4 "):
+        assert f"| {row}" in result.stdout
+    report = place.folder / "runs" / "report"
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert {"cka", "lines_between", "allocation_CAEM-4", "expert_use_CAEM-4", "scores_over_epochs"} <= figures
+    table = (report / "tables" / "allocation.csv").read_text()
+    assert "decoder" in table and "encoder" not in table
+    pair = json.loads((folder / "histories" / "pairs" / "CAEM_[4|4]__Baseline_[4].json").read_text())
+    assert [len(layers) for layers in pair["cka"]["after"]["squad"].values()] == [3]
+    assert before == sha256(folder / "histories" / "CAEM_[4|4].json")
+
+
 def test_weights_load_in_transformers_and_as_released(done):
     from transformers import AutoModelForCausalLM
 
