@@ -41,11 +41,13 @@ def config_of(family: str, vocabulary: int, experts: int = 4, k: int = 2, **more
     return Qwen2MoeConfig(**sizes, num_experts=experts, mlp_only_layers=[0], tie_word_embeddings=True)
 
 
-def write_model(folder: Path, family: str, seed: int = 0, experts: int = 4, k: int = 2, **more) -> Path:
+def write_model(
+    folder: Path, family: str, seed: int = 0, experts: int = 4, k: int = 2, vocabulary: int = 0, **more
+) -> Path:
     """A folder as `from_pretrained` loads it. Mixtral's tokenizer begins texts with a token and has none for padding."""
     tokenizer = byte_tokenizer(begins=family == "mixtral", pads=family != "mixtral")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(family, len(tokenizer), experts, k, **more))
+    model = AutoModelForCausalLM.from_config(config_of(family, vocabulary or len(tokenizer), experts, k, **more))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

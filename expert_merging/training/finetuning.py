@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.data.batches import MicroBatches, Size, epoch_examples, length_grouped
 from expert_merging.data.features import folder_of
@@ -51,7 +52,13 @@ def finetune(
         goals: {"validation": {task: score of the single-task model}, "test": ...}, by which Overall is measured.
         more: further entries of the history.
         num_epochs: other than the constant of that name.
+
+    Raises UserError where the tokenizer has tokens that the model has not, and as `loop.train` does.
     """
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: not of one kind"
+        )
     checkpoints.claim(work, identity)
     model = sharding.place(accelerator, model)
     family = families.family_of(model)

@@ -249,11 +249,15 @@ def test_bad_input_to_training(done, tmp_path):
     for change, said in (
         ({"max_position_embeddings": 20}, "are more than the 20 positions"),
         ({"num_hidden_layers": 4}, "lacks model.layers.*, which .*ForCausalLM has"),
+        ({"vocab_size": 319}, "did not find a whole model"),
         ({"model_type": "granitemoe"}, "model_type is granitemoe; there are switch_transformers, mixtral"),
     ):
         (spoilt / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
             single(place, "--num_expert", "4", "--BASE_MODEL_PATH", str(spoilt))
+    write_model(tmp_path / "small", place.family, vocabulary=300)
+    with pytest.raises(UserError, match="the tokenizer has 320 tokens, the model only 300"):
+        single(place, "--num_expert", "4", "--BASE_MODEL_PATH", str(tmp_path / "small"))
     assert not (place.folder / "elsewhere" / "seed0" / "models").exists()
 
 
