@@ -25,10 +25,10 @@ def evaluate_task(
 
 def settings_of(c: SimpleNamespace, end: int) -> GenerationConfig:
     """At most `max_decoder_length` tokens are written; `end` is the token that ends a text."""
+    beams = {"early_stopping": True, "length_penalty": c.length_penalty} if c.num_beams > 1 else {}
     return GenerationConfig(
         num_beams=c.num_beams, max_length=c.max_decoder_length, repetition_penalty=c.repetition_penalty,
-        no_repeat_ngram_size=c.no_repeat_ngram_size, length_penalty=c.length_penalty, eos_token_id=end, pad_token_id=end,
-        early_stopping=c.num_beams > 1,
+        no_repeat_ngram_size=c.no_repeat_ngram_size, **beams, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
 
 
