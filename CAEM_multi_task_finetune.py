@@ -16,7 +16,8 @@ target_experts_num = 8  # of the merged model: at least one for each task, at mo
 merging = "caem"  # caem | average (slot by slot, a control) | m_smoe | hc_smoe | reap | most_used | at_random
 alpha = 1.0  # 1 shares by entropy (CAEM), 0 evenly (CAEM-Avg), between: a blend
 shares = "entropy"  # what CAEM shares by: entropy | inverse | tokens | random | a task, which gets all but the least
-pool_inputs = 256  # validation inputs a task that m_smoe ... most_used look at; 0: all
+calibration = "none"  # after merging: none | routers, each fitted to what the sources choose, all else fixed
+pool_inputs = 256  # validation inputs a task that m_smoe ... most_used and calibration look at; 0: all
 current_case_name = "CAEM"
 merge_only = False  # stop after merging
 

@@ -1,4 +1,4 @@
-"""Transformers models of a few thousand parameters, with random weights, for the tests of MEO and WEMoE."""
+"""Transformers models of a few thousand parameters, with random weights, for tests."""
 
 import json
 
@@ -12,6 +12,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -45,6 +47,17 @@ def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def tiny_switch(seed: int, experts: int = 3) -> torch.nn.Module:
+    """A Switch of two sparse layers a stack, in evaluation mode; its end token is 1."""
+    torch.manual_seed(seed)
+    config = SwitchTransformersConfig(
+        vocab_size=40, d_model=8, d_kv=4, d_ff=12, num_heads=2, num_layers=4, num_decoder_layers=4, num_experts=experts,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        initializer_factor=3.0,
+    )  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(config).eval()
 
 
 def tiny_batch(size: int = 3, length: int = 7, prompt: int = 3) -> dict[str, torch.Tensor]:

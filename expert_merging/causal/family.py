@@ -9,7 +9,7 @@ from typing import Any
 
 from expert_merging.causal.decoding import evaluate_task
 from expert_merging.causal.losses import layer_states, task_loss, teacher_forced, token_loss
-from expert_merging.causal.merging import MERGINGS, STACKS, merge
+from expert_merging.causal.merging import CALIBRATIONS, MERGINGS, STACKS, merge
 from expert_merging.causal.models import load_model
 from expert_merging.causal.sequences import join
 from expert_merging.core.errors import UserError
@@ -19,7 +19,7 @@ from expert_merging.run.deviations import DEVIATIONS, deviates
 from expert_merging.switch.idle_experts import pass_over_idle
 
 __all__ = [
-    "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of", "layer_states",
+    "CALIBRATIONS", "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of", "layer_states",
     "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss", "teacher_forced", "token_loss",
 ]  # fmt: skip
 

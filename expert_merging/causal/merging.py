@@ -14,6 +14,7 @@ from expert_merging.run.deviations import of_method
 
 STACKS = ("decoder",)
 MERGINGS = ("caem", "average")
+CALIBRATIONS = ()
 
 
 def merge(

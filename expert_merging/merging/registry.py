@@ -50,7 +50,8 @@ class Method:
         }
 
     def load(self) -> Callable[..., Any]:
-        """Its function, `method(base, models, **arguments)`, which gives (name, tensor); of POOLED a `pooled.Bring`."""
+        """Its function, `method(base, models, **arguments)`, which gives (name, tensor); of POOLED a `pooled.Bring`,
+        of CALIBRATIONS a `router_choices.Fit`."""
         module, name = self.function.split(".")
         return getattr(import_module(f"expert_merging.merging.{module}"), name)
 
@@ -109,6 +110,12 @@ POOLED = {method.name: method for method in (
     Method("reap", "REAP", "reap.reap", sees=VALIDATION_INPUTS),
     Method("most_used", "most used experts", "floors.most_used", sees=VALIDATION_INPUTS),
     Method("at_random", "experts at random", "floors.at_random", {"seed": SEED}),
+)}  # fmt: skip
+# What can be done to any of these merges before it is tested; CAEM_multi_task_finetune.py's `calibration`.
+CALIBRATIONS = {method.name: method for method in (
+    Method(
+        "routers", "routers calibrated", "router_calibration.calibrated", {"ridge": 1e-3}, sees=VALIDATION_INPUTS
+    ),
 )}  # fmt: skip
 # What CAEM can share experts out by, and what tables call it; beside these, all but the least to one task.
 SHARES = {

@@ -33,6 +33,7 @@ _BEFORE = {
     "train_sample": 0,
     "shares": "entropy",
     "pool_inputs": 256,
+    "calibration": "none",
     "prompts": "plain",
     "router_start": "noise",
     "save_dtype": "float32",

@@ -32,12 +32,11 @@ def observe(
     sums = {layer: _Sums(tensors, layer, device) for layer in layers}
     for source, (load, rows) in enumerate(zip(models, inputs, strict=True)):
         model = load().to(device).eval()
-        batches = list(_batches(model, rows, tokenizer, c, device, f"source {source + 1} writes"))
+        given = list(batches(model, rows, tokenizer, c, device, f"source {source + 1} writes"))
         real: dict[str, torch.Tensor] = {}  # of the batch at hand: which positions of each stack count
         hooks = [_watch(model, layer, sums[layer], source, real) for layer in layers]
-        for batch, written in bar(batches, desc=f"experts on the inputs of source {source + 1}"):
-            ended = (written == model.config.eos_token_id).cumsum(-1)
-            real |= {"encoder": batch["attention_mask"].bool(), "decoder": ended == 0}
+        for batch, written in bar(given, desc=f"experts on the inputs of source {source + 1}"):
+            real |= real_positions(batch, written, model.config.eos_token_id)
             model(**batch, decoder_input_ids=written, use_cache=False)
         for hook in hooks:
             hook.remove()
@@ -45,7 +44,7 @@ def observe(
     return {layer: one.observed() for layer, one in sums.items()}
 
 
-def _batches(model, rows, tokenizer, c: SimpleNamespace, device, label: str) -> Iterator[tuple[dict, torch.Tensor]]:
+def batches(model, rows, tokenizer, c: SimpleNamespace, device, label: str) -> Iterator[tuple[dict, torch.Tensor]]:
     """(inputs, what the model writes to them greedily, as the decoder's inputs: start token first, without the last one)."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     for start in bar(range(0, len(order), c.eval_batch_size), desc=label):
@@ -55,6 +54,11 @@ def _batches(model, rows, tokenizer, c: SimpleNamespace, device, label: str) -> 
         whole = collate(examples, tokenizer.pad_token_id)
         batch = {key: whole[key].to(device) for key in ("input_ids", "attention_mask")}
         yield batch, model.generate(**batch, max_length=c.max_decoder_length, num_beams=1, do_sample=False)[:, :-1]
+
+
+def real_positions(batch: dict[str, torch.Tensor], written: torch.Tensor, end: int) -> dict[str, torch.Tensor]:
+    """{stack: bool [examples, positions]}: no padding, and of what was written nothing from the end token `end` on."""
+    return {"encoder": batch["attention_mask"].bool(), "decoder": (written == end).cumsum(-1) == 0}
 
 
 def _watch(model, layer: str, sums: "_Sums", source: int, real: dict[str, torch.Tensor]):

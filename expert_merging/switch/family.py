@@ -8,12 +8,12 @@ from expert_merging.run.deviations import of_method
 from expert_merging.switch.cross_entropy import layer_states, task_loss, teacher_forced, token_loss
 from expert_merging.switch.decoding import evaluate_task
 from expert_merging.switch.idle_experts import pass_over_idle
-from expert_merging.switch.merging import MERGINGS, merge
+from expert_merging.switch.merging import CALIBRATIONS, MERGINGS, calibrate, merge
 from expert_merging.switch.models import load_model
 from expert_merging.switch.usage import STACKS, read_usage
 
 __all__ = [
-    "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of", "layer_states",
+    "CALIBRATIONS", "MERGINGS", "STACKS", "calibrate", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of", "layer_states",
     "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss", "teacher_forced", "token_loss",
 ]  # fmt: skip
 

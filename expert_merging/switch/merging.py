@@ -1,22 +1,27 @@
-"""Merging Switch Transformers for CAEM_multi_task_finetune.py: by Algorithm 1, or by a method that pools their experts."""
+"""Merging Switch Transformers for CAEM_multi_task_finetune.py: by Algorithm 1, or by a method that pools their experts; and
+calibrating the routers of what was merged."""
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.models.switch_transformers.caem import merge_lazily, merged_config
 
-from expert_merging.core.safetensors_folder import SafetensorsFolder
+from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.data import features
-from expert_merging.merging.pooled import Bring, merge_pools
+from expert_merging.merging import registry
+from expert_merging.merging.pooled import Bring, layers_of, merge_pools
 from expert_merging.merging.registry import POOLED
+from expert_merging.merging.router_calibration import slots_of_average, slots_of_chosen
 from expert_merging.run.deviations import of_method
-from expert_merging.switch import expert_pool, models
+from expert_merging.switch import expert_pool, models, router_choices
 from expert_merging.switch.usage import STACKS
 
 MERGINGS = ("caem", "average", *POOLED)
+CALIBRATIONS = tuple(registry.CALIBRATIONS)
 
 
 def merge(
@@ -51,14 +56,55 @@ def merge(
 
 def _observe(c: SimpleNamespace, device, sources: Sequence[Any], weights) -> dict[str, Any]:
     """What `c.pool_inputs` validation inputs of each task say of the sources' experts, {layer: observed}."""
-    tokenizer = sources[0].tokenizer
-    inputs = [features.load(source.task, c, tokenizer)["validation"] for source in sources]
+    loaders, rows = _loaders_and_inputs(c, sources)
+    return expert_pool.observe(weights, loaders, rows, sources[0].tokenizer, c, device)
+
+
+def _loaders_and_inputs(c: SimpleNamespace, sources: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Of each source a function that loads it, and the first `c.pool_inputs` validation inputs of its task."""
+    inputs = [features.load(source.task, c, sources[0].tokenizer)["validation"] for source in sources]
     rows = [one.select(range(min(c.pool_inputs or len(one), len(one)))) for one in inputs]
-    loaders = [functools.partial(models.load_model, source.folder, "single-task model") for source in sources]
-    return expert_pool.observe(weights, loaders, rows, tokenizer, c, device)
+    return [functools.partial(models.load_model, source.folder, "single-task model") for source in sources], rows
 
 
 def _pooled(c: SimpleNamespace) -> Bring:
     """The method `c.merging` with its arguments."""
     method = POOLED[c.merging]
     return functools.partial(method.load(), **method.arguments(vars(c)))
+
+
+def calibrate(
+    c: SimpleNamespace, sources: Sequence[Any], folder: Path, record: dict[str, Any], device
+) -> dict[str, Any]:
+    """Fit the routers of the merged model in `folder` to the choices of `sources` on the inputs that the pooled methods look
+    at, and write them there; all other tensors keep their bytes. Returns {layer: how near each came}."""
+    method = registry.CALIBRATIONS[c.calibration]
+    fit = functools.partial(method.load(), **method.arguments(vars(c)))
+    weights = SafetensorsFolder(folder)
+    model = models.load_model(folder, "merged model")
+    slots = _slots(c, router_choices.by_depth(layers_of(weights)), len(sources), record)
+    loaders, rows = _loaders_and_inputs(c, sources)
+    found = router_choices.calibrate(model, fit, loaders, rows, slots, sources[0].tokenizer, c, device)
+    fitted = {name: model.state_dict()[name].cpu() for name in (f"{layer}.router.classifier.weight" for layer in found)}
+    (again := folder / "calibrated").mkdir()
+    write_tensors(
+        ((name, fitted[name].to(old.dtype) if name in fitted else old) for name, old in weights.items()), again
+    )
+    for path in weights.files:
+        path.unlink()
+    for path in again.iterdir():
+        path.replace(folder / path.name)
+    again.rmdir()
+    return {layer: one.record() for layer, one in found.items()}
+
+
+def _slots(c: SimpleNamespace, layers: list[str], sources: int, record: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """The pool's members in each slot of the merged model's sparse `layers` (in order of depth), {layer: [slots]}; what was
+    merged is in `record`."""
+    experts = c.source_experts_num
+    if c.merging == "average":
+        return dict.fromkeys(layers, slots_of_average(sources, experts))
+    if c.merging in POOLED:
+        return record["pool"]
+    chosen = [layer for stack in STACKS for layer in record["experts"][stack]]
+    return {layer: slots_of_chosen(one, experts) for layer, one in zip(layers, chosen, strict=True)}

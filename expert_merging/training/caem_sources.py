@@ -18,7 +18,7 @@ from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.merging.average import average_lazily
-from expert_merging.merging.registry import POOLED, SHARES
+from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.deviations import deviates, of_method
 from expert_merging.training.families import family_of
@@ -42,10 +42,12 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
     """The single-task models of `tasks`, checked to fit together.
 
     Raises UserError where one is missing, damaged, of another ancestor, shape or number of experts, or without usage; and
-    when `target_experts` is out of range or `c.merging` unknown.
+    when `target_experts` is out of range or `c.merging`, `c.calibration` or `c.shares` unknown.
     """
     if c.merging not in ("caem", "average", *POOLED):
         raise UserError(f"merging is {c.merging!r}; there are caem, average, {', '.join(POOLED)}")
+    if c.calibration not in ("none", *CALIBRATIONS):
+        raise UserError(f"calibration is {c.calibration!r}; there are none, {', '.join(CALIBRATIONS)}")
     if c.shares not in (*SHARES, *tasks):
         raise UserError(f"shares is {c.shares!r}; there are {', '.join((*SHARES, *tasks))}")
     if c.pool_inputs < 0:
@@ -70,6 +72,8 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
                 "fine-tune both from the same BASE_MODEL_PATH"
             )
     family = family_of(first.config)
+    if c.calibration not in ("none", *family.CALIBRATIONS):
+        raise UserError(f"calibration {c.calibration} is not for {first.config.model_type}; make it none")
     if c.merging not in family.MERGINGS:
         raise UserError(
             f"merging {c.merging} is not for {first.config.model_type}; there are {', '.join(family.MERGINGS)}"
@@ -132,7 +136,8 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     `c.merging` is "caem", or a method that pools the sources' experts, or, as a control, "average": every tensor averaged,
     experts slot by slot. Returns the record that goes into the history; for CAEM, per stack, the sources' entropies, the
     experts each task got in each layer ("allocation"), which these are, and the tasks' weights; for a pooled method, per
-    layer, the members of the pool in each expert (source 0's first).
+    layer, the members of the pool in each expert (source 0's first). With `c.calibration` the record has under "calibration"
+    how near each router came to the sources' choices, too.
 
     Raises UserError where the sources' tensors do not fit together.
     """
@@ -150,6 +155,9 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
             with new_folder(folder) as temporary:
                 write_tensors(tensors, temporary)
                 config.save_pretrained(temporary)
+                if c.calibration != "none":
+                    family = family_of(sources[0].config)
+                    record["calibration"] = family.calibrate(c, sources, temporary, record, accelerator.device)
                 sources[0].tokenizer.save_pretrained(temporary)
                 results.save(temporary / "merging.json", identity, record)
         except ValueError as error:
@@ -168,7 +176,9 @@ def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any
         "sources": {source.task: source.weights_sha256 for source in sources},
         "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
     }  # fmt: skip
-    if c.merging in POOLED:
+    if c.calibration != "none":
+        identity |= {"calibration": c.calibration}
+    if c.merging in POOLED or c.calibration != "none":
         identity |= {
             name: getattr(c, name) for name in ("pool_inputs", "validation_examples", "max_decoder_length", "seed")
         }

@@ -21,6 +21,7 @@ class Family(Protocol):
 
     STACKS: tuple[str, ...]  # for which usage is counted, and experts are shared out
     MERGINGS: tuple[str, ...]  # values of the constant `merging`
+    CALIBRATIONS: tuple[str, ...]  # values of the constant `calibration` beside none
 
     def check_constants(self, c: SimpleNamespace, config) -> None:
         """Raises UserError where constants ask for what there is not in this family, or a model has no room for."""
@@ -74,6 +75,12 @@ class Family(Protocol):
         self, c: SimpleNamespace, sources: Sequence[Any], by: list[dict[str, list[float]]] | None, device
     ) -> tuple[dict[str, Any], Iterator[tuple[str, Any]], Any]:
         """(record, tensors, configuration) of the merged model."""
+        ...
+
+    def calibrate(
+        self, c: SimpleNamespace, sources: Sequence[Any], folder: Path, record: dict[str, Any], device
+    ) -> dict[str, Any]:
+        """Fit the routers of the merged model in `folder`; {layer: how near each came}. Only where there are CALIBRATIONS."""
         ...
 
 

@@ -20,8 +20,8 @@ def merged(world, tmp_path):
 
     def merge(usage):
         c = SimpleNamespace(
-            merging="caem", shares="entropy", pool_inputs=256, reading="paper", alpha=1.0, target_experts_num=4,
-            scale="tiny", seed=0,
+            merging="caem", calibration="none", shares="entropy", pool_inputs=256, reading="paper", alpha=1.0,
+            target_experts_num=4, scale="tiny", seed=0,
             SOURCE_MODEL_WEIGHT_PATH=str(tmp_path / "models"), SOURCE_PICKLE_PATH=str(tmp_path / "histories"),
         )  # fmt: skip
         (tmp_path / "histories").mkdir()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from tiny_models import tiny_switch
 
 from expert_merging.merging.pooled import layers_of
 from expert_merging.switch import expert_pool
@@ -19,16 +19,6 @@ def inputs(seed):
     random = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, 40, (size,), generator=random).tolist() + [EOS] for size in (3, 7, 5)]
     return datasets.Dataset.from_dict({"input_ids": rows})
-
-
-def tiny_switch(seed):
-    torch.manual_seed(seed)
-    config = SwitchTransformersConfig(
-        vocab_size=40, d_model=8, d_kv=4, d_ff=12, num_heads=2, num_layers=4, num_decoder_layers=4, num_experts=3,
-        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, pad_token_id=0, eos_token_id=EOS, decoder_start_token_id=0,
-        initializer_factor=3.0,
-    )  # fmt: skip
-    return SwitchTransformersForConditionalGeneration(config).eval()
 
 
 @pytest.fixture(scope="module")
