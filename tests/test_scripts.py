@@ -237,6 +237,60 @@ def test_pooled_methods_make_an_ordinary_model(world, done, merging):
     )
 
 
+def calibrated_words(world, case, *words):
+    named = [*world.words(current_case_name=case), "--source_experts_num", "4", "--target_experts_num", "4"]
+    return [*named, "--calibration", "routers", "--pool_inputs", "5", *words]
+
+
+@pytest.mark.parametrize("merging", ["caem", "average", "m_smoe"])
+def test_calibration_changes_routers_only(world, done, merging, monkeypatch):
+    """Interrupted it leaves nothing, and goes on to what an undisturbed run makes."""
+    from expert_merging.core.safetensors_folder import SafetensorsFolder
+    from expert_merging.merging import router_calibration
+
+    plain, calibrated = (done[0] / "models" / f"{kind}-{merging}_[4|4]_merged" for kind in ("Plain", "Calibrated"))
+    words = ["--merging", merging, "--merge_only"]
+    call_main(
+        "CAEM_multi_task_finetune.py", [*calibrated_words(world, f"Plain-{merging}", *words), "--calibration", "none"]
+    )
+
+    fit, begun = router_calibration.calibrated, []
+
+    def interrupted(*given, **more):
+        begun.append(1)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return fit(*given, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(router_calibration, "calibrated", interrupted)
+        call_main("CAEM_multi_task_finetune.py", calibrated_words(world, f"Calibrated-{merging}", *words))
+    assert len(begun) == 3 and not calibrated.exists()
+    weights = []
+    for _ in range(2):
+        call_main("CAEM_multi_task_finetune.py", calibrated_words(world, f"Calibrated-{merging}", *words))
+        weights.append(sha256(calibrated / "model.safetensors"))
+        record = json.loads((calibrated / "merging.json").read_text())
+        left = {path.name for path in calibrated.iterdir()} ^ {path.name for path in plain.iterdir()}
+        shutil.rmtree(calibrated)
+    assert weights[0] == weights[1] and not left
+    call_main("CAEM_multi_task_finetune.py", calibrated_words(world, f"Calibrated-{merging}", *words))
+    before, after = SafetensorsFolder(plain), SafetensorsFolder(calibrated)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed == {name for name in before if ".router." in name}
+    assert len(changed) == 4 == len(record["calibration"]) and record["identity"]["calibration"] == "routers"
+    for near in record["calibration"].values():
+        assert near["divergence"][1] < near["divergence"][0] and 0 < near["kept"] <= 1
+
+
+def test_calibrated_merge_as_a_process(world, done):
+    result = run_script("CAEM_multi_task_finetune.py", calibrated_words(world, "Fitted", "--merging", "average"))
+    assert result.returncode == 0, result.stderr
+    content = history(done[0], "Fitted_[4|4]")
+    assert content["identity"]["calibration"] == "routers" and len(content["calibration"]) == 4
+    assert content["before"]["test"].keys() == set(TASKS) and len(content["selection"]) == 2
+
+
 @pytest.mark.parametrize("shares", ["squad", "tokens", "inverse", "random"])
 def test_other_shares_than_by_entropy(world, done, shares):
     words = [*world.words(current_case_name=f"CAEM-{shares}"), "--shares", shares, "--merge_only", "true"]
@@ -325,6 +379,7 @@ def test_one_line_and_status_2(world):
         ("CAEM_multi_task_finetune.py", ["--source_experts_num", "6"], "run: python single_task_finetune.py"),
         ("CAEM_multi_task_finetune.py", ["--merging", "best"], "merging is 'best'; there are caem, average, m_smoe"),
         ("CAEM_multi_task_finetune.py", ["--shares", "best"], "shares is 'best'; there are entropy, inverse"),
+        ("CAEM_multi_task_finetune.py", ["--calibration", "best"], "calibration is 'best'; there are none, routers"),
         ("CAEM_multi_task_finetune.py", ["--pool_inputs", "-1"], "pool_inputs is -1"),
         ("CAEM_multi_task_finetune.py", ["--task_types", "squad", "--target_experts_num", "4"], "two or more"),
     ],

@@ -12,6 +12,7 @@ from expert_merging.run.results import pair_name, run_label, run_name
 
 # Cases of methods that pool experts: published ones, the best of which is a primary contrast, and floors.
 RIVALS = {"MSMoE": "m_smoe", "HCSMoE": "hc_smoe", "REAP": "reap"}
+CALIBRATED = {"CAEM": "caem", "Average": "average"}  # cases that are there with calibrated routers too
 POOLED_CASES = RIVALS | {"MostUsed": "most_used", "AtRandom": "at_random"}
 
 # Of which runs a part consists; what those need comes by itself. {n} and {m}: few and many experts (8 and 16).
@@ -35,6 +36,7 @@ PARTS = {
         *(f"{case}-{{n}}" for case in RIVALS),
     ),
     "floors": ("MostUsed-{n}", "AtRandom-{n}"),
+    "calibration": ("CAEM-{n}", "Average-{n}", "CAEM-{n}-calibrated", "Average-{n}-calibrated"),
     "response": ("CAEM-{n}", "CAEM-{n}-Avg", "CAEM-{n}-inverse", "CAEM-{n}-tokens", "CAEM-{n}-random", "CAEM-{n}-to-one"),
 }  # fmt: skip
 # Pairs whose hidden states are compared (figures 2 and 4); of other sizes or not.
@@ -120,6 +122,10 @@ def grid(c: SimpleNamespace) -> Grid:
         ("CAEM-projection", n, n, {"reading": "paper+projection"}),
         ("CAEM-counts", n, n, {"reading": "paper+counts"}),
         *((case, n, n, {"merging": method}) for case, method in POOLED_CASES.items()),
+        *(
+            (f"{case}-calibrated", n, n, {"merging": method, "calibration": "routers"})
+            for case, method in CALIBRATED.items()
+        ),
         *((f"CAEM-{shares}", n, n, {"shares": shares}) for shares in (*SHARES, *tasks) if shares != "entropy"),
     ]
     for case, source, target, constants in merges:

@@ -62,6 +62,16 @@ def _against(e: Evidence) -> list[str]:
     return [name for name in (*fixed, best) if name]
 
 
+def by_interval(found: bootstrap.Contrast, digits: int) -> tuple[str, str]:
+    """(the difference with its interval, what that alone says), for contrasts that no test of a family is made of."""
+    difference = f"{found.mean:+.{digits}f}"
+    if len(found.by_seed) < 2:
+        return difference, "cannot tell: one seed"
+    low, high = bootstrap.interval(found)
+    verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
+    return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", verdict
+
+
 def seeds_of(e: Evidence, *names: str) -> list[int]:
     """The seeds that have all of these runs and the single-task ones, each with every example's score."""
     needed = (*names, *(f"single-task-{e.n} {task}" for task in e.tasks))

@@ -1,7 +1,7 @@
 """What else the paper says of pairs of its models, over seeds and test examples, by the interval alone."""
 
 from expert_merging.analysis import crossed_bootstrap as bootstrap
-from expert_merging.report.caem_contrasts import compared, seeds_of
+from expert_merging.report.caem_contrasts import by_interval, compared, seeds_of
 from expert_merging.report.evidence import Evidence
 from expert_merging.report.tables import Table
 
@@ -19,12 +19,7 @@ def secondary(e: Evidence) -> Table:
     pairs = [pair for pair in said if seeds_of(e, *pair)]
     for measure, of_pairs in compared(e, pairs, ("Overall", *e.tasks)).items():
         for (first, second), (found, arms) in zip(pairs, of_pairs, strict=True):
-            digits = 4 if measure == "Overall" else 2
-            difference, verdict = f"{found.mean:+.{digits}f}", "cannot tell: one seed"
-            if len(found.by_seed) > 1:
-                low, high = bootstrap.interval(found)
-                difference += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-                verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
+            difference, verdict = by_interval(found, 4 if measure == "Overall" else 2)
             table.rows.append({
                 "contrast": f"{first} - {second}", "measure": measure, "seeds": len(found.by_seed), "difference": difference,
                 "share": _share(measure, found, arms), "paper": said[first, second].get(measure, ""), "verdict": verdict,

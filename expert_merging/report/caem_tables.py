@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from expert_merging.report import caem_figures
 from expert_merging.report.caem_audit import best_on_test, deviations
+from expert_merging.report.caem_calibration import calibration
 from expert_merging.report.caem_claims import claimed
 from expert_merging.report.caem_contrasts import contrasts
 from expert_merging.report.caem_pairs import similarity, soups
@@ -20,7 +21,7 @@ def all_tables(e: Evidence) -> list[Table]:
     """Every table that the records allow."""
     makers: list[Callable[[Evidence], Table]] = [
         scores, contrasts, secondary, response, claimed, merging, entropies_after, entropies_by_task, allocation, soups,
-        similarity, merged_only, deviations, best_on_test, entropy_by_length, cost,
+        similarity, merged_only, calibration, deviations, best_on_test, entropy_by_length, cost,
     ]  # fmt: skip
     return [table for table in (make(e) for make in makers) if table.rows]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_atomic, write_json
-from expert_merging.experiment.grid import POOLED_CASES
+from expert_merging.experiment.grid import CALIBRATED, POOLED_CASES
 from expert_merging.report import records
 from expert_merging.report.records import Groups
 
@@ -48,6 +48,7 @@ class Evidence:
         order = [f"Baseline-{n}", f"Baseline-{m}", f"CAEM-{n}", f"CAEM-{n}-to-{m}", f"CAEM-{m}", f"CAEM-{n}-Avg"]
         order += [f"CAEM-{m}-Avg", f"Average-{n}", f"Baseline-{n}-same-compute"]
         order += [f"{case}-{n}" for case in POOLED_CASES]
+        order += [f"{case}-{n}-calibrated" for case in CALIBRATED]
         return [name for name in order if self.get(name)]
 
     def pairs(self) -> list[str]:

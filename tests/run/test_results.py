@@ -159,9 +159,11 @@ def test_the_grid_calls_runs_as_their_files_are_called():
         "Baseline-8-same-compute",
         "MSMoE-8",
         "CAEM-8-inverse",
+        "CAEM-8-calibrated",
+        "Average-8-calibrated",
         "CAEM-8-doc_qa",
     }
-    assert len(runs) == 22 and some <= runs.keys()
+    assert len(runs) == 24 and some <= runs.keys()
     assert all(results.run_label(step.result.stem) == name for name, step in runs.items())
     for pattern in (name for name in steps if " + " in name):
         first, second = pattern.split(" + ")
