@@ -188,20 +188,6 @@ def sign_flip_p(by_seed: np.ndarray) -> float:
     return float(min(1.0, flips.pvalue))
 
 
-def interval_p(found: Contrast) -> float:
-    """Two-sided p of no difference by `interval`: 1 less the level of the widest one that leaves 0 out, to 1/10,000. Unlike
-    `sign_flip_p` it can be small with few seeds; it rests on the seeds being near normal."""
-    least, most = 1e-4, 1.0
-    low, high = interval(found, 1 - least)
-    if low > 0 or high < 0:
-        return least
-    for _ in range(20):
-        middle = (least + most) / 2
-        low, high = interval(found, 1 - middle)
-        least, most = (least, middle) if low > 0 or high < 0 else (middle, most)
-    return most
-
-
 def detectable(found: Contrast, family: int = 1, alpha: float = 0.05, power: float = 0.8, number: int = 4000) -> float:
     """
     The smallest true difference that such an experiment tells with this power, were its spread as in `found`.

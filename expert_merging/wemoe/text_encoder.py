@@ -14,9 +14,9 @@ from torch import nn
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
 from expert_merging.core.hub import first_line, local_folder
+from expert_merging.data.text_tasks import Row
 from expert_merging.wemoe.ffn import ensembles
 from expert_merging.wemoe.scoring import Task
-from expert_merging.wemoe.text_tasks import Row
 
 FEED_FORWARD = r"(^|\.)intermediate$"  # in a model that `regrouped` made: both matrices of a feed-forward layer
 ATTENTION = r"(^|\.)attention\.self$"  # and the four of an attention layer

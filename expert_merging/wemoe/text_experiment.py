@@ -13,9 +13,11 @@ from torch import nn
 
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
+from expert_merging.data import text_tasks
 from expert_merging.data.docstring_reader import corpus_hash
+from expert_merging.data.text_tasks import Row, TextTask
 from expert_merging.run import results
-from expert_merging.wemoe import records, text_encoder, text_plan, text_tasks, text_training
+from expert_merging.wemoe import records, text_encoder, text_plan, text_training
 from expert_merging.wemoe.classification import (
     STATIC,
     Settings,
@@ -30,7 +32,6 @@ from expert_merging.wemoe.scoring import Task, evaluate
 from expert_merging.wemoe.text_corruptions import CORRUPTIONS, STRENGTHS, corrupted
 from expert_merging.wemoe.text_encoder import TextEncoder, regrouped
 from expert_merging.wemoe.text_plan import Run, adapts, coefficient
-from expert_merging.wemoe.text_tasks import Row, TextTask
 
 # What a record follows from, beside the models; by the constants of the registry's methods, too.
 DEPENDS_ON = (

@@ -19,11 +19,11 @@ from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.files import new_folder
 from expert_merging.data.batches import epoch_examples, length_grouped
 from expert_merging.data.docstring_reader import corpus_hash
+from expert_merging.data.text_tasks import TextTask
 from expert_merging.run import results
 from expert_merging.training import checkpoints, loop
 from expert_merging.wemoe import text_encoder
 from expert_merging.wemoe.scoring import embed, evaluate
-from expert_merging.wemoe.text_tasks import TextTask
 
 HEAD = (
     "head_c",

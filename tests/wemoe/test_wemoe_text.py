@@ -15,14 +15,15 @@ from tiny_models import TEXT_TASKS, write_lines, write_text_place
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
+from expert_merging.data import text_tasks
 from expert_merging.data.scores import pack, unpack
+from expert_merging.data.text_tasks import Row
 from expert_merging.report import folders
-from expert_merging.wemoe import report, text_claims, text_docs, text_encoder, text_plan, text_tasks
+from expert_merging.wemoe import report, text_claims, text_docs, text_encoder, text_plan
 from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.scoring import Task, joined
 from expert_merging.wemoe.text_corruptions import CORRUPTIONS, STRENGTHS, corrupted
 from expert_merging.wemoe.text_encoder import TextEncoder, regrouped
-from expert_merging.wemoe.text_tasks import Row
 
 SCRIPT = "neighbours/WEMoE_text.py"
 
