@@ -112,7 +112,7 @@ CASES = {
         preparation=True,
     ),
     "causal caem": Case(
-        "CAEM_multi_task_finetune.py", [*CAUSAL, "--source_experts_num", "4", "--target_experts_num", "5"],
+        "CAEM_multi_task_finetune.py", [*CAUSAL, "--source_experts_num", "4", "--target_experts_num", "4"],
         needs=("causal features", "causal task", "causal ag_news"),
     ),
     "digits": Case(
