@@ -13,7 +13,7 @@ NEAR = {"one": {"agreement": [0.2, 0.5]}, "two": {"agreement": [0.4, 0.9]}}
 
 def each(share, examples=200):
     """So many of a hundred are right, the same examples for all."""
-    return pack(np.where(np.arange(examples) % 100 < 100 * share, 100.0, 0.0))
+    return pack(np.where(np.arange(examples) % 100 < round(100 * share), 100.0, 0.0))
 
 
 def record(share, merged):
