@@ -56,6 +56,30 @@ def test_example_draws_have_the_closed_variance():
     assert np.isclose(found.draws.var(), sum(parts), rtol=0.05)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mean_and_interval_are_those_of_a_mixed_model(seed):
+    """A contrast over eight seeds and the same 60 examples, as a linear mixed model with crossed random effects (REML): its
+    mean, and its standard error times t's quantile with the degrees of freedom between those of the parts."""
+    import statsmodels.formula.api as models
+    from pandas import DataFrame
+    from scipy.stats import t
+
+    seeds, examples = 8, 60
+    difference = simulated(np.random.default_rng(seed), seeds, examples, by_seed=1.0, by_example=5.0, noise=4.0)
+    of_seed, of_example = (place.ravel() for place in np.indices((seeds, examples)))
+    table = DataFrame({"y": difference.ravel(), "seed": of_seed, "example": of_example})
+    parts = {"seed": "0 + C(seed)", "example": "0 + C(example)"}
+    fitted = models.mixedlm("y ~ 1", table, groups=np.ones(len(table)), re_formula="0", vc_formula=parts).fit(reml=True)
+    found = contrast_of(difference)
+    assert found.mean == pytest.approx(fitted.fe_params.iloc[0], rel=1e-6)
+    variance = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))
+    between = variance["seed"] / seeds + fitted.scale / (seeds * examples)
+    within = variance["example"] / examples + fitted.scale / (seeds * examples)
+    quantile = t.ppf(0.975, (between + within) ** 2 / (between**2 / (seeds - 1)))
+    low, high = bootstrap.interval(found)
+    assert (high - low) / 2 == pytest.approx(quantile * fitted.bse_fe.iloc[0], rel=0.05)
+
+
 def test_same_draws_for_both_arms():
     scores = np.random.default_rng(0).uniform(0, 100, (3, 50))
     found = contrast(bootstrap.task_difference("t"), [{"t": scores + 2.0}, {"t": scores}], 600)
