@@ -27,7 +27,7 @@ def calibrate(
 
     Each source goes over its own task's inputs once, its decoder fed with what it writes greedily; the merged model then goes
     over the same tokens once for each sparse layer, from the first on: what a layer is given depends on the routers before it,
-    which are fitted by then.
+    which are fitted by then. One layer's states of all tokens are held at a time, in float64 while it is fitted.
 
     Args:
         fit: `router_calibration.calibrated` with its settings.
