@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
@@ -149,6 +150,7 @@ def fit(
         use_cpu=on_cpu, bf16=bf16, remove_unused_columns=False, logging_nan_inf_filter=False,
         disable_tqdm=False,
     )  # fmt: skip
+    logging.get_logger("transformers.trainer").setLevel(logging.ERROR)  # it would say that max_steps is given
     trainer = _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad))
     trainer.any_k = any_k
     # transformers 4.46 leaves it to the model to divide by what all passes of a step hold, which Llama does and a mixture
