@@ -30,7 +30,7 @@ def merged(world, tmp_path):
             grids = {key: {task: usage[task]} for key in ("expert_usage_grid", "expert_usage_grid_de")}
             history = {"identity": {"reading": "paper", "ancestor": "a"}, **grids}
             (tmp_path / "histories" / f"single_task_{task}.json").write_text(json.dumps(history))
-        alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, print=print)
+        alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, print=print, device="cpu")
         return caem_sources.merge_sources(c, alone, caem_sources.open_sources(c, TASKS, 4, 4), tmp_path / "merged")
 
     return merge

@@ -138,9 +138,15 @@ def test_features_that_are_being_read_are_not_made_anew(ended, tmp_path, monkeyp
     monkeypatch.setattr(features, "_read_whole", damaged)
     began = []
 
+    class Closing:
+        eos_token_id = 1
+
+        def __call__(self, text):
+            return {"input_ids": [5, 1]}
+
     def main(c):
-        c.DATA_DIR = str(tmp_path)
-        began.append(features.is_complete("squad", c, None))
+        c.DATA_DIR, c.max_input_length = str(tmp_path), 8
+        began.append(features.is_complete("squad", c, Closing()))
 
     assert ended(main) == (130, SAID) and began == []
 
