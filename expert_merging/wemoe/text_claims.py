@@ -17,7 +17,7 @@ MARGIN = 1.0  # points of accuracy
 
 _NOTE = (
     "Differences of mean test accuracy (points) within seeds: mean [95% interval, bootstrap crossed over seeds and examples, "
-    "10,000 draws]. p: of the widest interval that leaves 0 out, by Holm over the claims that one method is above another; "
+    "10,000 draws]. p: by the t distribution behind the interval, by Holm over the claims that one method is above another; "
     f"sign flips: over seeds alone, uncorrected. Within {MARGIN:g}, and equivalent within as much: two one-sided tests at 5%."
 )
 
@@ -49,7 +49,9 @@ def _said(one: bootstrap.Contrast, p: float | None) -> dict[str, str]:
     shown = {"difference": f"{one.mean:+.2f} [{low:+.2f}, {high:+.2f}]", "p": "" if p is None else f"{p:.3f}"}
     shown["sign flips"] = "" if p is None else f"{bootstrap.sign_flip_p(one.by_seed):.3f}"
     if p is not None:
-        return shown | {"verdict": bootstrap.verdict(one, p, MARGIN)}
+        said = bootstrap.verdict(one, p, MARGIN)
+        seeds = bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False)
+        return shown | {"verdict": bootstrap.undecided(seeds) if said == bootstrap.UNKNOWN else said}
     return shown | {"verdict": equal(one)}
 
 
