@@ -98,6 +98,16 @@ def contrast(statistic: Statistic, arms: Sequence[Means], seed: int = 0) -> Cont
     return Contrast(found, (weights * by_examples).sum(1), by_examples)
 
 
+def estimate(statistic: Statistic, arms: Sequence[Means]) -> tuple[float, float, float]:
+    """(mean, lower and upper end of its 95% interval) as of `contrast` and `interval`; of one seed over examples alone."""
+    if len(next(iter(arms[0].found.values()))) > 1:
+        found = contrast(statistic, arms)
+        return (found.mean, *interval(found))
+    mean = statistic(*[{task: value[None] for task, value in arm.found.items()} for arm in arms])
+    low, high = np.quantile(statistic(*[arm.drawn for arm in arms])[:, 0], (0.025, 0.975))
+    return float(mean[0, 0]), float(low), float(high)
+
+
 def overall_difference(first: Scores, second: Scores, single: Scores) -> np.ndarray:
     """Overall of the first less that of the second (paper, 4.1): the mean over tasks of score / single-task score. Where the
     latter is 0, the task counts as no difference."""

@@ -86,13 +86,7 @@ def difference(one: Sequence[Any], other: Sequence[Any]) -> tuple[float, float, 
         accuracies = np.stack([np.mean(list(arm.values()), axis=0) for arm in arms], axis=-1)  # [draws, seeds, points]
         return (accuracies * weights).sum(-1)
 
-    arms = list(means.values())
-    if len(one) > 1:
-        found = bootstrap.contrast(of_curves, arms)
-        return (found.mean, *bootstrap.interval(found))
-    mean = of_curves(*[{task: value[None] for task, value in arm.found.items()} for arm in arms])
-    low, high = np.quantile(of_curves(*[arm.drawn for arm in arms])[:, 0], (0.025, 0.975))
-    return float(mean[0, 0]), float(low), float(high)
+    return bootstrap.estimate(of_curves, list(means.values()))
 
 
 def _weights(methods: Sequence[Sequence[Any]], ks: Sequence[Sequence[str]]) -> np.ndarray:

@@ -59,20 +59,12 @@ class Runs:
 
     def estimate(self, name: str, task: str = "") -> tuple[float, float, float]:
         """(mean, low, high) of a variant's accuracy on a task, or of the mean over tasks; of one seed over examples alone."""
-        return self._estimate(lambda own: own[task] if task else _mean(own), [name])
+        return bootstrap.estimate(lambda own: own[task] if task else _mean(own), self.arms(name))
 
     def difference(self, first: str, second: str, task: str = "") -> tuple[float, float, float]:
         """Likewise of the difference between two variants."""
-        return self._estimate(lambda a, b: a[task] - b[task] if task else _mean(a) - _mean(b), [first, second])
-
-    def _estimate(self, statistic: bootstrap.Statistic, names: Sequence[str]) -> tuple[float, float, float]:
-        arms = self.arms(*names)
-        if len(self.shared(*names)) > 1:
-            found = bootstrap.contrast(statistic, arms)
-            return (found.mean, *bootstrap.interval(found))
-        mean = statistic(*[{task: value[None] for task, value in arm.found.items()} for arm in arms])
-        low, high = np.quantile(statistic(*[arm.drawn for arm in arms])[:, 0], (0.025, 0.975))
-        return float(mean[0, 0]), float(low), float(high)
+        statistic = bootstrap.task_difference(task) if task else _difference
+        return bootstrap.estimate(statistic, self.arms(first, second))
 
 
 def _stacked(task: str, rows: Sequence[np.ndarray]) -> np.ndarray:
