@@ -17,8 +17,9 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -231,6 +232,11 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 def write_json(path: str | Path, content) -> None:
     """Write `content` as indented JSON, whole or not at all."""
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write a line of JSON a row, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: str | Path):

@@ -13,13 +13,13 @@ from typing import Any
 
 from expert_merging.core.bars import bar
 from expert_merging.core.errors import UserError, at_least
+from expert_merging.core.files import write_json_lines
 from expert_merging.core.hub import first_line
 from expert_merging.data import raw_files
 from expert_merging.hemoe import questions, raw_tasks, templates
 from expert_merging.hemoe.templates import Case
 
 HUB = "hub"
-SEED = 0  # of which rows are taken, and of the template of each: the same for every model, seed and machine
 
 
 def tasks(c: SimpleNamespace) -> dict[str, raw_tasks.DataSet]:
@@ -68,7 +68,7 @@ def _from_hub(name: str, data_set: raw_tasks.DataSet, most: int) -> dict[int, Ca
     remedy = f"bring a folder with {name}/train.jsonl and give --RAW_PATH FOLDER"
     rows = raw_files.from_hub(data_set.hub, "RAW_PATH", remedy, data_set.config, split=data_set.split)
     place = f"RAW_PATH: {data_set.hub}, split {data_set.split}"
-    chosen = _sample(name, len(rows), most)
+    chosen = questions.sample(name, len(rows), most)
     return {i: raw_tasks.read_case(data_set, rows[i], f"{place}, row {i + 1}") for i in chosen}
 
 
@@ -77,12 +77,7 @@ def _from_file(name: str, data_set: raw_tasks.DataSet, c: SimpleNamespace) -> di
     path = Path(c.RAW_PATH).expanduser() / name / "train.jsonl"
     rows = raw_files.read_jsonl(path)
     cases = [raw_tasks.read_case(data_set, row, f"{path}, {where}") for where, row in rows]
-    return {i: cases[i] for i in _sample(name, len(cases), c.raw_examples)}
-
-
-def _sample(name: str, count: int, most: int) -> list[int]:
-    numbers = list(range(count))
-    return sorted(random.Random(f"{SEED} {name}").sample(numbers, most)) if 0 < most < count else numbers
+    return {i: cases[i] for i in questions.sample(name, len(cases), c.raw_examples)}
 
 
 def write(raw: dict[str, Raw], folder: Path, with_options: bool, every_template: bool) -> dict[str, dict[str, int]]:
@@ -97,7 +92,7 @@ def write(raw: dict[str, Raw], folder: Path, with_options: bool, every_template:
         )
     record = {}
     for task, one in raw.items():
-        rng = random.Random(f"{SEED} {task} templates")
+        rng = random.Random(f"{questions.SAMPLE_SEED} {task} templates")
         rows = []
         for number, case in one.cases.items():
             usable = templates.usable(one.kind, case, with_options)
@@ -109,7 +104,7 @@ def write(raw: dict[str, Raw], folder: Path, with_options: bool, every_template:
         kept = [row for row in rows if len(row["instruction"]) + len(row["output"]) < templates.LONGEST]
         if not kept:
             raise UserError(f"RAW_PATH: no example of {task} has less than {templates.LONGEST} characters")
-        questions.write_lines(folder / f"{task}.jsonl", kept)
+        write_json_lines(folder / f"{task}.jsonl", kept)
         record[task] = {"examples": len(kept), "too_long": len(rows) - len(kept)}
     return record
 

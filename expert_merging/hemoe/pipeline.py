@@ -108,6 +108,7 @@ def check(c: SimpleNamespace) -> None:
         raise UserError(
             f"eval_ks or before_k holds {bad[0]}; give numbers from 1 to {c.num_experts} (num_experts), or 0 for all"
         )
+    at_least(c, 0, "eval_questions")
     at_least(
         c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "held_out",
         "solver_starts",

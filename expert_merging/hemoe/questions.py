@@ -3,19 +3,18 @@
 A question with a `_` is one of WinoGrande's kind: the choices go where the blank is, and what follows it is scored.
 """
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import write_atomic, write_json
+from expert_merging.core.files import write_json, write_json_lines
 from expert_merging.data.raw_files import read_jsonl
 
 # As lm_eval's own tasks of these names put the question; others like ARC's.
 PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:"}
 PROMPT = "Question: {}\nAnswer:"
-SAMPLE_SEED = 0  # of which questions are asked: the same for every model, seed and machine
+SAMPLE_SEED = 0  # of which rows are taken: the same for every model, seed and machine
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -58,9 +57,7 @@ def complaint(row: dict[str, Any] | str) -> str | None:
 def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> None:
     """Write `folder`/{task}.yaml and .jsonl of at most `most` questions a task (0: all), a fixed sample."""
     for task, rows in found.items():
-        if most and len(rows) > most:
-            chosen = random.Random(f"{SAMPLE_SEED} {task}").sample(range(len(rows)), most)
-            rows = [rows[number] for number in sorted(chosen)]
+        rows = [rows[number] for number in sample(task, len(rows), most)]
         blank = all("_" in row["question"] for row in rows)
         # lm_eval takes a whole number in doc_to_text for the place of the right context among several.
         fields = {"doc_to_text": "answer", "doc_to_choice": "contexts", "doc_to_target": "rest"}
@@ -68,6 +65,13 @@ def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> No
             fields = {"doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "answer"}
         asked = [_with_blank(row) if blank else _with_prompt(row, PROMPTS.get(task, PROMPT)) for row in rows]
         write_task(folder, task, asked, fields, ("acc",) if blank else ("acc", "acc_norm"))
+
+
+def sample(task: str, count: int, most: int) -> list[int]:
+    """At most `most` (0: all) of `count` rows of a task, ascending; always the same."""
+    if not 0 < most < count:
+        return list(range(count))
+    return sorted(random.Random(f"{SAMPLE_SEED} {task}").sample(range(count), most))
 
 
 def write_task(
@@ -79,7 +83,7 @@ def write_task(
         fields: which field of a row is doc_to_text, doc_to_choice and doc_to_target.
     """
     path = (folder / f"{task}.jsonl").absolute()
-    write_lines(path, rows)
+    write_json_lines(path, rows)
     write_json(  # JSON is YAML
         folder / f"{task}.yaml",
         {
@@ -96,13 +100,8 @@ def write_doc_choice(found: dict[str, dict[str, list[dict]]], train_folder: Path
     `data.doc_choice.examples` gives."""
     fields = {"doc_to_text": "instruction", "doc_to_choice": "choices", "doc_to_target": "label"}
     for task, splits in found.items():
-        write_lines(train_folder / f"{task}.jsonl", splits["train"])
+        write_json_lines(train_folder / f"{task}.jsonl", splits["train"])
         write_task(tasks_folder, f"doc_{task}", splits["test"], fields, ("acc", "acc_norm"))
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:

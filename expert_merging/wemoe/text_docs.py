@@ -8,13 +8,12 @@ next     whether the sentence ends so
 order    whether the words of a sentence are in order
 """
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from expert_merging.core.files import new_folder, write_atomic
+from expert_merging.core.files import new_folder, write_json_lines
 from expert_merging.data import doc_choice, docstring_reader, docstring_splits
 from expert_merging.run import results
 
@@ -39,8 +38,7 @@ def write_once(c: SimpleNamespace) -> str:
         for task, splits in labelled(found).items():
             for split, rows in splits.items():
                 kept = rows[: {"train": train, **held}[split]]
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-                write_atomic(temporary / task / f"{split}.jsonl", lines)
+                write_json_lines(temporary / task / f"{split}.jsonl", kept)
         results.save(temporary / "complete.json", wanted, {"texts_sha256": docstring_reader.corpus_hash(found)})
     return str(folder)
 
