@@ -71,9 +71,9 @@ def read(folder: Path) -> TextTask:
     """The task in a folder. Raises UserError, by file and line, for what is no example, and for a task without two classes."""
     if (folder / "train.csv").is_file() and not (folder / "train.jsonl").exists():
         rows = {split: _rows(folder / f"{split}.csv") for split in ("train", "test")}
-        held = random.Random(SAMPLE_SEED).sample(range(len(rows["train"])), max(1, len(rows["train"]) // 10))
+        held = set(random.Random(SAMPLE_SEED).sample(range(len(rows["train"])), max(1, len(rows["train"]) // 10)))
         rows["validation"] = [rows["train"][i] for i in sorted(held)]
-        rows["train"] = [row for i, row in enumerate(rows["train"]) if i not in set(held)]
+        rows["train"] = [row for i, row in enumerate(rows["train"]) if i not in held]
     else:
         rows = {split: _rows(folder / f"{split}.jsonl") for split in SPLITS}
     labels = {row.label for row in rows["train"]}

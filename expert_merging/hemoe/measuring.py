@@ -36,6 +36,10 @@ def evaluation(c: SimpleNamespace) -> None:
     names = c.eval_tasks
     if names == ("all",):
         names = tuple(sorted(path.stem for path in Path(c.EVAL_TASKS_PATH).glob("*.yaml")))
+    if not names:
+        raise UserError(
+            f"EVAL_TASKS_PATH: {c.EVAL_TASKS_PATH} holds no task (*.yaml); the step data makes them of QUESTIONS_PATH"
+        )
     # What a model tuned for one task is asked: that task, whose name begins with doc_ where it is made here.
     own = {task: name for name in names for task in (name, name.removeprefix("doc_"))}
     if strangers := [task for task in c.tune_tasks if task != "all" and task not in own]:

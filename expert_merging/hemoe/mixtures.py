@@ -34,13 +34,16 @@ def conversion(c: SimpleNamespace) -> None:
             load_dense(c),
             pipeline.METHODS[method].router or c.router_start,
         )
-        config = HEMoEConfig(
-            dense=dense.config.to_dict(), moe_layers=split.layers, experts=split.experts, k=c.router_k or c.num_experts,
-            router="fixed" if router == "fixed" else "learned", router_std=c.router_std, balance_coef=c.balance_coef,
-            balance_scale=c.balance_scale, balance_padding=c.balance_padding, domains=split.domains, serves=split.serves,
-        )  # fmt: skip
         torch.manual_seed(c.seed)  # of the routers
-        model = HEMoEForCausalLM(config, dense)
+        try:
+            config = HEMoEConfig(
+                dense=dense.config.to_dict(), moe_layers=split.layers, experts=split.experts, k=c.router_k or c.num_experts,
+                router="fixed" if router == "fixed" else "learned", router_std=c.router_std, balance_coef=c.balance_coef,
+                balance_scale=c.balance_scale, balance_padding=c.balance_padding, domains=split.domains, serves=split.serves,
+            )  # fmt: skip
+            model = HEMoEForCausalLM(config, dense)
+        except ValueError as error:
+            raise UserError(f"{seed_folder(c) / method / 'split.npz'} and {c.base_model}: {error}") from error
         if router == "domains":
             start_from_domains(model, Examples(c, tokenizer).batches("scored"))
         elif router == "gate":

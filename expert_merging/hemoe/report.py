@@ -8,7 +8,7 @@ import numpy as np
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
-from expert_merging.hemoe import question_gains
+from expert_merging.hemoe import pipeline, question_gains
 from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
@@ -88,7 +88,9 @@ def _collected(folder: Path, method: str, end: str = "") -> dict[str, Any] | Non
     """
     parts = {name: folder / method / f"{name}{end}.json" for name in ("tuning", "measure", "evaluation")}
     parts |= {"split": folder / method / "split.json", "conversion": folder / method / "model" / "hemoe.json"}
-    parts |= {name: folder / f"{name}.json" for name in ("domains", "scores")}
+    if method in METHODS:
+        domains = pipeline.ending(METHODS[method].domains)
+        parts |= {name: folder / f"{name}{domains}.json" for name in ("domains", "scores")}
     there = {name: read_json(path) for name, path in parts.items() if path.exists()}
     if not {"measure", "evaluation"} <= there.keys():
         return None

@@ -431,6 +431,13 @@ def test_other_domains_beside_the_script_s_own(place, done, tmp_path):
     assert splits["HEMoE"]["agreement"] is None
     assert splits["HEMoE_tasks"]["agreement"] == pytest.approx(1.0)
     assert -0.5 < splits["HEMoE_tfidf"]["agreement"] <= 1.0
+    # What scoring took is that of a method's own domains.
+    from expert_merging.hemoe.report import _collected
+
+    for name in ("measure", "evaluation"):
+        shutil.copy(seed / f"HEMoE/{name}.json", seed / "HEMoE_tasks")
+    spent = _collected(seed, "HEMoE_tasks")["seconds"]["scores"]
+    assert spent == read_json(seed / "scores_tasks.json")["seconds"] != read_json(seed / "scores.json")["seconds"]
 
 
 def test_agreement_of_partitions():
@@ -466,3 +473,29 @@ def test_routers_that_start_from_gates(place, done, tmp_path):
     for name, weight in found["HEMoE"].items():
         assert torch.equal(weight, found["HEMoE_gate"][name])
         assert not torch.allclose(weight, found["HEMoE_noise"][name], atol=1e-4)
+
+
+def test_nothing_to_evaluate_is_said(place, done, tmp_path):
+    (tmp_path / "eval").mkdir()
+    given = words(place, steps=("evaluation",), eval_tasks=("all",), EVAL_TASKS_PATH=tmp_path / "eval")
+    with pytest.raises(UserError, match="EVAL_TASKS_PATH: .* holds no task"):
+        call_main(SCRIPT, given)
+
+
+def test_a_split_that_is_none_of_this_model_is_one_line(place, done, tmp_path):
+    """An expert without a neuron, in a file that was written otherwise."""
+    import numpy as np
+
+    from expert_merging.hemoe.split import Split
+
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    folder = tmp_path / "runs/hemoe/seed0/EMoE"
+    shutil.rmtree(folder / "model")
+    split = Split.load(folder / "split.npz")
+    split.experts[0] = [np.arange(split.neurons), np.arange(0)]
+    split.save(folder / "split.npz")
+    with pytest.raises(UserError, match="EMoE/split.npz and .*: an expert is empty") as error:
+        call_main(
+            SCRIPT, [*words(place, steps=("conversion",), methods=("EMoE",)), "--RUN_DIR", str(tmp_path / "runs")]
+        )
+    assert "\n" not in str(error.value)
