@@ -4,7 +4,7 @@ Reads   ENCODER, a folder of BERT or its like; TASKS_PATH, folders of task folde
         {"text", "text2" (or none), "label"}, or AG News's two CSV files. Where none is given, six tasks made of docstrings.
 Writes  WEMOE_TEXT_DIR: seed{n}/ heads, fine-tuned models (Hugging Face folders), coefficients chosen on validation, what was
         adapted; records/seed{n}/{part}.{method}.json; tables and figures made of them.
-Takes   at real over an hour of one core a seed for everything, at tiny minutes. Interrupted, it goes on.
+Takes   at real some two hours of one core a seed for everything, at tiny minutes, both by estimate. Interrupted, it goes on.
 
 A task's head is trained on the pre-trained encoder and frozen, then the encoder is fine-tuned under it. Coefficients are chosen
 by one rule for all methods: of `grid` the one with the best mean relative accuracy on validation (docs/wemoe.md).
