@@ -5,6 +5,7 @@ the handler notes that an interrupt came. Code that goes on after an error of a 
 """
 
 import signal
+from collections.abc import Callable
 from typing import NoReturn
 
 _came = False
@@ -17,9 +18,13 @@ def watch() -> None:
     """
     global _came
     _came = False
-    signal.signal(signal.SIGTERM, _note)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _note)
+    _handle(_note)
+
+
+def ignore() -> None:
+    """From now on a run that is ending says its last line, however often it is told to end: where one process of several
+    has died, the launcher sends SIGTERM to those that already see it."""
+    _handle(lambda *_: None)
 
 
 def came() -> bool:
@@ -31,6 +36,12 @@ def check() -> None:
     """Raises KeyboardInterrupt where an interrupt has come."""
     if _came:
         raise KeyboardInterrupt
+
+
+def _handle(handler: Callable) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _note(*_) -> NoReturn:

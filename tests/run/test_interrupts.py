@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
+from expert_merging.run import constants
 from expert_merging.run.constants import run
 
 SAID = "\na_script.py: interrupted; the same command goes on from the last checkpoint\n"
@@ -57,6 +58,11 @@ def test_whatever_surfaces_after_an_interrupt_is_an_interrupt(ended, number, kin
             raise kind(f"the folder holds no whole model ({error})") from error
 
     assert ended(main) == (130, SAID)
+
+
+def test_a_second_one_does_not_cut_the_last_line(ended, monkeypatch):
+    monkeypatch.setattr(constants, "_close_bars", lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.1))
+    assert ended(lambda c: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1)) == (130, SAID)
 
 
 def test_without_one_bad_data_is_bad_data(ended):
