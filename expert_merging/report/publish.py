@@ -1,6 +1,7 @@
 """results/: what is put there, made again and checked, and the tables that README and docs show from there."""
 
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from expert_merging.run import provenance
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _CELLS = re.compile(r"(?<!\\)\|")  # a bar inside a cell is written \|
+_PLACE = re.compile(r"(?<![^=])(?:/|~/|\.\./)(?:.*/)?(?=[^/])")  # /home/me/data/ of /home/me/data/squad
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
 
 
@@ -33,7 +35,7 @@ def publish(
     reports: Mapping[Path, Groups], wing: Wing, beside: Path | None = None, root: Path = provenance.ROOT
 ) -> list[Table]:
     """Make folders below results/ of records, {folder: its records}, with tables and figures, and bring the pages up to
-    date; returns the tables.
+    date; returns the tables. Of folders outside the repository the commands keep the last name: the rest is nobody's matter.
 
     Args:
         beside: a folder whose records.ASIDE belong to the records.
@@ -50,7 +52,7 @@ def publish(
     tables = []
     for folder, groups in reports.items():
         with new_folder(folder) as place:
-            records.write(place, groups)
+            records.write(place, _without_places(groups))
             if beside is not None:
                 for name in records.ASIDE:
                     if (beside / name).exists():
@@ -58,6 +60,16 @@ def publish(
             tables += folders.write(place, wing, folder.name)
     _refresh(root)
     return tables
+
+
+def _without_places(groups: Groups) -> Groups:
+    def shown(command: str) -> str:
+        return shlex.join(_PLACE.sub("", word) for word in shlex.split(command))
+
+    return {
+        group: {run: record | {"command": shown(record["command"])} for run, record in runs.items()}
+        for group, runs in groups.items()
+    }
 
 
 def write(folder: Path, wing: Wing, root: Path = provenance.ROOT) -> list[Table]:

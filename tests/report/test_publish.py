@@ -86,6 +86,21 @@ def test_publish_writes_records_tables_the_figures_shown_the_index_and_the_pages
     assert subprocess.run(["git", "diff", "--quiet"], cwd=root, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--A /home/me/data/squad ../shared/x --b 1/2 --lr 1", "--A squad x --b 1/2 --lr 1"),
+        ("--A '/home/me/my data/x' 'a b' --B=~/y/ --C models/z ..", "--A x 'a b' --B=y/ --C models/z .."),
+        ("--A /x runs/a/b /tmp/r/", "--A x runs/a/b r/"),
+    ],
+)
+def test_published_commands_do_not_say_where_folders_lie_on_somebodys_disk(root, words, shown):
+    made = groups()
+    made["seed0"]["b"] = {**made["seed0"]["b"], "command": f"python a.py {words}"}
+    publish.publish({root / "results" / "caem" / "x": made}, WING, root=root)
+    assert records.read(root / "results" / "caem" / "x")["seed0"]["b"]["command"] == f"python a.py {shown}"
+
+
 def test_publish_refuses_a_tree_with_changes(root):
     (root / "README.md").write_text("changed")
     with pytest.raises(UserError, match="has changes that no commit holds .*-dirty.*; commit them") as error:
