@@ -85,7 +85,7 @@ rounding = "exact"  # exact | released: the authors' roundings of sizes
 moe_layers = by_scale(
     paper=tuple(range(3, 15)), night=(0, 1, 2, 3, 4, 5), tiny=(0, 1, 2, 3), real=tuple(range(3, 27))
 )  # from 0; others stay dense
-router_k = by_scale(paper=4, night=0, tiny=0)  # experts that fire in tuning; 0 draws 1..n anew for each step
+router_k = by_scale(paper=4, night=0, tiny=0, real=4)  # experts that fire in tuning; 0 draws 1..n anew for each step
 router_start = by_scale(
     paper="noise", night="noise", tiny="noise", real="gate"
 )  # of learned routers: noise of router_std | gate: EMoE's, the mean gate of an expert, from which some tens of steps get on
@@ -102,7 +102,7 @@ tune_tasks = ("all",)  # all: one model, of every task's examples; names: a mode
 tune_steps = by_scale(paper=2000, night=1000, tiny=50, real=30)
 tune_batch = by_scale(paper=16, night=32, tiny=16, real=4)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, night=1, tiny=1, real=4)  # passes a step
-tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
+tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3, real=3e-4)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
 tune_warmup = 0.05  # share of the steps
 save_dtype = "float32"  # float32 | bfloat16: of tuned/, and so of what is measured
@@ -115,7 +115,7 @@ eval_tasks = by_scale(
     real=("all",),
 )  # 0-shot; all: those in EVAL_TASKS_PATH
 eval_examples = 0  # a task; 0 takes all
-eval_ks = by_scale(paper=(0,), night=(0,), tiny=(0,), real=(2, 4, 6))  # experts that fire; 0 takes 1..n
+eval_ks = by_scale(paper=(0,), night=(0,), tiny=(0,), real=(3, 4, 5))  # experts that fire; 0 takes 1..n
 
 before_k = by_scale(
     paper=0, night=0, tiny=0, real=4
