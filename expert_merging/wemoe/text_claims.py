@@ -18,7 +18,8 @@ MARGIN = 1.0  # points of accuracy
 _NOTE = (
     "Differences of mean test accuracy (points) within seeds: mean [95% interval, bootstrap crossed over seeds and examples, "
     "10,000 draws]. p: by the t distribution behind the interval, by Holm over the claims that one method is above another; "
-    f"sign flips: over seeds alone, uncorrected. Within {MARGIN:g}, and equivalent within as much: two one-sided tests at 5%."
+    "sign flips: over seeds alone, uncorrected; of one seed the interval is over examples alone. "
+    f"Within {MARGIN:g}, and equivalent within as much: two one-sided tests at 5%."
 )
 
 
@@ -26,37 +27,30 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
     """A row a claim, as far as its two methods are there with every example's score."""
     table = Table("claims", "Claims", _NOTE)
     pairs = [pair for pair in (*zip(CHAIN, CHAIN[1:], strict=False), EQUAL) if _seeds(groups, *pair)]
-    if not pairs:
-        return table
-    found = [_contrast(groups, *pair) for pair in pairs]
-    above = [one for pair, one in zip(pairs, found, strict=True) if pair != EQUAL]
-    ps = iter(bootstrap.holm([_p(one) for one in above]))
-    for pair, one in zip(pairs, found, strict=True):
+    arms = {pair: _arms(groups, *pair) for pair in pairs}
+    told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(_seeds(groups, *pair)) > 1}
+    above = [pair for pair in told if pair != EQUAL]
+    p = dict(zip(above, bootstrap.holm([bootstrap.interval_p(told[pair]) for pair in above]), strict=True))
+    for pair in pairs:
         first, second = (labels.get(name, name) for name in pair)
-        row: dict[str, Any] = {
-            "claim": f"{first} within {MARGIN:g} of {second}" if pair == EQUAL else f"{first} > {second}"
-        }
-        row |= {"seeds": len(one.by_seed)} | _said(one, None if pair == EQUAL else next(ps))
+        said = f"{first} within {MARGIN:g} of {second}" if pair == EQUAL else f"{first} > {second}"
+        mean, low, high = bootstrap.estimate(_difference, arms[pair])
+        row: dict[str, Any] = {"claim": said, "seeds": len(_seeds(groups, *pair))}
+        row["difference"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        row["p"] = f"{p[pair]:.3f}" if pair in p else ""
+        row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
+        row["verdict"] = _verdict(told[pair], p.get(pair)) if pair in told else "cannot tell: one seed"
         table.rows.append(row | {"from": source(groups, *(f"main.{name}" for name in pair))})
     return table
 
 
-def _said(one: bootstrap.Contrast, p: float | None) -> dict[str, str]:
+def _verdict(one: bootstrap.Contrast, p: float | None) -> str:
     """`p` is None for the claim of two being equal."""
-    if len(one.by_seed) < 2:
-        return {"difference": f"{one.mean:+.2f}", "p": "", "sign flips": "", "verdict": "cannot tell: one seed"}
-    low, high = bootstrap.interval(one)
-    shown = {"difference": f"{one.mean:+.2f} [{low:+.2f}, {high:+.2f}]", "p": "" if p is None else f"{p:.3f}"}
-    shown["sign flips"] = "" if p is None else f"{bootstrap.sign_flip_p(one.by_seed):.3f}"
-    if p is not None:
-        said = bootstrap.verdict(one, p, MARGIN)
-        seeds = bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False)
-        return shown | {"verdict": bootstrap.undecided(seeds) if said == bootstrap.UNKNOWN else said}
-    return shown | {"verdict": equal(one)}
-
-
-def _p(one: bootstrap.Contrast) -> float:
-    return bootstrap.interval_p(one) if len(one.by_seed) > 1 else 1.0
+    if p is None:
+        return equal(one)
+    if (said := bootstrap.verdict(one, p, MARGIN)) != bootstrap.UNKNOWN:
+        return said
+    return bootstrap.undecided(bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False))
 
 
 def equal(one: bootstrap.Contrast) -> str:
@@ -71,19 +65,15 @@ def _seeds(groups: Groups, *methods: str) -> list[str]:
     return [group for group, runs in groups.items() if all(f"main.{method}" in runs for method in methods)]
 
 
-def _contrast(groups: Groups, first: str, second: str) -> bootstrap.Contrast:
-    seeds = _seeds(groups, first, second)
-    tasks = groups[seeds[0]][f"main.{first}"]["tasks"]
-    arms = {name: {task: _each(groups, seeds, name, task) for task in tasks} for name in (first, second)}
-    means = bootstrap.resample(arms)
+def _arms(groups: Groups, *methods: str) -> list[bootstrap.Means]:
+    seeds = _seeds(groups, *methods)
+    tasks = groups[seeds[0]][f"main.{methods[0]}"]["tasks"]
+    means = bootstrap.resample({name: {task: _each(groups, seeds, name, task) for task in tasks} for name in methods})
+    return [means[name] for name in methods]
 
-    def difference(one: bootstrap.Scores, other: bootstrap.Scores) -> np.ndarray:
-        return np.mean([one[task] - other[task] for task in one], axis=0)
 
-    if len(seeds) > 1:
-        return bootstrap.contrast(difference, [means[first], means[second]])
-    value = np.array([np.mean([means[first].found[t] - means[second].found[t] for t in tasks])])
-    return bootstrap.Contrast(value, np.array([]), np.array([]))  # one seed, of which no spread can be seen
+def _difference(one: bootstrap.Scores, other: bootstrap.Scores) -> np.ndarray:
+    return np.mean([one[task] - other[task] for task in one], axis=0)
 
 
 def _each(groups: Groups, seeds: list[str], method: str, task: str) -> np.ndarray:
