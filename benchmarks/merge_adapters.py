@@ -54,6 +54,7 @@ def loss(model, tokenizer, examples):
 def tune(base: Path, examples: list[dict[str, str]], out: Path, steps: int, seed: int) -> None:
     """An adapter in `out`."""
     import torch
+    import torch.distributed.tensor  # peft looks there, and does not import it
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
