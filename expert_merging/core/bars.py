@@ -1,8 +1,10 @@
 """Progress bars: one line that moves in a terminal; in a log a line every half minute, and none for what is quicker."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from expert_merging.core import interrupts
 
 SECONDS_IN_A_LOG = 30
 
@@ -10,9 +12,20 @@ SECONDS_IN_A_LOG = 30
 def bar(iterable: Iterable | None = None, desc: str | None = None, **settings: Any):
     """A `tqdm` over `iterable`, or one that is moved by hand, with tqdm's own `settings`.
 
-    Where standard error is no terminal it prints whole lines, at most one every SECONDS_IN_A_LOG seconds.
+    Where standard error is no terminal it prints whole lines, at most one every SECONDS_IN_A_LOG seconds. Each step raises
+    KeyboardInterrupt where one came before and was lost, as in a callback from C.
     """
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm as plain
+
+    class tqdm(plain):
+        def __iter__(self) -> Iterator:
+            for item in super().__iter__():
+                interrupts.check()
+                yield item
+
+        def update(self, n: float | None = 1) -> bool | None:
+            interrupts.check()
+            return super().update(n)
 
     if sys.stderr.isatty():
         return tqdm(iterable, desc, **{"dynamic_ncols": True, "mininterval": 1.0, **settings})

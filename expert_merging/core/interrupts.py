@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM end a run as an interrupt, whatever the code that they meet makes of them.
 
 C code that reads a file may lose the KeyboardInterrupt and raise an error of its own, which reads like a damaged file. So
-the handler notes that an interrupt came. Code that goes on after an error of a reader calls `check` first.
+the handler notes that an interrupt came. Code that goes on after an error of a reader calls `check` first, and so does every
+step of a bar: Python drops what is raised in a callback or while an object is deleted.
 """
 
 import signal

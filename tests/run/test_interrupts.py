@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from expert_merging.core import interrupts
+from expert_merging.core.bars import bar
 from expert_merging.core.errors import UserError
 from expert_merging.run import constants
 from expert_merging.run.constants import run
@@ -58,6 +59,30 @@ def test_whatever_surfaces_after_an_interrupt_is_an_interrupt(ended, number, kin
             raise kind(f"the folder holds no whole model ({error})") from error
 
     assert ended(main) == (130, SAID)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_an_interrupt_that_python_drops_ends_the_next_step(ended, by_hand):
+    class Interrupted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    steps = []
+
+    def main(c):
+        held = Interrupted()
+        moved = bar(total=9) if by_hand else None
+        for step in range(9) if by_hand else bar(range(9)):
+            steps.append(step)
+            if step == 3:
+                del held
+            if moved is not None:
+                moved.update()
+
+    status, said = ended(main)
+    assert status == 130 and said.endswith(SAID) and len(steps) == 4
 
 
 def test_a_second_one_does_not_cut_the_last_line(ended, monkeypatch):
