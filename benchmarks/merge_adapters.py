@@ -10,17 +10,17 @@ letter, and nats a token of the answer. Writes benchmarks/results/merge_adapters
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import machine
-from tqdm import tqdm
 
-from expert_merging.core.files import write_json
-from expert_merging.hemoe.tuning import encode
+from expert_merging.core.bars import bar
+from expert_merging.core.files import new_folder, write_json
+from expert_merging.data.raw_files import read_jsonl
+from expert_merging.hemoe.tuning import collate, encode
 from expert_merging.run.provenance import versions
 
 HELD_OUT, BATCH, MAX_TOKENS = 100, 8, 192
@@ -32,23 +32,10 @@ CASES = {
 QUESTION = "What is the capital of France?"
 
 
-def prompt(tokenizer, instruction: str) -> str:
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
-    )
-
-
 def loss(model, tokenizer, examples):
     """(nats a token of the answers, their tokens)."""
-    import torch
-
-    encoded = [encode(tokenizer, example, MAX_TOKENS, "chat") for example in examples]
-    rows = [(row["input_ids"], row["labels"]) for row in encoded]
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [tokenizer.eos_token_id] * (longest - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
-    return model(ids, attention_mask=mask, labels=labels).loss, int((labels[:, 1:] >= 0).sum())
+    batch = collate([encode(tokenizer, one, MAX_TOKENS, "chat") for one in examples], tokenizer.eos_token_id)
+    return model(**batch).loss, int((batch["labels"][:, 1:] >= 0).sum())
 
 
 def tune(base: Path, examples: list[dict[str, str]], out: Path, steps: int, seed: int) -> None:
@@ -64,17 +51,18 @@ def tune(base: Path, examples: list[dict[str, str]], out: Path, steps: int, seed
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     order = random.Random(seed).sample(examples, steps * BATCH)
-    bar = tqdm(range(steps), desc=out.name)
-    for step in bar:
+    moving = bar(range(steps), out.name)
+    for step in moving:
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * (1 - step / steps)
         value, _ = loss(model, tokenizer, order[step * BATCH : (step + 1) * BATCH])
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=round(float(value.detach()), 3))
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+        moving.set_postfix(loss=round(float(value.detach()), 3))
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def score(folder: Path, base: Path, held_out: dict[str, list[dict[str, str]]]) -> dict:
@@ -90,16 +78,20 @@ def score(folder: Path, base: Path, held_out: dict[str, list[dict[str, str]]]) -
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     def answer(instruction: str, tokens: int) -> str:
-        inputs = tokenizer(prompt(tokenizer, instruction), add_special_tokens=False, return_tensors="pt")
-        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        row = encode(tokenizer, {"instruction": instruction, "output": ""}, MAX_TOKENS, "chat")
+        asked = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
+        written = model.generate(
+            torch.tensor([asked]), attention_mask=torch.ones(1, len(asked)), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        return tokenizer.decode(written[0, len(asked) :], skip_special_tokens=True).strip()
 
     found: dict = {"answer": answer(QUESTION, 20), "tasks": {}}
     with torch.no_grad():
         for task, examples in held_out.items():
             right = [
                 answer(one["instruction"], 24) == one["output"].strip()
-                for one in tqdm(examples, desc=f"{folder.name}, {task}")
+                for one in bar(examples, f"{folder.name}, {task}")
             ]
             parts = [loss(model, tokenizer, examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
             nats = sum(float(value) * tokens for value, tokens in parts) / sum(tokens for _, tokens in parts)
@@ -121,7 +113,7 @@ def main() -> None:
     c = parser.parse_args()
     held_out, adapters = {}, {}
     for task in c.tasks:
-        lines = [json.loads(line) for line in (c.instructions / f"{task}.jsonl").read_text().splitlines()]
+        lines = [row for _, row in read_jsonl(c.instructions / f"{task}.jsonl")]
         random.Random(0).shuffle(lines)
         held_out[task], adapters[task] = lines[:HELD_OUT], c.folder / task
         if not adapters[task].exists():

@@ -10,7 +10,6 @@ with one layer. Writes the machine's merge_mixtral.json.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -21,11 +20,13 @@ from pathlib import Path
 import machine
 from merge_folders import measure
 
+from expert_merging.core.files import write_json
+
 SOURCES = ("one", "two", "three")
-CASES = {
-    "average": [],
-    "ties": ["--base", "{folder}/one", "--set", "ties_keep=0.2"],
-    "caem": ["--experts", "8", "--usage", *(f"{{folder}}/{name}.usage.json" for name in SOURCES)],
+CASES = {  # what is merged, and how; places are in FOLDER
+    "average": (SOURCES, []),
+    "ties": (SOURCES[1:], ["--base", SOURCES[0], "--set", "ties_keep=0.2"]),
+    "caem": (SOURCES, ["--experts", "8", "--usage", *(f"{name}.usage.json" for name in SOURCES)]),
 }
 
 
@@ -44,20 +45,21 @@ def make(folder: Path, layers: int) -> None:
         config.architectures, config.torch_dtype = ["MixtralForCausalLM"], torch.bfloat16
         config.save_pretrained(folder / name)
 
-        block = (0.02 * torch.randn(2**22 + 1, generator=generator)).to(
-            torch.bfloat16
-        )  # drawing all would take minutes
+        # Drawing all of it would take minutes.
+        block = (0.02 * torch.randn(2**22 + 1, generator=generator)).to(torch.bfloat16)
 
         def weight(*shape, block=block):
             size = math.prod(shape)
             return block.repeat(size // len(block) + 1)[:size].reshape(shape)
 
-        shards = {
-            "embeddings": {"model.embed_tokens.weight": weight(config.vocab_size, d), "model.norm.weight": weight(d)}
-        }
-        shards["embeddings"]["lm_head.weight"] = weight(config.vocab_size, d)
-        where = {tensor: "embeddings" for tensor in shards["embeddings"]}
-        save_file(shards["embeddings"], folder / name / "model-embeddings.safetensors", {"format": "pt"})
+        where: dict[str, str] = {}
+
+        def shard(file: str, tensors: dict, name=name, where=where) -> None:
+            where.update(dict.fromkeys(tensors, file))
+            save_file(tensors, folder / name / file, {"format": "pt"})
+
+        outer = {f"{place}.weight": weight(config.vocab_size, d) for place in ("model.embed_tokens", "lm_head")}
+        shard("model-outer.safetensors", outer | {"model.norm.weight": weight(d)})
         for layer in range(layers):
             prefix, moe = f"model.layers.{layer}.", f"model.layers.{layer}.block_sparse_moe."
             tensors = {f"{prefix}{norm}_layernorm.weight": weight(d) for norm in ("input", "post_attention")}
@@ -67,15 +69,10 @@ def make(folder: Path, layers: int) -> None:
             for expert in range(config.num_local_experts):
                 for matrix, shape in (("w1", (ffn, d)), ("w2", (d, ffn)), ("w3", (ffn, d))):
                     tensors[f"{moe}experts.{expert}.{matrix}.weight"] = weight(*shape)
-            where |= {tensor: f"layer-{layer}" for tensor in tensors}
-            save_file(tensors, folder / name / f"model-layer-{layer}.safetensors", {"format": "pt"})
-        index = {
-            "metadata": {},
-            "weight_map": {tensor: f"model-{shard}.safetensors" for tensor, shard in where.items()},
-        }
-        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
+            shard(f"model-layer-{layer}.safetensors", tensors)
+        write_json(folder / name / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
         counts = torch.randint(1, 1000 * (seed + 1), (layers, config.num_local_experts), generator=generator)
-        (folder / f"{name}.usage.json").write_text(json.dumps({"layers": counts.tolist()}))
+        write_json(folder / f"{name}.usage.json", {"layers": counts.tolist()})
 
 
 def main() -> None:
@@ -92,13 +89,10 @@ def main() -> None:
     largest = 4 * 32000 * 4096 / 1e9  # GB in float32
     promised = (2 * len(SOURCES) + 1) * largest + imports
     rows = []
-    for method, words in CASES.items():
+    for method, (models, words) in CASES.items():
         out = chosen.folder / "merged"
-        words = [word.format(folder=chosen.folder) for word in words]
-        models = [str(chosen.folder / name) for name in SOURCES]
-        if method == "ties":
-            models = models[1:]
-        command = [sys.executable, "tools/merge.py", "--method", method, "--models", *models, *words]
+        places = [chosen.folder / word if (chosen.folder / word).exists() else word for word in (*models, *words)]
+        command = [sys.executable, "tools/merge.py", "--method", method, "--models", *map(str, places)]
         _, peak = measure([*command, "--allow_unchanged", "--out", str(out)])
         size = sum(path.stat().st_size for path in out.iterdir()) / 1e9
         shutil.rmtree(out)

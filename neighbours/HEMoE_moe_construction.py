@@ -102,7 +102,7 @@ tune_tasks = ("all",)  # all: one model, of every task's examples; names: a mode
 tune_steps = by_scale(paper=2000, night=1000, tiny=50, real=30)
 tune_batch = by_scale(paper=16, night=32, tiny=16, real=4)  # examples in one forward pass
 tune_accumulation = by_scale(paper=2, night=1, tiny=1, real=4)  # passes a step
-tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3, real=1e-3)  # cosine to tune_last_lr of it
+tune_lr = by_scale(paper=3e-4, night=1e-3, tiny=3e-3)  # cosine to tune_last_lr of it
 tune_last_lr = 0.1
 tune_warmup = 0.05  # share of the steps
 save_dtype = "float32"  # float32 | bfloat16: of tuned/, and so of what is measured

@@ -1,5 +1,6 @@
 """Progress bars: one line that moves in a terminal; in a log a line every half minute, and none for what is quicker."""
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,9 +16,19 @@ def bar(iterable: Iterable | None = None, desc: str | None = None, **settings: A
     Where standard error is no terminal it prints whole lines, at most one every SECONDS_IN_A_LOG seconds. Each step raises
     KeyboardInterrupt where one came before and was lost, as in a callback from C.
     """
-    from tqdm.auto import tqdm as plain
+    tqdm = _checked()
+    if sys.stderr.isatty():
+        return tqdm(iterable, desc, **{"dynamic_ncols": True, "mininterval": 1.0, **settings})
+    in_a_log = {"mininterval": SECONDS_IN_A_LOG, "delay": SECONDS_IN_A_LOG, "ncols": 120, "file": _Lines(sys.stderr)}
+    return tqdm(iterable, desc, **{**settings, **in_a_log})
 
-    class tqdm(plain):
+
+@functools.cache  # tqdm starts a thread a class
+def _checked() -> type:
+    """tqdm's class, with a look for lost interrupts."""
+    from tqdm.auto import tqdm
+
+    class Checked(tqdm):
         def __iter__(self) -> Iterator:
             for item in super().__iter__():
                 interrupts.check()
@@ -27,10 +38,7 @@ def bar(iterable: Iterable | None = None, desc: str | None = None, **settings: A
             interrupts.check()
             return super().update(n)
 
-    if sys.stderr.isatty():
-        return tqdm(iterable, desc, **{"dynamic_ncols": True, "mininterval": 1.0, **settings})
-    in_a_log = {"mininterval": SECONDS_IN_A_LOG, "delay": SECONDS_IN_A_LOG, "ncols": 120, "file": _Lines(sys.stderr)}
-    return tqdm(iterable, desc, **{**settings, **in_a_log})
+    return Checked
 
 
 class _Lines:

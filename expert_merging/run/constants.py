@@ -112,10 +112,10 @@ def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any], positio
         keep_freed_memory()
         main(constants)
     except (Exception, KeyboardInterrupt) as error:
-        interrupts.ignore()
         status, line = _ending(Path(script["__file__"]).name, error)
         if not status:
             raise
+        interrupts.ignore()
         _close_bars()
         print(line, file=sys.stderr)
         sys.exit(status)

@@ -26,16 +26,16 @@ _NOTE = (
 def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
     """A row a claim, as far as its two methods are there with every example's score."""
     table = Table("claims", "Claims", _NOTE)
-    pairs = [pair for pair in (*zip(CHAIN, CHAIN[1:], strict=False), EQUAL) if _seeds(groups, *pair)]
-    arms = {pair: _arms(groups, *pair) for pair in pairs}
-    told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(_seeds(groups, *pair)) > 1}
+    seeds = {pair: _seeds(groups, *pair) for pair in (*zip(CHAIN, CHAIN[1:], strict=False), EQUAL)}
+    arms = {pair: _arms(groups, those, *pair) for pair, those in seeds.items() if those}
+    told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(seeds[pair]) > 1}
     above = [pair for pair in told if pair != EQUAL]
     p = dict(zip(above, bootstrap.holm([bootstrap.interval_p(told[pair]) for pair in above]), strict=True))
-    for pair in pairs:
+    for pair, two in arms.items():
         first, second = (labels.get(name, name) for name in pair)
         said = f"{first} within {MARGIN:g} of {second}" if pair == EQUAL else f"{first} > {second}"
-        mean, low, high = bootstrap.estimate(_difference, arms[pair])
-        row: dict[str, Any] = {"claim": said, "seeds": len(_seeds(groups, *pair))}
+        mean, low, high = bootstrap.estimate(_difference, two)
+        row: dict[str, Any] = {"claim": said, "seeds": len(seeds[pair])}
         row["difference"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         row["p"] = f"{p[pair]:.3f}" if pair in p else ""
         row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
@@ -65,8 +65,7 @@ def _seeds(groups: Groups, *methods: str) -> list[str]:
     return [group for group, runs in groups.items() if all(f"main.{method}" in runs for method in methods)]
 
 
-def _arms(groups: Groups, *methods: str) -> list[bootstrap.Means]:
-    seeds = _seeds(groups, *methods)
+def _arms(groups: Groups, seeds: list[str], *methods: str) -> list[bootstrap.Means]:
     tasks = groups[seeds[0]][f"main.{methods[0]}"]["tasks"]
     means = bootstrap.resample({name: {task: _each(groups, seeds, name, task) for task in tasks} for name in methods})
     return [means[name] for name in methods]

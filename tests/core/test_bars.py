@@ -6,6 +6,9 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+
+from expert_merging.core.bars import bar
 
 COUNT = """
 import sys, time
@@ -28,6 +31,14 @@ def test_a_log_gets_whole_lines_and_few():
     assert "\r" not in done.stderr and 1 <= len(lines) <= 6  # of 160 updates in a second
     assert all(line.startswith("outer: ") for line in lines)
     assert "40/40" in lines[-1]
+
+
+def test_many_bars_share_one_thread():
+    for _ in bar(range(2)):
+        before = threading.active_count()
+    for _ in range(5):
+        assert list(bar(range(2))) == [0, 1]
+    assert threading.active_count() == before
 
 
 def test_a_terminal_gets_a_line_that_moves():
