@@ -38,7 +38,6 @@ def main(c):
         split = upcycling.read_parts(folder, upcycling.sparse_layers(config), config.intermediate_size, c.experts)
     made = upcycling.record(source, c.experts, c.chosen, c.every, c.noise, folder, c.seed)
     if upcycling.is_done(out, made):
-        print(f"{out}: there already")
         return
 
     with bar(desc="upcycling", total=len(source.kinds), unit=" tensors") as moving:

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,18 @@ def read_json(path: str | Path):
         raise UserError(
             f"{path} is not readable JSON ({error}); remove it and run the step that writes it again"
         ) from error
+
+
+def is_there(out: Path, same: Callable[[], bool]) -> bool:
+    """Whether the folder `out` is there, and made as it would be made now. Raises UserError where it is something else."""
+    if not out.exists():
+        return False
+    if not same():
+        raise UserError(
+            f"{out} is there already, and not what this command makes; choose another folder, or remove it first"
+        )
+    print(f"{out}: there already")
+    return True
 
 
 def sha256(path: str | Path) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, sha256, write_json
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 500_000_000  # what is held before it is written
 
 
@@ -31,7 +32,7 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index, whole = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        index, whole = self.folder / INDEX, self.folder / "model.safetensors"
         if not index.exists() and not whole.exists():
             raise UserError(f"{folder} holds no model.safetensors; train that model first, or bring its folder")
         self.files = (
@@ -102,8 +103,19 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> 
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
     save_file(shards[-1], part(len(shards) - 1), metadata={"format": "pt"})
-    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    names = shard_names(len(shards))
     for number, name in enumerate(names):
         part(number).rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in places.items()}}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, total, {name: names[place] for name, place in places.items()})
+
+
+def shard_names(number: int) -> list[str]:
+    """Hugging Face's names for a model's files: model.safetensors alone, or with its place among the others."""
+    if number == 1:
+        return ["model.safetensors"]
+    return [f"model-{one:05}-of-{number:05}.safetensors" for one in range(1, number + 1)]
+
+
+def write_index(folder: Path, total: int, weight_map: dict[str, str]) -> None:
+    """The index of a folder of shards: `total` bytes of tensors, and the file of each."""
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

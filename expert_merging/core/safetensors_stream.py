@@ -11,8 +11,7 @@ from typing import IO
 
 import torch
 
-from expert_merging.core.files import write_json
-from expert_merging.core.safetensors_folder import Kind
+from expert_merging.core.safetensors_folder import Kind, shard_names, write_index
 
 SHARD_BYTES = 5_000_000_000  # the most a file holds, unless one tensor is larger
 DTYPES = {
@@ -48,9 +47,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], kinds: Mapping[str
     Raises ValueError where a tensor is not what `kinds` says, or one of them has not come.
     """
     files = shards(kinds, SHARD_BYTES)
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    names = shard_names(len(files))
     left = dict(kinds)
     with ExitStack() as stack:
         places: dict[str, tuple[IO[bytes], int]] = {}
@@ -69,10 +66,7 @@ def write_stream(tensors: Iterable[tuple[str, torch.Tensor]], kinds: Mapping[str
         raise ValueError(f"{next(iter(left))} did not come")
     if len(files) > 1:
         weight_map = {name: file_name for file_name, held in zip(names, files, strict=True) for name in held}
-        total = sum(map(size, kinds.values()))
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        write_index(folder, sum(map(size, kinds.values())), weight_map)
 
 
 def _header(held: Mapping[str, Kind]) -> tuple[bytes, dict[str, int]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import replacing, write_atomic
+from expert_merging.core.part_files import read_part_file
 
 
 @dataclass
@@ -145,8 +146,7 @@ class Split:
     def import_parts(cls, folder: str | Path, method: str, layers: Sequence[int] | None = None) -> "Split":
         """Read the released files of a folder (of all layers there, unless `layers` names some).
 
-        Raises UserError for a folder without such files, of several numbers of experts or neurons, or with an expert
-        that the file name does not allow.
+        Raises UserError for a folder without such files, of several numbers of experts or neurons, and as `read_part_file`.
         """
         found = {}
         for path in Path(folder).glob("*.part.*"):
@@ -163,16 +163,9 @@ class Split:
         (n,) = counts
         experts, neurons = [], set()
         for layer in wanted:
-            path = found[layer][0]
-            lines = path.read_text().splitlines()
-            groups: list[list[int]] = [[] for _ in range(n)]
-            for i, line in enumerate(lines):
-                for word in filter(None, (word.strip() for word in line.split(","))):
-                    if not word.isdigit() or int(word) >= n:
-                        raise UserError(f"{path}, line {i + 1}: {word!r} is not an expert of 0..{n - 1}")
-                    groups[int(word)].append(i)
-            experts.append([np.unique(group).astype(np.int64) for group in groups])
-            neurons.add(len(lines))
+            groups, neurons_there = read_part_file(found[layer][0], n)
+            experts.append([np.array(group, dtype=np.int64) for group in groups])
+            neurons.add(neurons_there)
         if len(neurons) > 1:
             raise UserError(f"{folder}: the layers have different numbers of neurons {sorted(neurons)}")
         return cls(method=method, neurons=neurons.pop(), layers=tuple(wanted), experts=experts)

@@ -10,7 +10,7 @@ import torch
 
 from expert_merging.core.bars import bar
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, write_json
+from expert_merging.core.files import is_there, new_folder, write_json
 from expert_merging.core.safetensors_folder import Kind
 from expert_merging.core.safetensors_stream import DTYPES, write_stream
 from expert_merging.merging import vocabulary
@@ -170,15 +170,8 @@ def copy_beside_weights(folder: Path, to: Path) -> None:
 
 def is_done(out: Path, card: Callable[[], str]) -> bool:
     """Whether `out` is there, made by this command of these files, as its card says. Raises UserError where it is another."""
-    if not out.exists():
-        return False
     found = out / "README.md"
-    if not found.is_file() or found.read_text(encoding="utf-8") != card():
-        raise UserError(
-            f"{out} is there already, and not what this command makes; choose another folder, or remove it first"
-        )
-    print(f"{out}: there already")
-    return True
+    return is_there(out, lambda: found.is_file() and found.read_text(encoding="utf-8") == card())
 
 
 def reading_bar(method: Method, models: Sequence[Source]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, sha256
-from expert_merging.core.safetensors_folder import Kind, SafetensorsFolder
+from expert_merging.core.safetensors_folder import INDEX, Kind, SafetensorsFolder
 from expert_merging.core.safetensors_stream import DTYPES
 from expert_merging.merging import lora, vocabulary
 from expert_merging.merging.named import Tensors
@@ -63,7 +63,7 @@ def open_source(folder: Path, base: Source | None = None) -> Source:
     for name, kind in kinds.items():
         if kind.dtype not in DTYPES:
             raise UserError(f"{name} in {folder} is {kind.dtype}; there are {', '.join(DTYPES)}")
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     for name in read_json(index)["weight_map"] if index.exists() else ():
         if name not in kinds:
             raise UserError(f"{folder} lacks {name}, which its index has in {read_json(index)['weight_map'][name]}")

@@ -16,7 +16,8 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, read_json, sha256, write_json
+from expert_merging.core.files import is_there, new_folder, read_json, sha256, write_json
+from expert_merging.core.part_files import read_part_file
 from expert_merging.core.safetensors_folder import Kind
 from expert_merging.core.safetensors_stream import DTYPES, write_stream
 from expert_merging.merging.from_folders import copy_beside_weights
@@ -104,28 +105,17 @@ def _width_of(config: Config) -> str:
 def read_parts(folder: Path, layers: Sequence[int], number: int, experts: int) -> dict[int, list[torch.Tensor]]:
     """The neurons of each expert of each of `layers`, int64 [size], ascending, from the files `{layer}.part.{experts}`.
 
-    Line i of a file names the experts of neuron i, with commas between several, as HEMoE_moe_construction.py writes it. A
-    neuron may stand in several experts or in none.
+    A neuron may stand in several experts or in none.
 
-    Raises UserError where a file is missing, has other than `number` lines, one a neuron, or names an expert that is none, and
-    where experts are not all of one size, as Mixtral's must be.
+    Raises UserError as `read_part_file` does, where a file has other than `number` lines, one a neuron, and where experts are
+    not all of one size, as Mixtral's must be.
     """
     found = {}
     for layer in layers:
         path = folder / f"{layer}.part.{experts}"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            there = ", ".join(sorted(one.name for one in folder.glob(f"{layer}.part.*"))) or "none"
-            raise UserError(f"cannot read {path}; of layer {layer} there is {there}") from error
-        if len(lines) != number:
-            raise UserError(f"{path} has {len(lines)} lines; the model has {number} neurons a layer")
-        groups: list[list[int]] = [[] for _ in range(experts)]
-        for neuron, line in enumerate(lines):
-            for word in filter(None, (word.strip() for word in line.split(","))):
-                if not (word.isascii() and word.isdigit() and int(word) < experts):
-                    raise UserError(f"{path}, line {neuron + 1}: {word!r} is not an expert of 0 to {experts - 1}")
-                groups[int(word)].append(neuron)
+        groups, neurons_there = read_part_file(path, experts)
+        if neurons_there != number:
+            raise UserError(f"{path} has {neurons_there} lines; the model has {number} neurons a layer")
         found[layer] = [torch.tensor(group, dtype=torch.int64) for group in groups]
     sizes = sorted({len(expert) for experts_of in found.values() for expert in experts_of})
     if len(sizes) > 1 or not sizes[0]:
@@ -269,13 +259,7 @@ def record(
 
 def is_done(out: Path, wanted: dict) -> bool:
     """Whether `out` is there, made as `wanted` says. Raises UserError where it is something else."""
-    if not out.exists():
-        return False
-    if not (out / RECORD).is_file() or read_json(out / RECORD) != wanted:
-        raise UserError(
-            f"{out} is there already, and not what this command makes; choose another folder, or remove it first"
-        )
-    return True
+    return is_there(out, lambda: (out / RECORD).is_file() and read_json(out / RECORD) == wanted)
 
 
 def write(dense: Source, config: Config, kinds: dict[str, Kind], stream, made: dict, out: Path) -> None:
