@@ -14,6 +14,7 @@ from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line
 from expert_merging.data.scores import pack
+from expert_merging.hemoe import questions
 from expert_merging.hemoe.modeling import HEMoEForCausalLM, activated_share
 from expert_merging.hemoe.output_matrix import before_targets, logits_at
 
@@ -38,6 +39,8 @@ def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, An
         raise UserError(
             f"eval_tasks: neither lm_eval nor {folder or 'EVAL_TASKS_PATH'} has a task {', '.join(unknown)}"
         )
+    for name in names:
+        questions.check_place(Path(folder), name)
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # whatever the reader of a task's data raises
@@ -50,7 +53,7 @@ def load_tasks(names: Sequence[str], folder: str = "") -> dict[str, dict[str, An
 def accuracy(
     model, tokenizer, tasks: dict[str, dict[str, Any]], batch_size: int, limit: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """What lm_eval finds, {task: {"main": acc_norm (by the likelihood a byte) where the task has it, else acc; "acc" and
+    """What lm_eval finds, {task: {"main": acc_norm (by the likelihood a character) where the task has it, else acc; "acc" and
     "acc_norm" as there are; "each": the main one of each question, packed (data/scores.py)}}.
 
     Args:

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import hold, read_json
+from expert_merging.core.files import hold, read_json, sha256
 from expert_merging.hemoe import pipeline
 from expert_merging.hemoe.dense_model import load_dense, tokenizer_of
 from expert_merging.hemoe.examples import Examples
@@ -56,13 +57,14 @@ def evaluation(c: SimpleNamespace) -> None:
 
         return found
 
-    _for_each_k(c, "evaluation", "evaluation", prepare)
+    files = [Path(c.EVAL_TASKS_PATH) / f"{name}.jsonl" for name in names]
+    _for_each_k(c, "evaluation", "evaluation", prepare, asked_sha256=[sha256(path) for path in files if path.exists()])
 
 
-def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[], Callable]) -> None:
+def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[], Callable], **more: Any) -> None:
     """Write {step}.json of every model: {"k": {k: what the function that `prepare` gives finds}}, after each k anew.
 
-    Which numbers k are asked for does not change what is found: the constants that count are those up to `follows`.
+    Which numbers k are asked for does not change what is found: what counts are the constants up to `follows`, and `more`.
     """
     from expert_merging.core.bars import bar as progress_bar
 
@@ -70,10 +72,10 @@ def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[
     for method in (*pipeline.DENSE, *c.methods):
         for end, ks, tasks in _models(c, method):
             folder = seed_folder(c) / method
-            wanted = pipeline.identity(c, follows, method=method, tune_tasks=tasks)
+            wanted = pipeline.identity(c, follows, method=method, tune_tasks=tasks, **more)
             if end == BEFORE:  # tuning has no part in it
                 asked = {name: getattr(c, name) for name in ("eval_tasks", "eval_examples") if step == "evaluation"}
-                wanted = pipeline.identity(c, "model", method=method, **asked)
+                wanted = pipeline.identity(c, "model", method=method, **asked, **more)
             path = folder / f"{step}{end}.json"
             record = read_json(path) if pipeline.is_done(path, wanted) else {"k": {}}
             left = [k for k in ks if str(k) not in record["k"]]

@@ -56,8 +56,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a method works on: `scores` [L, N, D] raw, `gates` L times [N, d], `like` another split. What METHODS says that
-    the method needs is there; of the rest some may be None."""
+    """What a method works on: `scores` [L, N, D] raw, `norms` [D] of all layers, `gates` L times [N, d], `like` another split.
+    What METHODS says that the method needs is there; of the rest some may be None."""
 
     settings: Settings
     depth: int  # L
@@ -65,6 +65,7 @@ class Given:
     scores: np.ndarray | None
     gates: Sequence[np.ndarray] | None
     like: Split | None
+    norms: np.ndarray | None = None
 
 
 def partition(
@@ -75,13 +76,15 @@ def partition(
     like: Split | None = None,
     layers: Sequence[int] | None = None,
     domains: Sequence[str] = (),
+    norms: np.ndarray | None = None,
 ) -> Split:
     """Split every layer by `method`, one of METHODS, which says what each needs of the following.
 
     `scores` [L, N, D] are raw importance scores (importance.score), `gates` the L weights W_gate [N, d], `like` the split
     whose sizes are copied. `layers` are the numbers of the L layers in the model (0..L-1 unless given), `domains` the D
-    names. Deterministic, unless `settings.seconds` cuts the search short. Raises UserError for what is missing or cannot
-    be, before anything long begins.
+    names, `norms` [D] the scores' over all of the model's layers (importance.norms; unless given, over these L).
+    Deterministic, unless `settings.seconds` cuts the search short. Raises UserError for what is missing or cannot be, before
+    anything long begins.
     """
     if method not in METHODS:
         raise UserError(f"no partition is called {method!r}; there are {', '.join(METHODS)}")
@@ -106,7 +109,7 @@ def partition(
     depth, neurons = known.pop()
     if settings.experts > neurons:
         raise UserError(f"{settings.experts} experts cannot be made of {neurons} neurons; ask for fewer experts")
-    found = make(Given(settings, depth, neurons, scores, gates, like))
+    found = make(Given(settings, depth, neurons, scores, gates, like, norms))
     return Split(
         method=method, neurons=neurons, layers=tuple(range(depth) if layers is None else layers),
         domains=tuple(domains), seed=settings.seed, settings=asdict(settings), **found,
@@ -122,7 +125,7 @@ def hemoe(given: Given) -> dict:
     With modules the objective and the bound are those of the modules' problem.
     """
     assert given.scores is not None
-    settings, weights = given.settings, processed(given.scores)
+    settings, weights = given.settings, processed(given.scores, given.norms)
     domains = weights.shape[2]
     items = settings.modules or given.neurons
     if given.neurons % items:

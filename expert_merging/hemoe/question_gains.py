@@ -57,11 +57,15 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
 
 
 def comparable(one: Any, other: Any) -> bool:
-    """Whether two records are there whose curves cover some activated shares both."""
-    if one is None or other is None:
+    """Whether two records are there that were asked the same tasks, and whose curves cover some activated shares both."""
+    if one is None or other is None or _tasks(one) != _tasks(other):
         return False
     low, high = zip(*(_ends(record) for record in (one, other)), strict=True)
     return max(low) < min(high)
+
+
+def _tasks(record: Any) -> set[str]:
+    return {task for point in record["k"].values() for task in point["accuracy"]}
 
 
 def _ends(record: Any) -> tuple[float, float]:

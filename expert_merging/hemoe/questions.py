@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import write_json, write_json_lines
+from expert_merging.core.files import read_json, write_json, write_json_lines
 from expert_merging.data.raw_files import read_jsonl
 
 # As lm_eval's own tasks of these names put the question; others like ARC's.
-PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:"}
+PROMPTS = {"openbookqa": "{}", "social_iqa": "Q: {}\nA:", "siqa": "Q: {}\nA:"}
+NOT_NORMED = ("social_iqa", "siqa")  # which lm_eval scores by the likelihood alone
 PROMPT = "Question: {}\nAnswer:"
 SAMPLE_SEED = 0  # of which rows are taken: the same for every model, seed and machine
 
@@ -55,7 +56,12 @@ def complaint(row: dict[str, Any] | str) -> str | None:
 
 
 def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> None:
-    """Write `folder`/{task}.yaml and .jsonl of at most `most` questions a task (0: all), a fixed sample."""
+    """Write `folder`/{task}.yaml and .jsonl of at most `most` questions a task (0: all), a fixed sample.
+
+    Raises UserError where the folder holds other tasks, which would be asked too.
+    """
+    if others := sorted({path.stem for path in folder.glob("*.yaml")} - found.keys()):
+        raise UserError(f"{folder} holds the task {others[0]}, which QUESTIONS_PATH has not; remove that folder first")
     for task, rows in found.items():
         rows = [rows[number] for number in sample(task, len(rows), most)]
         blank = all("_" in row["question"] for row in rows)
@@ -64,7 +70,7 @@ def write(found: dict[str, list[dict[str, Any]]], folder: Path, most: int) -> No
         if not blank:
             fields = {"doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "answer"}
         asked = [_with_blank(row) if blank else _with_prompt(row, PROMPTS.get(task, PROMPT)) for row in rows]
-        write_task(folder, task, asked, fields, ("acc",) if blank else ("acc", "acc_norm"))
+        write_task(folder, task, asked, fields, ("acc",) if blank or task in NOT_NORMED else ("acc", "acc_norm"))
 
 
 def sample(task: str, count: int, most: int) -> list[int]:
@@ -93,6 +99,20 @@ def write_task(
             "metadata": {"version": 1.0},
         },
     )  # fmt: skip
+
+
+def check_place(folder: Path, task: str) -> None:
+    """Raises UserError where `folder`/{task}.yaml is one of `write_task`'s that was copied from elsewhere: lm_eval wants the
+    whole path of the questions, and would read those there."""
+    try:
+        noted = Path(read_json(folder / f"{task}.yaml")["dataset_kwargs"]["data_files"]["test"])
+    except (UserError, OSError, KeyError, TypeError):  # not there, or not one of ours
+        return
+    here = (folder / noted.name).absolute()
+    if noted != here and here.exists():
+        raise UserError(
+            f"{folder / task}.yaml names the questions in {noted.parent}; remove {folder}, make it here again"
+        )
 
 
 def write_doc_choice(found: dict[str, dict[str, list[dict]]], train_folder: Path, tasks_folder: Path) -> None:

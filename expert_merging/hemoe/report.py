@@ -64,6 +64,8 @@ def make(c: SimpleNamespace) -> None:
         found[path.name] = {method: record for method, record in kept.items() if record}
     if not any(found.values()):
         raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
+    _refuse_unlike(found)
+    _leave_out_unfinished(found)
     with new_folder(folder) as place:
         write(place, found)
         shown = folders.write(place, WING, Path(c.HEMOE_DIR).name)
@@ -79,6 +81,41 @@ def check() -> None:
     if wrong := [line for folder in index.folders(RESULTS) for line in folders.check(folder, WING)]:
         raise UserError(f"{RESULTS.relative_to(ROOT)} does not follow from its records: {'; '.join(wrong)}")
     print("the tables of results/hemoe follow from their records")
+
+
+def _refuse_unlike(found: Groups) -> None:
+    """Raises UserError where records that one table would show were made with different constants."""
+    noted: dict[str, tuple[str, Any]] = {}
+    for seed, records in found.items():
+        for model, record in records.items():
+            for name, value in record["identity"].items():
+                place, first = noted.setdefault(name, (f"{seed}/{model}", value))
+                if value != first and name not in ("seed", "method", "tune_tasks"):
+                    raise UserError(
+                        f"{seed}/{model} was made with {name} {value}, {place} with {first}; one table would show both: "
+                        "remove one of them, or choose another HEMOE_DIR"
+                    )
+
+
+def _leave_out_unfinished(found: Groups) -> None:
+    """Leave out, and say so, who has not been asked all that the same model of another seed, or another tuned for each task,
+    has been asked."""
+    asked: dict[str, set[str]] = {}
+
+    def group(model: str) -> str:
+        return _PER_TASK if model.endswith(_PER_TASK) else model
+
+    def tasks(record: dict[str, Any]) -> set[str]:
+        return {task for one in record["k"].values() for task in one["accuracy"]}
+
+    for records in found.values():
+        for model, record in records.items():
+            asked[group(model)] = asked.get(group(model), set()) | tasks(record)
+    for seed, records in found.items():
+        for model in list(records):
+            if missing := sorted(asked[group(model)] - tasks(records[model])):
+                print(f"{seed}/{model} is left out: it has not been asked {missing[0]}")
+                del records[model]
 
 
 def _collected(folder: Path, method: str, end: str = "") -> dict[str, Any] | None:
@@ -128,10 +165,11 @@ def _one_of_each_task(folder: Path, method: str) -> dict[str, Any] | None:
     for k in first["k"]:
         of_task = {task: record["k"][k] for task, record in found.items() if k in record["k"]}
         if len(of_task) == len(found):
-            names = [name for name in of_task[next(iter(found))] if name not in ("share_by_layer", "use")]
+            names = dict.fromkeys(name for point in of_task.values() for name in point)
             points[k] = {
-                name: {task: value for point in of_task.values() for task, value in point[name].items()}
+                name: {task: value for point in of_task.values() for task, value in point.get(name, {}).items()}
                 for name in names
+                if name not in ("share_by_layer", "use")
             }
     return {
         **first,
@@ -330,10 +368,12 @@ def draw(records: Groups, folder: Path) -> dict[str, str]:
     drawn, panels = plt.subplots(1, 2, figsize=(9.5, 4))
     for axes, what, label in zip(panels, ("accuracy", "loss"), ("accuracy, %", "loss, nats a token"), strict=True):
         for number, method in enumerate(METHODS):
-            curves = [curve(of[method])[what] for of in records.values() if method in of]
-            shares = [curve(of[method])["share"] for of in records.values() if method in of]
-            if not curves:
+            found = [of[method]["k"] for of in records.values() if method in of]
+            ks = [k for k in found[0] if all(k in of for of in found)] if found else []
+            if not ks:
                 continue
+            points = [curve({"k": {k: of[k] for k in ks}}) for of in found]
+            curves, shares = ([one[of] for one in points] for of in (what, "share"))
             mean, share = np.mean(curves, axis=0), np.mean(shares, axis=0)
             colour, style = plt.get_cmap("tab20")(2 * number % 20 + number // 10), "-" if "HEMoE" in method else "--"
             axes.plot(share, mean, style, marker="o", ms=3, lw=1.3, color=colour, label=_name(method))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from expert_merging.core.errors import UserError
+from expert_merging.core.files import write_json
 from expert_merging.data.scores import pack
-from expert_merging.hemoe import question_gains
+from expert_merging.hemoe import question_gains, report
 
 TASKS = ("easy", "hard")
 
@@ -77,3 +78,56 @@ def test_seeds_with_other_questions_are_refused():
     ours = [record(random, (0.7, 0.8, 0.8)), record(random, (0.7, 0.8, 0.8), questions=300)]
     with pytest.raises(UserError, match="not asked the same questions of easy"):
         question_gains.difference(ours, ours)
+
+
+def test_records_of_other_constants_are_refused_and_unfinished_ones_left_out(capsys):
+    random = np.random.default_rng(3)
+
+    def groups(**seed1):
+        identity = {"tune_lr": 1e-3, "asked_sha256": ["a"]}
+        found = {
+            f"seed{s}": {"HEMoE": record(random, (0.7, 0.8, 0.8)), "EMoE": record(random, (0.7, 0.8, 0.8))}
+            for s in (0, 1)
+        }
+        for seed, of in found.items():
+            for method, one in of.items():
+                one["identity"] = identity | {"seed": seed, "method": method} | (seed1 if seed == "seed1" else {})
+        return found
+
+    report._refuse_unlike(groups())
+    for changed, said in (
+        ({"tune_lr": 3e-4}, "tune_lr 0.0003, seed0/HEMoE with 0.001"),
+        ({"asked_sha256": ["b"]}, "asked"),
+    ):
+        with pytest.raises(UserError, match=said):
+            report._refuse_unlike(groups(**changed))
+    found = groups()
+    for point in found["seed1"]["EMoE"]["k"].values():
+        del point["accuracy"]["hard"]
+    report._leave_out_unfinished(found)
+    assert [list(of) for of in found.values()] == [["HEMoE", "EMoE"], ["HEMoE"]]
+    assert "seed1/EMoE is left out: it has not been asked hard" in capsys.readouterr().out
+
+
+def test_a_seed_with_fewer_points_is_drawn_at_those_that_all_have(tmp_path):
+    random = np.random.default_rng(4)
+    found = {f"seed{s}": {"HEMoE": record(random, (0.7, 0.8, 0.8))} for s in (0, 1)}
+    for of in found.values():
+        for point in of["HEMoE"]["k"].values():
+            point["loss"] = {"easy": 1.0}
+    del found["seed1"]["HEMoE"]["k"]["2"]
+    report.draw(found, tmp_path)
+    assert (tmp_path / "accuracy_by_share.png").stat().st_size > 5_000
+
+
+def test_models_of_one_task_each_make_one_record_whatever_their_metrics(tmp_path):
+    """ARC has acc_norm, WinoGrande has not."""
+    for task, metrics in (("arc", {"acc": 0.5, "acc_norm": 0.6}), ("wino", {"acc": 0.7})):
+        scored = {"main": metrics.get("acc_norm", metrics["acc"]), **metrics, "each": pack([100.0])}
+        made = {"command": "", "versions": {}, "seed": 0, "identity": {}}
+        write_json(tmp_path / "HEMoE" / f"evaluation_{task}.json", {**made, "k": {"4": {task: scored}}})
+        measured = {"loss": {task: 1.0}, "share": {task: 0.5}, "share_by_layer": [0.5], "use": [[1.0]]}
+        write_json(tmp_path / "HEMoE" / f"measure_{task}.json", {"k": {"4": measured}})
+    point = report._one_of_each_task(tmp_path, "HEMoE")["k"]["4"]
+    assert point["accuracy"] == {"arc": 0.6, "wino": 0.7}
+    assert point["acc"] == {"arc": 0.5, "wino": 0.7} and point["acc_norm"] == {"arc": 0.6}

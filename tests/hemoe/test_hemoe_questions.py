@@ -1,6 +1,7 @@
 """Multiple-choice questions of a folder as lm_eval's tasks, and prompts that are read once for all their answers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_scores_are_those_of_the_questions_asked_one_answer_at_a_time(folder, mo
         return logs[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum().item()
 
     for task, prompt in (("arc_easy", "Question: {}\nAnswer:"), ("social_iqa", "Q: {}\nA:"), ("winogrande", "")):
-        each, normed = [], []
+        each, by_length = [], []
         for row in questions.read(folder)[task]:
             before, _, after = row["question"].partition("_")
             values = [
@@ -70,11 +71,11 @@ def test_scores_are_those_of_the_questions_asked_one_answer_at_a_time(folder, mo
                 else likelihood(prompt.format(row["question"]), f" {choice}")
                 for choice in row["choices"]
             ]
-            by_byte = [value / len(choice.encode()) for value, choice in zip(values, row["choices"], strict=True)]
+            normed = [value / len(choice) for value, choice in zip(values, row["choices"], strict=True)]
             each.append(values.index(max(values)) == row["answer"])
-            normed.append(by_byte.index(max(by_byte)) == row["answer"])
+            by_length.append(normed.index(max(normed)) == row["answer"])
         assert found[task]["acc"] == pytest.approx(sum(each) / len(each))
-        main = each if task == "winogrande" else normed
+        main = by_length if task == "arc_easy" else each
         assert unpack(found[task]["each"]).tolist() == [100.0 * right for right in main]
         assert found[task]["main"] == found[task].get("acc_norm", found[task]["acc"])
 
@@ -117,6 +118,22 @@ def test_the_sample_is_fixed_and_as_large_as_asked(folder, tmp_path):
     texts = [(tmp_path / place / "arc_easy.jsonl").read_text() for place in ("a", "b")]
     assert texts[0] == texts[1] and texts[0].count("\n") == 5
     assert "acc_norm" not in json.dumps(read_json(tmp_path / "a" / "winogrande.yaml")["metric_list"])
+
+
+def test_a_task_that_is_asked_no_more_is_not_left_there(folder, tmp_path):
+    found = questions.read(folder)
+    questions.write(found, tmp_path / "eval", 5)
+    del found["winogrande"]
+    with pytest.raises(UserError, match="holds the task winogrande, which QUESTIONS_PATH has not"):
+        questions.write(found, tmp_path / "eval", 5)
+
+
+def test_questions_of_a_folder_that_was_copied_are_not_read_where_it_was(folder, tmp_path):
+    questions.write(questions.read(folder), tmp_path / "first", 5)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    assert evaluation.load_tasks(("arc_easy",), str(tmp_path / "first"))["tasks"].keys() == {"arc_easy"}
+    with pytest.raises(UserError, match=r"arc_easy.yaml names the questions in .*first"):
+        evaluation.load_tasks(("arc_easy",), str(tmp_path / "second"))
 
 
 @pytest.mark.parametrize(
