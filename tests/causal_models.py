@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 from raw_data import sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+)
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe")
 
@@ -49,5 +56,18 @@ def write_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(family, vocabulary or len(tokenizer), experts, k, **more))
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_dense(folder: Path) -> Path:
+    """A Llama with a tokenizer, to be upcycled."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), **sizes, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -23,6 +23,7 @@ from expert_merging.run import provenance, results, sharding
 
 _DESCRIBED = "run.json"  # what the run depends on, in its working folder
 _MANIFEST = "manifest.json"
+_WEIGHTS = "model.safetensors"  # accelerate's name
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> None:
@@ -130,7 +131,9 @@ def load_newest(accelerator: Accelerator, model, optimizer, paths: list[Path]) -
         try:
             manifest = _checked(path, _shards(accelerator, model))
             progress = read_json(path / "progress.json")
-            accelerator.load_state(str(path))
+            if (path / _WEIGHTS).exists():  # of sharded weights there are the shards
+                _check_names(model, path / _WEIGHTS)
+            accelerator.load_state(str(path), strict=False)  # about names, which have been compared
             if sharding.is_sharded(model):
                 sharding.load(accelerator, model, optimizer, path)
         except _Unfit as error:
@@ -148,6 +151,20 @@ def load_newest(accelerator: Accelerator, model, optimizer, paths: list[Path]) -
             warnings.warn(f"{path} was made with {difference}: the result may differ in its last digits", stacklevel=2)
         return progress
     raise AssertionError("no checkpoint to load")
+
+
+def _check_names(model, weights: Path) -> None:
+    """Raises ValueError where the file has other tensors than `model`, but for what accelerate leaves out of it: all but one
+    of those that share memory, which tied weights do, and all tensors without an element, by its reckoning."""
+    with safe_open(weights, framework="pt") as file:
+        there = set(file.keys())
+    state = model.state_dict()
+    if more := sorted(there - state.keys()):
+        raise ValueError(f"{weights.name} has {more[0]}, which the model has not")
+    kept = {state[name].data_ptr() for name in there}
+    for name, tensor in state.items():
+        if name not in there and tensor.numel() and tensor.data_ptr() not in kept:
+            raise ValueError(f"{weights.name} lacks {name}")
 
 
 class _Unfit(Exception):

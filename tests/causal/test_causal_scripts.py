@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from causal_models import FAMILIES, byte_tokenizer, write_model
+from causal_models import FAMILIES, byte_tokenizer, write_dense, write_model
 from conftest import World, call_main, run_script, start
 from raw_data import write_ag_news, write_squad, write_xsum
 from safetensors.torch import load_file
@@ -275,8 +275,15 @@ def test_fewer_experts_than_a_token_is_sent_to(tmp_path):
     merge_only(place, "--target_experts_num", "3")
 
 
-def test_killed_and_taken_up_it_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("base", ["olmoe", "upcycled"])
+def test_killed_and_taken_up_it_ends_with_the_same_weights(tmp_path, base):
+    """Upcycled with --every: a Qwen2-MoE with tensors of no element, which safetensors files of accelerate lack."""
     place = Place(tmp_path / "place", "olmoe")
+    if base == "upcycled":
+        made = place.folder / "base-4"
+        shutil.rmtree(made)
+        dense = str(write_dense(place.folder / "dense"))
+        call_main("tools/upcycle.py", ["--dense", dense, "--out", str(made), "--experts", "4", "--every", "2"])
     call_main("datasets_preprocessing.py", [*place.words(), "--num_expert", "4"])
     words = ["--task_type", "ag_news", "--num_expert", "4", "--checkpoint_minutes", "0"]
     as_processes("single_task_finetune.py", [*place.words(), *words])

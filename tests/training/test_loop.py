@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
 
 from expert_merging.core import files
 from expert_merging.core.errors import UserError
@@ -242,6 +243,27 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(tmp_path, name):
     with pytest.raises(UserError, match="is damaged .*eights"):
         run(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer.bias": None}, "model.safetensors lacks layer.bias"),
+        ({"layer.more": torch.ones(2)}, "model.safetensors has layer.more, which the model has not"),
+        ({"layer.bias": torch.ones(2)}, "Toy"),
+    ],
+)
+def test_a_checkpoint_with_other_tensors_than_the_model(tmp_path, change, said):
+    """Even one whose manifest fits."""
+    checkpoint = begun(tmp_path)
+    weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, weights)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"][weights.name] = files.sha256(weights)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"is damaged .*{said}"):
+        run(tmp_path)
 
 
 def test_other_versions_are_said(tmp_path, undisturbed):
