@@ -38,8 +38,8 @@ def main(c):
     work, merged = (Path(c.MODEL_SAVE_PATH) / f"{name}{end}" for end in (".run", "_merged"))
     sources = caem_sources.open_sources(c, c.task_types, c.source_experts_num, c.target_experts_num)
     data, goals = ({}, None) if c.merge_only else data_and_goals(c, sources[0].tokenizer)
-    hashes, weights = finetuning.data_hashes(c, list(data)), {source.task: source.weights_sha256 for source in sources}
-    identity = results.identity(c, data=hashes, goals=goals, sources=weights)
+    hashes = finetuning.data_hashes(c, list(data))
+    identity = results.identity(c, data=hashes, goals=goals, **caem_sources.sources_identity(sources))
     if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, work, again="train"):
         return
 

@@ -19,11 +19,12 @@ from expert_merging.run.deviations import DEVIATIONS, deviates
 from expert_merging.switch.idle_experts import pass_over_idle
 
 __all__ = [
-    "CALIBRATIONS", "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task", "experts_of",
-    "layer_states", "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss", "teacher_forced",
-    "token_loss",
+    "CALIBRATIONS", "KNOWN_BY", "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task",
+    "experts_of", "layer_states", "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss",
+    "teacher_forced", "token_loss",
 ]  # fmt: skip
 
+KNOWN_BY = ("config", "usage")
 _OF_SWITCH = ("counts", "projection", "padding")  # deviations that there are only in the released code's model
 
 

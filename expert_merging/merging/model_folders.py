@@ -16,7 +16,7 @@ from expert_merging.merging.named import Tensors
 _ARCHITECTURE = (
     "model_type", "architectures", "num_attention_heads", "num_key_value_heads", "head_dim", "num_heads", "d_kv",
 )  # fmt: skip
-_SAYS_NOTHING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "vocab_size")
+SAYS_NOTHING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "vocab_size")
 
 
 @dataclass
@@ -79,7 +79,7 @@ def check_architecture(sources: Sequence[Source]) -> list[str]:
     for source in sources[1:]:
         for key in sorted(first.config.keys() | source.config.keys()):
             ours, theirs = first.config.get(key), source.config.get(key)
-            if ours == theirs or key in _SAYS_NOTHING:
+            if ours == theirs or key in SAYS_NOTHING:
                 continue
             if key in _ARCHITECTURE:
                 raise UserError(

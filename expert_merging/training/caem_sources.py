@@ -21,7 +21,7 @@ from expert_merging.merging.average import average_lazily
 from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.deviations import deviates, of_method
-from expert_merging.training.families import family_of
+from expert_merging.training.families import config_lines, digest, family_of
 from expert_merging.training.overall import single_task_history
 
 
@@ -41,8 +41,8 @@ class Source:
 def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, target_experts: int) -> list[Source]:
     """The single-task models of `tasks`, checked to fit together.
 
-    Raises UserError where one is missing, damaged, of another ancestor, shape or number of experts, or without usage; and
-    when `target_experts` is out of range or `c.merging`, `c.calibration` or `c.shares` unknown.
+    Raises UserError where one is missing, damaged, of another ancestor, configuration, shape or number of experts, or without
+    usage; and when `target_experts` is out of range or `c.merging`, `c.calibration` or `c.shares` unknown.
     """
     if c.merging not in ("caem", "average", *POOLED):
         raise UserError(f"merging is {c.merging!r}; there are caem, average, {', '.join(POOLED)}")
@@ -71,6 +71,13 @@ def open_sources(c: SimpleNamespace, tasks: tuple[str, ...], experts: int, targe
                 f"{source.folder} and {first.folder} come from different pre-trained models; "
                 "fine-tune both from the same BASE_MODEL_PATH"
             )
+        ours, theirs = config_lines(first.config), config_lines(source.config)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"config.json: {name} is {theirs.get(name)} in {source.folder} and {ours.get(name)} in {first.folder}; "
+                    "fine-tune both from the same BASE_MODEL_PATH"
+                )
     family = family_of(first.config)
     if c.calibration not in ("none", *family.CALIBRATIONS):
         raise UserError(f"calibration {c.calibration} is not for {first.config.model_type}; make it none")
@@ -172,8 +179,7 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
 
 def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any]:
     """What the merged model depends on."""
-    identity = {
-        "sources": {source.task: source.weights_sha256 for source in sources},
+    identity = sources_identity(sources) | {
         "target_experts": c.target_experts_num, "alpha": c.alpha, "reading": c.reading, "merging": c.merging,
     }  # fmt: skip
     if c.calibration != "none":
@@ -183,6 +189,17 @@ def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any
             name: getattr(c, name) for name in ("pool_inputs", "validation_examples", "max_decoder_length", "seed")
         }
     return identity if c.shares == "entropy" else identity | {"shares": c.shares, "seed": c.seed}
+
+
+def sources_identity(sources: list[Source]) -> dict[str, Any]:
+    """What an identity notes of `sources`: hashes of their weights, and of what else their family is known by."""
+    noted: dict[str, Any] = {"sources": {source.task: source.weights_sha256 for source in sources}}
+    if lines := config_lines(sources[0].config):  # those of all
+        noted["config"] = digest(lines)
+    if "usage" in family_of(sources[0].config).KNOWN_BY:
+        grids = {source.task: {stack: grid.tolist() for stack, grid in source.usage.items()} for source in sources}
+        noted["usage"] = {task: digest(usage) for task, usage in grids.items()}
+    return noted
 
 
 def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, list[float]]]:

@@ -3,6 +3,7 @@
 A model's family follows from the model_type of its configuration: nothing else asks which kind of model it has in hand.
 """
 
+import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ class Family(Protocol):
     STACKS: tuple[str, ...]  # for which usage is counted, and experts are shared out
     MERGINGS: tuple[str, ...]  # values of the constant `merging`
     CALIBRATIONS: tuple[str, ...]  # values of the constant `calibration` beside none
+    KNOWN_BY: tuple[str, ...]  # what identities note of models beside their weights: config, usage
 
     def check_constants(self, c: SimpleNamespace, config) -> None:
         """Raises UserError where constants ask for what there is not in this family, or a model has no room for."""
@@ -103,7 +105,7 @@ def load_model(path: str | Path, constant: str):
 def load_base(c: SimpleNamespace, experts: int):
     """(model, ancestor): the pre-trained model, with `experts` experts a sparse layer.
 
-    `ancestor` is the SHA-256 of its weights, by which models that may be merged know each other.
+    `ancestor` is the SHA-256 of its weights and `config_lines`, by which models that may be merged know each other.
     Raises UserError where there is no such model, it has another number of experts, or constants do not go with it.
     """
     from expert_merging.switch.models import weights_sha256
@@ -114,7 +116,24 @@ def load_base(c: SimpleNamespace, experts: int):
     if (there := family.experts_of(model.config)) != experts:
         raise UserError(f"BASE_MODEL_PATH: {path} has {there} experts a sparse layer, not {experts}")
     family.check_constants(c, model.config)
-    return model, weights_sha256(model)
+    ancestor, lines = weights_sha256(model), config_lines(model.config)
+    return model, digest([ancestor, lines]) if lines else ancestor
+
+
+def config_lines(config) -> dict[str, Any]:
+    """The lines of a configuration that say what the model computes with its weights (experts a token is sent to, say), where
+    identities of its family note them; else none: Switch Transformers are known by their weights, as in all their records."""
+    from expert_merging.merging.model_folders import SAYS_NOTHING
+
+    if "config" not in family_of(config).KNOWN_BY:
+        return {}
+    lines = config.to_diff_dict()
+    return {name: lines[name] for name in sorted(lines) if name not in SAYS_NOTHING and not name.startswith("_")}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _model_type(path: str, constant: str) -> str:

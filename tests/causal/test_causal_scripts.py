@@ -180,9 +180,7 @@ def test_more_and_fewer_experts(done):
 def test_equal_sources_give_themselves_back(done, tmp_path):
     """Two of one model with all their experts: every expert stands twice, in order of usage, and all else is as it was."""
     place, folder = done
-    for part in ("models", "histories"):
-        shutil.copytree(folder / part / "single_task_[4]", tmp_path / "seed0" / part / "single_task_[4]")
-    models = tmp_path / "seed0" / "models" / "single_task_[4]"
+    models, _ = copied_sources(folder, tmp_path)
     shutil.rmtree(models / "single_task_squad")
     shutil.copytree(models / "single_task_ag_news", models / "single_task_squad")
     words = [*place.words(tmp_path), *SOURCES, "--target_experts_num", "8", "--merge_only"]
@@ -259,6 +257,58 @@ def test_bad_input_to_training(done, tmp_path):
     with pytest.raises(UserError, match="the tokenizer has 320 tokens, the model only 300"):
         single(place, "--num_expert", "4", "--BASE_MODEL_PATH", str(tmp_path / "small"))
     assert not (place.folder / "elsewhere" / "seed0" / "models").exists()
+
+
+def changed_config(folder, **lines):
+    """In place."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | lines))
+    return folder
+
+
+def test_a_base_of_the_same_weights_that_chooses_more_experts_is_another(done, tmp_path):
+    place, folder = done
+    base = shutil.copytree(place.folder / "base-4", tmp_path / "base")
+    words = [*place.words(), "--task_type", "squad", "--num_expert", "4", "--BASE_MODEL_PATH", str(base)]
+    changed_config(base, transformers_version="4.0.0", use_cache=False)
+    call_main("single_task_finetune.py", words)  # there already
+    changed_config(base, num_experts_per_tok=3)
+    with pytest.raises(UserError, match="was made with other constants .ancestor was"):
+        call_main("single_task_finetune.py", words)
+
+
+def copied_sources(folder, to):
+    """Single-task models and histories, in a place of their own; returns the folders of both."""
+    for part in ("models", "histories"):
+        shutil.copytree(folder / part / "single_task_[4]", to / "seed0" / part / "single_task_[4]")
+    return [to / "seed0" / part / "single_task_[4]" for part in ("models", "histories")]
+
+
+def test_sources_that_choose_other_numbers_of_experts_are_refused(done, tmp_path):
+    models, _ = copied_sources(done[1], tmp_path)
+    changed_config(models / "single_task_squad", num_experts_per_tok=3)
+    words = [*done[0].words(tmp_path), *SOURCES, "--target_experts_num", "4", "--merge_only"]
+    with pytest.raises(
+        UserError, match="num_experts_per_tok is 3 in .*single_task_squad and 2 in .*single_task_ag_news"
+    ):
+        call_main(CAEM, words)
+
+
+def test_other_usage_of_the_same_sources_is_another_merge(done, tmp_path):
+    models, histories = copied_sources(done[1], tmp_path)
+    words = [*done[0].words(tmp_path), *SOURCES, "--target_experts_num", "4", "--merge_only"]
+    merged = models.parent / "CAEM_[4|4]_merged"
+    call_main(CAEM, words)
+    before = (merged / "merging.json").stat().st_mtime_ns
+    call_main(CAEM, words)
+    assert (merged / "merging.json").stat().st_mtime_ns == before
+    path = histories / "single_task_squad.json"
+    history = json.loads(path.read_text())
+    history["usage"]["decoder"]["squad"] = [[0, 0, 5, 5]] * 2
+    path.write_text(json.dumps(history))
+    call_main(CAEM, words)
+    record = json.loads((merged / "merging.json").read_text())
+    assert all(set(experts[1]) <= {2, 3} for experts in record["experts"]["decoder"])
 
 
 def test_fewer_experts_than_a_token_is_sent_to(tmp_path):
