@@ -44,7 +44,7 @@ def main(c):
         folder_card.check_hub(c.push_to)
 
     command = ["python", "tools/merge.py", *sys.argv[1:]]
-    card = functools.partial(folder_card.card, out, base, models, method.label, arguments, command)
+    card = functools.partial(folder_card.card, out, base, models, method.label, arguments, command, c.usage)
 
     # Merged and written a tensor at a time.
     if not from_folders.is_done(out, card):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_merging.core.errors import UserError
+from expert_merging.core.files import sha256
 from expert_merging.core.hub import first_line
 from expert_merging.merging.model_folders import Source
 
@@ -22,6 +23,7 @@ def card(
     label: str,
     constants: Mapping[str, Any],
     command: Sequence[str],
+    usage: Sequence[str] = (),
 ) -> str:
     """The card's text, with the metadata that the hub reads at its head.
 
@@ -29,6 +31,7 @@ def card(
         out: where the model goes, for its name.
         label: the method's name, `constants` its arguments.
         command: the words that made it; in them too folders stand by their names.
+        usage: files that the merge read beside the models.
     """
     from huggingface_hub import ModelCardData
 
@@ -42,6 +45,7 @@ def card(
         f"| {'base' if source is base else 'model'} | {name} | {_hashes(source)} | {one or 'not named'} |"
         for source, name, one in zip(sources, names, licences, strict=True)
     ]
+    table += [f"| usage | {Path(path).name} | {sha256(path)} | |" for path in usage if path]
     # Folders stand by their names, and so do other files, but for the script.
     short = (
         {word: word for word in command[:2]}

@@ -1,7 +1,7 @@
 """Hugging Face folders of one architecture, opened to be merged: what they hold is checked before a tensor is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ class Source:
     config: dict[str, Any]
     words: dict[int, str]
     files: list[Path]
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # read once
 
     def sha256(self) -> dict[str, str]:
-        """{file: SHA-256} of its weights."""
-        return {path.name: sha256(path) for path in self.files}
+        """{file: SHA-256} of its weights; of an adapter also of its configuration, which says by what they are scaled."""
+        if not self._digests:
+            self._digests.update({path.name: sha256(path) for path in self.files})
+        return self._digests
 
     @property
     def vocabulary(self) -> int | None:
@@ -53,7 +56,7 @@ def open_source(folder: Path, base: Source | None = None) -> Source:
             raise UserError(f"{folder} is an adapter; give the model it belongs to as the base")
         words = vocabulary.words(folder) or base.words
         tensors = lora.on_base(base.tensors, folder)
-        return Source(folder, tensors, base.kinds, base.config, words, [folder / lora.WEIGHTS])
+        return Source(folder, tensors, base.kinds, base.config, words, [folder / lora.WEIGHTS, folder / lora.CONFIG])
     weights = SafetensorsFolder(folder)
     kinds, config = weights.kinds(), read_json(folder / "config.json")
     if not isinstance(config, dict):

@@ -15,6 +15,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.core.safetensors_folder import Kind
 from expert_merging.core.safetensors_stream import DTYPES
+from expert_merging.merging import lora
 from expert_merging.merging.from_folders import Merged
 from expert_merging.merging.model_folders import Source, check_shapes
 from expert_merging.merging.moe_layouts import SparseLayer, expert_name, layout_of, sparse_layers
@@ -24,32 +25,53 @@ CAEM = Method("caem", "CAEM", settings={"alpha": 1.0}, sees="expert usage")
 
 
 def check_request(method: str, usage: Sequence[str], experts: int, common_rows: bool) -> None:
-    """Raises UserError where what only CAEM takes is given to another `method`, or the other way round."""
+    """Raises UserError where what only CAEM takes is given to another `method`, or the other way round, and where a file of
+    usage is not there."""
     if method == "caem" and common_rows:
         raise UserError("caem takes models of one vocabulary; leave --common_rows out")
     if method != "caem" and (any(usage) or experts):
         raise UserError(f"{method} does not look at usage or numbers of experts; leave --usage and --experts out")
+    for path in filter(None, usage):
+        if not Path(path).is_file():
+            raise UserError(f"{path} does not exist; give --usage U1.json U2.json .., one a model")
 
 
-def read_usage(paths: Sequence[str], layers: int, experts: int) -> list[torch.Tensor]:
-    """Tokens sent to each expert on validation, float64 [layers, experts] for each of `paths`: {"layers": [[count, ..], ..]}.
+def read_usage(paths: Sequence[str], models: Sequence[Source], layers: int, experts: int) -> list[torch.Tensor]:
+    """Tokens sent to each expert on validation, float64 [layers, experts] for each of `models`, from a file of `paths` each:
+    {"layers": [[count, ..], ..]}.
 
-    Raises UserError where a file is missing or damaged, of another shape, or has a count that is none.
+    Raises UserError where a file is missing or damaged, of another shape, or has a count that is none; and where it says
+    (as those of tools/count_moe_usage.py do) that other weights were counted.
     """
     read = []
-    for path in paths:
+    for path, model in zip(paths, models, strict=True):
         if not path:
             raise UserError("caem shares experts out by their use; give --usage U1.json U2.json .., one a model")
+        content = read_json(Path(path))
         try:
-            counts = torch.tensor(read_json(Path(path))["layers"], dtype=torch.float64)
+            counts = torch.tensor(content["layers"], dtype=torch.float64)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f'{path} must hold {{"layers": [[count of each expert], ..]}}') from error
         if tuple(counts.shape) != (layers, experts):
             raise UserError(f"{path} has counts of shape {tuple(counts.shape)}; the models' are [{layers}, {experts}]")
         if not (counts.isfinite() & (counts >= 0)).all() or not counts.any():
             raise UserError(f"{path} has counts below 0 or not finite, or none above 0")
+        _check_counted(path, content, model)
         read.append(counts)
     return read
+
+
+def _check_counted(path: str, content: dict[str, Any], model: Source) -> None:
+    """Raises UserError where a file of usage names weights, and they are not the model's."""
+    identity = content.get("identity")
+    counted = identity.get("weights") if isinstance(identity, dict) else None
+    # An adapter has no router to count: it was counted in the model that it makes.
+    if not isinstance(counted, dict) or any(file.name == lora.WEIGHTS for file in model.files):
+        return
+    if sorted(map(str, counted.values())) != sorted(model.sha256().values()):
+        raise UserError(
+            f"{path} was counted of other weights than those in {model.folder}: give that model's, or count again"
+        )
 
 
 def merge(
@@ -62,10 +84,12 @@ def merge(
     """
     template = base or models[0]
     layers, number = sparse_layers(template.config, template.kinds), template.config[layout_of(template.config).number]
-    if len(usage) != len(models) and any(usage):
-        raise UserError(f"there are {len(usage)} files of usage for {len(models)} models")
+    if len(usage) != len(models):
+        if any(usage):
+            raise UserError(f"there are {len(usage)} files of usage for {len(models)} models")
+        usage = [""] * len(models)
     check_shapes([*([base] if base else []), *models], common_rows=None)
-    return merge_counted(base, models, read_usage(usage, len(layers), number), experts, alpha, moved=moved)
+    return merge_counted(base, models, read_usage(usage, models, len(layers), number), experts, alpha, moved=moved)
 
 
 def check_chosen(config: Mapping[str, Any], experts: int, constant: str) -> None:

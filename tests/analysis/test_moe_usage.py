@@ -109,8 +109,11 @@ def test_the_merge_reads_what_is_counted(tmp_path, capsys):
     usage = [tmp_path / f"u{i}.json" for i in range(3)]
     for folder, out in zip(folders, usage, strict=True):
         count(folder, texts, out)
-    call_main("tools/merge.py", ["--method", "caem", "--models", *map(str, folders), "--usage", *map(str, usage),
-                                 "--experts", "6", "--out", str(tmp_path / "merged")])  # fmt: skip
+    words = ["--method", "caem", "--models", *map(str, folders), "--experts", "6", "--out", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match="u1.json was counted of other weights than those in .*one: give that model's"):
+        call_main("tools/merge.py", [*words, "--usage", *(str(usage[i]) for i in (1, 0, 2))])
+    assert not (tmp_path / "merged").exists()
+    call_main("tools/merge.py", [*words, "--usage", *map(str, usage)])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_experts == 6
     found = count(tmp_path / "merged", texts, tmp_path / "merged.json")  # and the merged model can be counted
     assert len(found["layers"][0]) == 6 and sum(found["layers"][0]) == 23

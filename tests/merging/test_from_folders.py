@@ -278,6 +278,17 @@ def test_the_card_says_what_it_was_made_of(world, tmp_path):
     assert str(base.parent) not in (tmp_path / "F" / "README.md").read_text()
 
 
+def test_an_adapter_that_is_scaled_otherwise_is_another(world, tmp_path):
+    base, models = world
+    write_adapter(base, tmp_path / "adapter")
+    merge(base, [tmp_path / "adapter", models[0]], tmp_path / "F")
+    merge(base, [tmp_path / "adapter", models[0]], tmp_path / "F")
+    content = read_json(tmp_path / "adapter" / lora.CONFIG)
+    write_json(tmp_path / "adapter" / lora.CONFIG, content | {"lora_alpha": 14})
+    with pytest.raises(UserError, match="is there already, and not what this command makes"):
+        merge(base, [tmp_path / "adapter", models[0]], tmp_path / "F")
+
+
 def test_a_licence_that_all_name_is_the_models(copied, tmp_path):
     base, (one, two) = copied
     merge(base, [one], tmp_path / "F")

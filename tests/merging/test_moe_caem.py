@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.switch_transformers.caem import allocate_experts, normalized_entropy
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_json
+from expert_merging.core.files import read_json, sha256
 from expert_merging.core.safetensors_folder import Kind, SafetensorsFolder
 from expert_merging.merging import moe_caem
 from expert_merging.merging.model_folders import Source
@@ -268,6 +268,26 @@ def test_real_models_through_the_tool(tmp_path, capsys, family):
     with pytest.raises(UserError, match="caem: .* must be from 3"):
         call_main("tools/merge.py", ["--method", "caem", *words, "--experts", "13", "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+def test_other_counts_under_the_same_names_are_another_merge(tmp_path, capsys):
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(0)
+        tune(AutoModelForCausalLM.from_config(MODELS["olmoe"]()), seed).save_pretrained(tmp_path / name)
+    usage = usage_files(tmp_path, [[[9, 5, 3, 1]] * 2, [[1, 1, 8, 9]] * 2])
+    words = ["--method", "caem", "--models", str(tmp_path / "one"), str(tmp_path / "two"), "--experts", "4", "--usage"]
+    words += [*usage, "--out", str(tmp_path / "merged")]
+    call_main("tools/merge.py", words)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert all(f"| usage | u{i}.json | {sha256(usage[i])} | |" in card for i in range(2))
+    call_main("tools/merge.py", words)
+    assert "there already" in capsys.readouterr().out
+    usage_files(tmp_path, [[[1, 5, 3, 9]] * 2])
+    with pytest.raises(UserError, match="merged is there already, and not what this command makes"):
+        call_main("tools/merge.py", words)
+    (tmp_path / "u1.json").unlink()
+    with pytest.raises(UserError, match="u1.json does not exist"):
+        call_main("tools/merge.py", words)
 
 
 @pytest.mark.parametrize(
