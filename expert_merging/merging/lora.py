@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,24 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.merging.named import Computed, Tensors, wide
 
+# What init_lora_weights begins with where peft takes from the base what it puts into the adapter, or quantises it.
+_OTHER_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
 
-def on_base(base: Tensors, folder: Path) -> Computed:
+def on_base(base: Tensors, folder: Path, tied: Collection[str] = ()) -> Computed:
     """The base with the adapter in `folder` (peft's): W + s B A in float32 where it has A [r, in] and B [out, r], s being
     alpha / r, with rank-stabilised LoRA alpha / sqrt(r); the adapter's own W where it has one whole (modules_to_save);
     the base's for all else.
 
-    Raises UserError where a file is missing or damaged, where the adapter is of another type than LoRA, or DoRA, and where
-    it has something that does not fit the base or is not known here.
+    Args:
+        tied: names of the base's tensors that are input embedding and output matrix in one.
+
+    Raises UserError where a file is missing or damaged, where the adapter is of another type than LoRA, or DoRA, or was trained
+    on weights other than the base's, where it changes one of `tied`, of which peft changes the one use alone, and where it has
+    something that does not fit the base or is not known here.
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("lora_alpha", 0), (int, float)):
@@ -34,12 +40,24 @@ def on_base(base: Tensors, folder: Path) -> Computed:
         raise UserError(
             f"{folder} is an adapter of type {'DoRA' if config.get('use_dora') else kind}; only LoRA is merged"
         )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
+        raise UserError(
+            f"{folder} began as {start} (init_lora_weights), which changes the base model; save it by peft with "
+            "path_initial_model_for_weight_conversion, or merge the whole model that it makes"
+        )
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             adapter = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} is missing, cut short or damaged ({error})") from error
     whole, pairs = _parts(adapter, base, folder)
+    for name in tied:
+        if name in pairs or (name in whole and not torch.equal(wide(whole[name]), wide(base[name]))):
+            raise UserError(
+                f"{folder} changes {name} as the input embedding alone, and in the base model it is the output matrix too; "
+                "give a base that has both (tie_word_embeddings false)"
+            )
     scales = {name: _scale(config, name.removesuffix(".weight"), len(pair["A"])) for name, pair in pairs.items()}
     transposed = {n for n, pair in pairs.items() if config.get("fan_in_fan_out") or pair["of"] == "embedding"}
     for name, pair in pairs.items():

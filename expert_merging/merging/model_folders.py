@@ -55,7 +55,7 @@ def open_source(folder: Path, base: Source | None = None) -> Source:
         if base is None:
             raise UserError(f"{folder} is an adapter; give the model it belongs to as the base")
         words = vocabulary.words(folder) or base.words
-        tensors = lora.on_base(base.tensors, folder)
+        tensors = lora.on_base(base.tensors, folder, _tied(base))
         return Source(folder, tensors, base.kinds, base.config, words, [folder / lora.WEIGHTS, folder / lora.CONFIG])
     weights = SafetensorsFolder(folder)
     kinds, config = weights.kinds(), read_json(folder / "config.json")
@@ -71,6 +71,16 @@ def open_source(folder: Path, base: Source | None = None) -> Source:
         if name not in kinds:
             raise UserError(f"{folder} lacks {name}, which its index has in {read_json(index)['weight_map'][name]}")
     return Source(folder, weights, kinds, config, vocabulary.words(folder), weights.files)
+
+
+def _tied(source: Source) -> list[str]:
+    """The tensor that is both input embedding and output matrix, where there is one: the only one with a row a token, in a
+    model that writes tokens."""
+    text = source.config.get("text_config") or source.config
+    heads = source.config.get("architectures") or ["LM"]
+    writes = any(name.endswith(("LM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")) for name in heads)
+    names = [n for n in vocabulary.row_names(source.kinds, source.vocabulary) if len(source.kinds[n].shape) == 2]
+    return names if len(names) == 1 and writes and text.get("tie_word_embeddings", True) else []
 
 
 def check_architecture(sources: Sequence[Source]) -> list[str]:

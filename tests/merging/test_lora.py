@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hf_folders import write_adapter, write_world
+from hf_folders import llama, write_adapter, write_world
 from safetensors.torch import load_file, save_file
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_json
 from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.merging import lora
+from expert_merging.merging.model_folders import open_source
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,10 @@ def test_the_sum_is_in_float32(base, tmp_path):
     [
         ({"use_dora": True}, "type DoRA; only LoRA"),
         ({"peft_type": "IA3"}, "type IA3; only LoRA"),
+        *(
+            ({"init_lora_weights": start}, f"began as {start} .init_lora_weights., which changes the base model")
+            for start in ("pissa", "pissa_niter_16", "corda", "olora", "OLoRA", "loftq", "lora_ga")
+        ),
     ],
 )
 def test_other_adapters(base, tmp_path, change, said):
@@ -64,6 +69,67 @@ def test_other_adapters(base, tmp_path, change, said):
     write_json(tmp_path / lora.CONFIG, read_json(tmp_path / lora.CONFIG) | change)
     with pytest.raises(UserError, match=said):
         lora.on_base(SafetensorsFolder(base), tmp_path)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_ways_to_begin_that_leave_the_base_as_it_is(base, tmp_path, start):
+    write_adapter(base, tmp_path)
+    write_json(tmp_path / lora.CONFIG, read_json(tmp_path / lora.CONFIG) | {"init_lora_weights": start})
+    assert lora.on_base(SafetensorsFolder(base), tmp_path)
+
+
+def test_pissa_is_merged_when_peft_has_converted_it(base, tmp_path):
+    """As peft does on saving: the difference to where it began, of twice the rank."""
+    import torch.distributed.tensor  # noqa: F401  (as in hf_folders)
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path / "as_trained")
+    with pytest.raises(UserError, match="as_trained began as pissa"):
+        lora.on_base(SafetensorsFolder(base), tmp_path / "as_trained")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    wanted = model.merge_and_unload().state_dict()
+    for name, tensor in lora.on_base(SafetensorsFolder(base), tmp_path / "converted").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens", "v_proj"]}]
+)
+def test_an_embedding_that_is_the_output_matrix_too(tmp_path, settings):
+    """peft trains the embedding and leaves the output matrix: no tied model is that. With two tensors there is one."""
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "base", tmp_path / "adapter", **settings)
+    opened = open_source(tmp_path / "base")
+    with pytest.raises(
+        UserError, match="adapter changes model.embed_tokens.weight as the input embedding alone"
+    ) as found:
+        open_source(tmp_path / "adapter", opened)
+    assert "\n" not in str(found.value)
+    model = llama(tie_word_embeddings=False)
+    model.load_state_dict({**opened.tensors, "lm_head.weight": opened.tensors["model.embed_tokens.weight"]})
+    model.save_pretrained(tmp_path / "untied")
+    made = open_source(tmp_path / "adapter", open_source(tmp_path / "untied")).tensors
+    assert torch.equal(made["lm_head.weight"], opened.tensors["model.embed_tokens.weight"])
+    assert not torch.equal(made["model.embed_tokens.weight"], made["lm_head.weight"])
+
+
+def test_an_embedding_that_is_saved_but_not_trained_is_no_change(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "base", tmp_path / "adapter")
+    opened, weights = open_source(tmp_path / "base"), tmp_path / "adapter" / lora.WEIGHTS
+    embedding = opened.tensors["model.embed_tokens.weight"].clone()
+    save_file(load_file(weights) | {"base_model.model.model.embed_tokens.weight": embedding}, weights)
+    assert torch.equal(open_source(tmp_path / "adapter", opened).tensors["model.embed_tokens.weight"], embedding)
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
