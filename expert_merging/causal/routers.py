@@ -15,7 +15,8 @@ class Routers:
     """Watches the sparse layers of a model from when it is made. Real tokens are those of the attention mask.
 
     In training each layer's `served`, where it is a list, gets the tokens of each expert (idle_experts.py), and `logits` the
-    routers' [batch * positions, n], by layer, of the forward passes since it was last emptied.
+    routers' [batch * positions, n], by layer, of the forward passes since it was last emptied. What gradient checkpointing
+    computes again in the backward pass is no forward pass of the model, and leaves nothing.
     """
 
     def __init__(self, model: Any):
@@ -27,8 +28,10 @@ class Routers:
         self.logits: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []  # of each layer since the last reset
         self._real = torch.empty(0, dtype=torch.bool)  # [batch * positions], of the pass in hand
+        self._passing = False
         self.reset()
         model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.base_model.register_forward_hook(self._end, always_call=True)
         for number, layer in enumerate(self.layers):
             layer.served = None
             layer.gate.register_forward_hook(self._hook_of(number))
@@ -49,11 +52,17 @@ class Routers:
         ids, mask = given["input_ids"], given.get("attention_mask")
         real = torch.ones_like(ids) if mask is None else mask[:, mask.shape[1] - ids.shape[1] :]
         self._real = real.flatten().bool()
+        self._passing = True
+
+    def _end(self, *_) -> None:
+        self._passing = False
 
     def _hook_of(self, number: int):
         layer = self.layers[number]
 
         def hook(_gate, _inputs, logits: torch.Tensor) -> None:
+            if not self._passing:
+                return
             if torch.is_grad_enabled() and layer.training:
                 self.logits.append(logits)
                 if layer.served is not None:
