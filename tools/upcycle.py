@@ -45,6 +45,10 @@ def main(c):
         upcycling.write(source, config, kinds, stream, made, out)
     layers = len(upcycling.sparse_layers(config))
     print(f"{out}: {c.experts} experts of {upcycling.neurons(config)} neurons in {layers} layers, {c.chosen} chosen")
+    if c.chosen == 1:
+        print(
+            "note: with chosen 1 that expert's weight is 1 whatever the router says; no task will ever train the routers"
+        )
 
 
 if __name__ == "__main__":

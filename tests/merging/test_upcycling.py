@@ -133,6 +133,18 @@ def test_noise_moves_each_expert_by_itself_and_repeats_by_seed(tmp_path):
         assert ".mlp." in name or torch.equal(own[name], first[name])
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_one_chosen_expert_teaches_the_routers_nothing_and_that_is_said(tmp_path, capsys, chosen, every):
+    """Although the experts differ."""
+    upcycle(dense_folder(tmp_path / "d"), tmp_path / "out", "--chosen", chosen, "--noise", 0.5, "--every", every)
+    assert ("no task will ever train the routers" in capsys.readouterr().out) == (chosen == 1)
+    model = loaded(tmp_path / "out")
+    model(IDS, labels=IDS).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if name.endswith(".gate.weight")]
+    assert gradients and all((gradient.abs().max() < 1e-6) == (chosen == 1) for gradient in gradients)
+
+
 def test_the_dtype_stays(tmp_path):
     dense = dense_folder(tmp_path / "dense", torch.bfloat16)
     made = upcycle(dense, tmp_path / "out", "--experts", 2, "--noise", 0.1)
