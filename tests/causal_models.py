@@ -17,8 +17,8 @@ from transformers import (
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe")
 
 
-def byte_tokenizer(begins: bool = False, pads: bool = True):
-    """Of bytes and some pairs of them, as GPT-2's; `begins`: with a token before each text, as Mixtral's."""
+def byte_tokenizer(begins: bool = False, pads: bool = True, ends: bool = False):
+    """Of bytes and some pairs of them, as GPT-2's; `begins`: with a token before each text, as Mixtral's; `ends`: one after."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -28,8 +28,10 @@ def byte_tokenizer(begins: bool = False, pads: bool = True):
         vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(sentences(100), trainer)
-    if begins:
-        raw.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    if begins or ends:
+        single = " ".join(["<|begin|>"] * begins + ["$A"] + ["<|end|>"] * ends)
+        special_tokens = [("<|begin|>", 1)] * begins + [("<|end|>", 0)] * ends
+        raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=special_tokens)
     more = {"pad_token": "<|pad|>"} if pads else {}
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", bos_token="<|begin|>", **more)
 

@@ -13,15 +13,16 @@ from expert_merging.causal.merging import CALIBRATIONS, MERGINGS, STACKS, merge
 from expert_merging.causal.models import load_model
 from expert_merging.causal.sequences import join
 from expert_merging.core.errors import UserError
+from expert_merging.data import features
 from expert_merging.merging.moe_caem import check_chosen
 from expert_merging.merging.moe_layouts import layout_of
 from expert_merging.run.deviations import DEVIATIONS, deviates
 from expert_merging.switch.idle_experts import pass_over_idle
 
 __all__ = [
-    "CALIBRATIONS", "KNOWN_BY", "MERGINGS", "STACKS", "check_constants", "collate", "count_usage", "evaluate_task",
-    "experts_of", "layer_states", "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage", "task_loss",
-    "teacher_forced", "token_loss",
+    "CALIBRATIONS", "KNOWN_BY", "MERGINGS", "STACKS", "check_constants", "check_tokenizer", "collate", "count_usage",
+    "evaluate_task", "experts_of", "layer_states", "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage",
+    "task_loss", "teacher_forced", "token_loss",
 ]  # fmt: skip
 
 KNOWN_BY = ("config", "usage")
@@ -43,6 +44,15 @@ def check_constants(c: SimpleNamespace, config) -> None:
         )
     if hasattr(c, "target_experts_num"):
         check_chosen(config.to_dict(), c.target_experts_num, "target_experts_num")
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raises UserError for one that closes every text: its features are made as for an encoder, the input an ended text."""
+    if features.frame(tokenizer)[1] == [tokenizer.eos_token_id]:
+        raise UserError(
+            f"the tokenizer ends every text with {tokenizer.eos_token}, where the answer is to follow; save it with "
+            "add_eos_token false, and make the features again"
+        )
 
 
 def experts_of(config) -> int:

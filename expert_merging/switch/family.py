@@ -13,9 +13,9 @@ from expert_merging.switch.models import load_model
 from expert_merging.switch.usage import STACKS, read_usage
 
 __all__ = [
-    "CALIBRATIONS", "KNOWN_BY", "MERGINGS", "STACKS", "calibrate", "check_constants", "collate", "count_usage",
-    "evaluate_task", "experts_of", "layer_states", "load_model", "merge", "pass_over_idle", "read_usage", "reset_usage",
-    "task_loss", "teacher_forced", "token_loss",
+    "CALIBRATIONS", "KNOWN_BY", "MERGINGS", "STACKS", "calibrate", "check_constants", "check_tokenizer", "collate",
+    "count_usage", "evaluate_task", "experts_of", "layer_states", "load_model", "merge", "pass_over_idle", "read_usage",
+    "reset_usage", "task_loss", "teacher_forced", "token_loss",
 ]  # fmt: skip
 
 KNOWN_BY = ()  # more would make the records that there are those of other runs
@@ -23,6 +23,10 @@ KNOWN_BY = ()  # more would make the records that there are those of other runs
 
 def check_constants(c: SimpleNamespace, config) -> None:
     """Everything that the constants can say is known of this family."""
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Features are made as any tokenizer of such a model has it."""
 
 
 def experts_of(config) -> int:

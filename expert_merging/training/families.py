@@ -28,6 +28,9 @@ class Family(Protocol):
     def check_constants(self, c: SimpleNamespace, config) -> None:
         """Raises UserError where constants ask for what there is not in this family, or a model has no room for."""
 
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raises UserError for a tokenizer by which features would not be what this family reads."""
+
     def load_model(self, path: str | Path, constant: str):
         """The model in a local folder or on the hub, in float32. Raises UserError where there is none, or not whole."""
 

@@ -53,15 +53,16 @@ def finetune(
         more: further entries of the history.
         num_epochs: other than the constant of that name.
 
-    Raises UserError where the tokenizer has tokens that the model has not, and as `loop.train` does.
+    Raises UserError where the tokenizer has tokens that the model has not, or is not for its family, and as `loop.train` does.
     """
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: not of one kind"
         )
+    family = families.family_of(model)
+    family.check_tokenizer(tokenizer)
     checkpoints.claim(work, identity)
     model = sharding.place(accelerator, model)
-    family = families.family_of(model)
     family.count_usage(model, c)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

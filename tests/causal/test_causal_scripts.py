@@ -362,3 +362,16 @@ def test_a_frame_of_other_ids_is_other_features(done, tmp_path):
         other.pad_token = other.eos_token
     with pytest.raises(UserError, match="was made with another frame; run: python datasets_preprocessing.py"):
         features.load("squad", c, other)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path, begins):
+    place = Place(tmp_path / "place", "olmoe")
+    byte_tokenizer(begins, ends=True).save_pretrained(place.folder / "base-4")
+    call_main("datasets_preprocessing.py", [*place.words(), "--num_expert", "4"])
+    words = [*place.words(), "--task_type", "ag_news", "--num_expert", "4"]
+    with pytest.raises(
+        UserError, match=r"the tokenizer ends every text with <\|end\|>, where the answer is to follow; save it"
+    ):
+        call_main("single_task_finetune.py", words)
+    assert not list((place.folder / "runs" / "seed0").rglob("*.run"))
