@@ -59,11 +59,10 @@ warmup = 0.1  # share of the steps
 
 # -- choosing coefficients
 grid = by_scale(
-    paper=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    night=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    tiny=(0.2, 0.4, 0.6, 0.8, 1.0),
-    real=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-)  # of every method's factor on what it adds
+    paper=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0),
+    night=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0),
+    tiny=(0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0),
+)  # of every method's factor on what it adds; TIES, Iso-C and TSV-M may want more than 1
 select_texts = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task's validation
 
 # -- adapting

@@ -17,6 +17,7 @@ LABELS = {name: method.label for name, method in METHODS.items()} | {
     "wemoe_attention": "WEMoE, attention instead", "wemoe_both": "WEMoE, attention too",
     "wemoe_depth0": "WEMoE, constants", "wemoe_depth1": "WEMoE, linear routers",
 }  # fmt: skip
+END = "*"  # beside a coefficient
 
 
 def is_text(groups: Groups) -> bool:
@@ -126,21 +127,31 @@ def cost(groups: Groups) -> Table:
 
 
 def coefficients(groups: Groups) -> Table:
-    note = (
-        "Relative accuracy (%) with the coefficient that validation chose, a seed each, and with the method's own default. "
-        "What adapts takes task arithmetic's."
-    )
-    table, names = Table("coefficients", "Coefficients", note), tasks_of(groups)
-    for method in methods_of(groups, "defaults"):
+    table, names = Table("coefficients", "Coefficients", ""), tasks_of(groups)
+    defaults = methods_of(groups, "defaults")
+    for method in methods_of(groups, "main"):
         chosen, default = of(groups, "main", method), of(groups, "defaults", method)
-        table.rows.append({
-            "method": label(method), "chosen": " ".join(f"{record['coefficient']:g}" for _, record in chosen),
-            "relative": stat([relative(groups, group, record, names) for group, record in chosen]),
-            "default": f"{default[0][1]['coefficient']:g}",
-            "relative at default": stat([relative(groups, group, record, names) for group, record in default]),
-            "from": source(groups, f"main.{method}", f"defaults.{method}"),
-        })  # fmt: skip
+        if not any("coefficient" in record for _, record in chosen):
+            continue
+        row: dict[str, Any] = {"method": label(method), "chosen": " ".join(_chosen(record) for _, record in chosen)}
+        row["relative"] = stat([relative(groups, group, record, names) for group, record in chosen])
+        if defaults:
+            row["default"] = f"{default[0][1]['coefficient']:g}" if default else ""
+            row["relative at default"] = stat([relative(groups, group, record, names) for group, record in default])
+        runs = [f"main.{method}", *([f"defaults.{method}"] if default else [])]
+        table.rows.append(row | {"from": source(groups, *runs)})
+    table.note = "Relative accuracy (%) with the coefficient that validation chose, a seed each" + (
+        ", and with the method's own default" if defaults else ""
+    )
+    table.note += ". What adapts takes task arithmetic's."
+    if any(END in row["chosen"] for row in table.rows):
+        table.note += f" {END}: an end of the grid, beyond which a better one may lie."
     return table
+
+
+def _chosen(record: dict[str, Any]) -> str:
+    tried = [value for value, _ in record["curve"]]
+    return f"{record['coefficient']:g}{END if record['coefficient'] in (min(tried), max(tried)) else ''}"
 
 
 def inputs(groups: Groups) -> Table:

@@ -1,5 +1,6 @@
 """neighbours/WEMoE_text.py on a random BERT and task folders that the test writes; its encoder, corruptions and claims."""
 
+import importlib
 import json
 import random
 import shutil
@@ -15,11 +16,13 @@ from tiny_models import TEXT_TASKS, write_lines, write_text_place
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
+from expert_merging.core.scales import SCALES
 from expert_merging.data import text_tasks
 from expert_merging.data.scores import pack, unpack
 from expert_merging.data.text_tasks import Row
 from expert_merging.report import folders
-from expert_merging.wemoe import report, text_claims, text_docs, text_encoder, text_plan
+from expert_merging.run.constants import read_constants
+from expert_merging.wemoe import report, text_claims, text_docs, text_encoder, text_plan, text_report
 from expert_merging.wemoe.ffn import ensembles, upscale
 from expert_merging.wemoe.scoring import Task, joined
 from expert_merging.wemoe.text_corruptions import CORRUPTIONS, STRENGTHS, corrupted
@@ -129,6 +132,37 @@ def test_the_coefficient_is_the_best_of_the_grid_on_validation(everything):
     assert runs["main.wemoe"]["coefficient"] == runs["main.task_arithmetic"]["coefficient"]
     assert [runs[f"defaults.{m}"]["coefficient"] for m in ("task_arithmetic", "ties", "wemoe")] == [0.3, 1.0, 0.3]
     assert "curve" not in runs["main.average"] and "main.average" in runs and "defaults.average" not in runs
+
+
+def test_a_coefficient_at_an_end_of_the_grid_is_marked():
+    """With a part defaults or without, as what is published has none."""
+    curve = [[0.5, 0.9], [1.0, 0.95], [2.0, 0.97]]
+    main = {"part": "main", "tasks": ["a"], "a": {"accuracy": 0.6}, "curve": curve}
+    runs = {
+        f"main.{method}": main | {"coefficient": coefficient}
+        for method, coefficient in (("ties", 2.0), ("task_arithmetic", 1.0), ("tsv_m", 0.5))
+    }
+    runs["main.individual"] = {"part": "main", "tasks": ["a"], "a": {"accuracy": 0.8}}
+    table = text_report.coefficients({"seed0": runs})
+    assert "default" not in table.rows[0]
+    assert {row["method"]: row["chosen"] for row in table.rows} == {
+        "task arithmetic": "1",
+        "TIES": "2*",
+        "TSV-M": "0.5*",
+    }
+    assert "*: an end of the grid" in table.note and str(table.rows[0]["relative"]) == "75.00"
+    runs["main.ties"]["coefficient"] = runs["main.tsv_m"]["coefficient"] = 1.0
+    runs["defaults.ties"] = runs["main.ties"] | {"part": "defaults"}
+    table = text_report.coefficients({"seed0": runs})
+    assert "end of the grid" not in table.note
+    assert {row["method"]: row["default"] for row in table.rows} == {"task arithmetic": "", "TIES": "1", "TSV-M": ""}
+
+
+def test_every_scale_tries_more_than_1():
+    """Iso-C, TSV-M and TIES chose 1 where it was the end."""
+    for scale in SCALES:
+        grid = read_constants(vars(importlib.import_module("neighbours.WEMoE_text")), ["--scale", scale]).grid
+        assert grid[0] <= 0.2 and max(grid) >= 2
 
 
 def test_the_guard_is_run_again_only_where_it_spoke_up(place, tmp_path):
@@ -451,6 +485,18 @@ def test_claims_follow_the_scores():
     few = {row["claim"]: row for row in text_claims.claims(made_groups(gaps, seeds=3), {}).rows}
     told = few["wemoe > adamerging_layer"]
     assert told["verdict"] == "held" and told["sign flips"] == "0.250"  # of three seeds the least that flips can give
+
+
+def test_the_note_says_where_adamerging_could_hardly_move():
+    groups = made_groups({"wemoe": 0.1, "adamerging_layer": 0.1}, seeds=2)
+    assert "AdaMerging" not in text_claims.claims(groups, {}).note
+    for far, said in ((0.65, True), (0.45, False)):
+        for runs in groups.values():
+            learnt = {"steps_done": 50, "lr": 0.001, "coefficients": {"a": [0.7, far], "b": [0.72, 0.7]}}
+            runs["main.adamerging_layer"] |= {"coefficient": 0.7, "adaptation": learnt}
+        note = text_claims.claims(groups, {}).note
+        assert ("50 steps of Adam at 0.001 and moved by 0.050 at most" in note) == said
+        assert ("says nothing of the paper's order" in note) == said
 
 
 def test_parts_hold_what_they_say():
