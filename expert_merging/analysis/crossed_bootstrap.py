@@ -167,25 +167,36 @@ def _variances(found: Contrast) -> tuple[float, float, float]:
     return of_seeds, of_examples, max(0.0, (float(found.example_draws.var(0).mean()) - of_examples) / (seeds - 1))
 
 
-def interval_p(found: Contrast) -> float:
-    """Two-sided p of no difference, by the t distribution behind `interval`: for so few seeds that no flips of signs could
-    tell."""
+def difference_p(found: Contrast) -> float:
+    """Two-sided p of no difference, for so few seeds that no flips of signs could tell: the larger of that by the t
+    distribution behind `interval` and that of the paired t test over seeds.
+
+    The first alone is too small where seeds differ: three that by luck are alike have a small variance and, by Satterthwaite,
+    many degrees of freedom, and of 1,000 experiments without a difference up to 24 came below 0.0036. The second alone passes
+    over the examples, which the seeds share. In simulations the larger comes below a level at most 1.02 times as often as it
+    says with three seeds, 1.23 times with five.
+    """
     return min(1.0, 2 * _beyond(found, abs(found.mean)))
 
 
 def equivalence_p(found: Contrast, margin: float) -> float:
-    """The larger p of two one-sided tests of a difference of `margin` or more, up or down (Schuirmann, 1987)."""
+    """The larger p of two one-sided tests of a difference of `margin` or more, up or down (Schuirmann, 1987), each the larger
+    of two as in `difference_p`."""
     return _beyond(found, margin - abs(found.mean))
 
 
 def _beyond(found: Contrast, distance: float) -> float:
     """The chance of an estimate that lies `distance` or more, in one direction, from the truth."""
-    from scipy.stats import t
+    of_seeds, freedom = _variances(found)[0], len(found.by_seed) - 1
+    return max(_tail(distance, *_spread(found)), _tail(distance, of_seeds, freedom))
 
-    variance, freedom = _spread(found)
+
+def _tail(distance: float, variance: float, freedom: float) -> float:
+    from scipy.special import stdtr
+
     if variance == 0:
         return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
-    return float(t.sf(distance / variance**0.5, freedom))
+    return float(stdtr(freedom, -distance / variance**0.5))
 
 
 def sign_flip_p(by_seed: np.ndarray) -> float:
@@ -242,14 +253,15 @@ def seeds_needed(
     flips: bool = True,
 ) -> int | None:  # fmt: skip
     """
-    About how many seeds would tell the difference that was found with this power, by normal quantiles; None where no number
-    would, since the test examples alone leave more doubt.
+    About how many seeds would tell the difference that was found with this power; None where no number would, since the test
+    examples alone leave more doubt.
 
     Args:
         distance: what is to be told in place of the difference: for equivalence the margin less its size.
-        flips: whether by `sign_flip_p`, which so many seeds must be able to bring below alpha / family.
+        flips: whether by `sign_flip_p`, which so many seeds must be able to bring below alpha / family, with normal quantiles;
+            else by `difference_p`, with t's quantiles for so many seeds.
     """
-    from scipy.stats import norm
+    from scipy.stats import norm, t
 
     of_seeds, of_examples, noise = _variances(found)
     distance = abs(found.mean) if distance is None else max(0.0, distance)
@@ -257,7 +269,13 @@ def seeds_needed(
     if told <= 0:
         return None
     least = int(np.floor(np.log2(2 * family / alpha))) + 1 if flips else 2
-    return max(least, int(np.ceil(of_seeds * len(found.by_seed) / told)))
+    number = max(least, int(np.ceil(of_seeds * len(found.by_seed) / told)))
+    while not flips and number < 1000:  # of more seeds t's quantiles are the normal's
+        error = (of_seeds * len(found.by_seed) / number + max(0.0, of_examples - noise)) ** 0.5
+        if distance >= (t.ppf(1 - alpha / family / 2, number - 1) + norm.ppf(power)) * error:
+            break
+        number += 1
+    return number
 
 
 def undecided(seeds: int | None) -> str:

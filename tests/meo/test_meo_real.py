@@ -207,12 +207,12 @@ def test_p_without_noise_of_examples_is_student_s():
     by_seed = np.array([1.0, 2.0, 4.0])
     draws = np.random.default_rng(0).choice(by_seed, (2000, 3)).mean(1)
     found = bootstrap.Contrast(by_seed, draws, np.tile(by_seed, (2000, 1)))
-    assert bootstrap.interval_p(found) == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
+    assert bootstrap.difference_p(found) == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
     one_sided = stats.ttest_1samp(by_seed, 9.0, alternative="less").pvalue
     assert bootstrap.equivalence_p(found, 9.0) == pytest.approx(one_sided)
     assert bootstrap.equivalence_p(found, 1.0) > 0.5
     same = bootstrap.Contrast(np.zeros(3), np.zeros(10), np.zeros((10, 3)))
-    assert bootstrap.interval_p(same) == 1 and bootstrap.equivalence_p(same, 1.0) == 0
+    assert bootstrap.difference_p(same) == 1 and bootstrap.equivalence_p(same, 1.0) == 0
     told = [bootstrap.seeds_needed(found, flips=False), bootstrap.seeds_needed(found, distance=0.5, flips=False)]
     assert told[0] < told[1] and bootstrap.seeds_needed(found, distance=-1.0) is None
 
