@@ -37,6 +37,8 @@ _BEFORE = {
     "prompts": "plain",
     "router_start": "noise",
     "save_dtype": "float32",
+    "scoring_batch": 32,
+    "eval_batch_size": 32,
 }  # entries that older records lack
 
 

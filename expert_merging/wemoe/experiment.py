@@ -244,8 +244,7 @@ def make_once(sources: Sources, folder: Path, identity: dict[str, Any], method: 
             else:
                 write_tensors(made.result, temporary)
                 parameters = sum(tensor.numel() for tensor in SafetensorsFolder(temporary).values())
-            weights = [file for file in temporary.rglob("*.safetensors")]
-            held = sum(file.stat().st_size for file in weights)
+            held = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
             if isinstance(made.result, nn.Module):
                 held += sum(t.numel() * t.element_size() for t in sources.base.values())
             sources.model.config.save_pretrained(temporary)
@@ -365,6 +364,7 @@ def identity_of(sources: Sources, method: Method) -> dict[str, Any]:
     )  # fmt: skip
     own = [constant.name for constant in method.constants] + list(DEPENDS_ON.get(method.adapts, ()))
     own += ["statistics_examples"] if method.statistics else []
+    own += ["eval_batch_size"] if method.settings.get("routing") == "batch" else []
     digests = dict(zip(sources.tasks, (one.sha256() for one in sources.tuned), strict=True))
     return results.identity(
         c, (*shared, *own), method=method.name, ancestor=sources.ancestor, sources=digests, goals=sources.goals,

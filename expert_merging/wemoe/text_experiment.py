@@ -33,11 +33,12 @@ from expert_merging.wemoe.text_corruptions import CORRUPTIONS, STRENGTHS, corrup
 from expert_merging.wemoe.text_encoder import TextEncoder, regrouped
 from expert_merging.wemoe.text_plan import Run, adapts, coefficient
 
-# What a record follows from, beside the models; by the constants of the registry's methods, too.
+# What a record follows from, beside the models; by the constants of the registry's methods, too. What routes by batch gives
+# other answers in other batches.
 DEPENDS_ON = (
     *text_training.TRAINING, "test_texts", "select_texts", "robust_texts", "grid", "lam", "adapt_lr",
     "adamerging_lr", "adapt_steps", "adapt_batch_size", "guard", "guard_floor", "guard_window", "statistics_examples",
-    "general_tasks",
+    "general_tasks", "scoring_batch",
 )  # fmt: skip
 
 

@@ -128,6 +128,26 @@ def test_mixed_batches_hold_all_tasks_and_are_nothing_to_sample_wise_routing(wor
     assert any(text for texts in written.values() for text in texts)
 
 
+def test_only_what_routes_by_batch_follows_from_how_many_are_decoded_together(world, merged):
+    from expert_merging.data import features
+    from expert_merging.merging.registry import METHODS
+    from expert_merging.run import results
+    from expert_merging.run.constants import read_constants
+    from expert_merging.wemoe import experiment
+    from neighbours import WEMoE_multi_task_merging as script
+
+    identities = {}
+    for size in (32, 6):
+        c = read_constants(vars(script), world.words("merged", **SMALL, eval_batch_size=size))
+        sources = experiment.open_sources(c)
+        sources.data = {task: features.load(task, c, sources.tokenizer) for task in TASKS}
+        identities[size] = {m: experiment.identity_of(sources, METHODS[m]) for m in ("wemoe", "wemoe_batch", "ties")}
+    changed = {m: results.changes(identities[32][m], identities[6][m]) for m in identities[32]}
+    assert changed == {"wemoe": "", "ties": "", "wemoe_batch": "eval_batch_size was 32, is now 6"}
+    before = {name: value for name, value in identities[32]["wemoe_batch"].items() if name != "eval_batch_size"}
+    assert results.changes(before, identities[32]["wemoe_batch"]) == ""  # records from before it was noted
+
+
 def test_models_are_what_the_methods_say(merged):
     base = SafetensorsFolder(merged.parent / "base-4")
     tuned = [

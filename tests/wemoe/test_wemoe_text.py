@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import TEXT_TASKS, write_lines, write_text_place
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_json
+from expert_merging.core.files import read_json, write_json
 from expert_merging.core.scales import SCALES
 from expert_merging.data import text_tasks
 from expert_merging.data.scores import pack, unpack
@@ -106,6 +106,16 @@ def test_what_is_there_is_not_made_again_and_records_do_not_move(everything):
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
     with pytest.raises(UserError, match="adapt_steps was 3, is now 4.*choose another WEMOE_TEXT_DIR"):
         call_main(SCRIPT, [*given, "--adapt_steps", "4"])
+    with pytest.raises(UserError, match="scoring_batch was 32, is now 7"):  # what routes by batch would score otherwise
+        call_main(SCRIPT, [*given, "--scoring_batch", "7"])
+    for path in before:  # as records of earlier versions, which do not note it
+        if path.parent.parent.name == "records":
+            record = read_json(path)
+            record["identity"].pop("scoring_batch")
+            write_json(path, record)
+    call_main(SCRIPT, given)
+    for path, content in before.items():
+        path.write_bytes(content)
 
 
 def test_what_was_adapted_is_what_robustness_tests(everything):
