@@ -106,6 +106,10 @@ def check(c: SimpleNamespace) -> None:
         raise UserError("the part robustness tests the models of the part main; add it to parts")
     if "guard" in c.parts and "main" not in c.parts:
         raise UserError("the part guard goes by what happened in the part main; add it to parts")
+    if "guard" in c.parts and c.guard == "off":
+        raise UserError(
+            "the part guard asks where the guard of main spoke up, and guard is off; give warn, or take it out of parts"
+        )
     at_least(
         c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "guard_window", "statistics_examples",
         "scoring_batch", "select_texts",

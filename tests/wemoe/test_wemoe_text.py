@@ -313,6 +313,10 @@ def test_an_encoder_without_a_tokenizer_and_what_is_no_encoder(place, tmp_path):
         ({"warmup": "1"}, "warmup is 1.0"),
         ({"adapt_steps": "0"}, "adapt_steps is 0"),
         ({"guard": "hope"}, "the guard is 'hope'"),
+        (
+            {"parts": "main guard", "guard": "off"},
+            "the part guard asks where the guard of main spoke up, and guard is off",
+        ),
         ({"train_texts": "2"}, "seed 0 draws no example of label . of who in its 2 training examples"),
         ({"parts": "generalization", "general_tasks": "3"}, "nothing would be left to generalize to"),
     ],
