@@ -76,17 +76,17 @@ def main(c):
     raw = comparison.check(c, jobs)
     accelerator = make_accelerator(c)
 
-    folders = {}
+    found = {}
     for job in jobs:
         # A small model, pre-trained on docstrings, where the task has no published one.
         base = job.model or bases.pretrain_once(c, accelerator, Path(c.MEO_DIR) / "bases" / c.family)
-        folders[job.task] = comparison.run_job(c, accelerator, job, base, raw[job.task])
+        found[job.task] = comparison.run_job(c, accelerator, job, base, raw[job.task])
 
     if accelerator.is_main_process:
-        for folder in folders.values():
-            print(report.write_finetuning(report.records_of(folder), folder / "report"))
-        if len(folders) > 1:
-            print(report.write_together(c, folders))
+        for task, records in found.items():
+            print(report.write_finetuning(records, Path(c.MEO_DIR) / f"{c.family}_{task}" / "report"))
+        if len(found) > 1:
+            print(report.write_together(c, found))
 
 
 if __name__ == "__main__":

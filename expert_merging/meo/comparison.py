@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.meo import recipes
 from expert_merging.meo.recipes import Recipe
+from expert_merging.meo.run_records import records_of, run_file
+from expert_merging.report.records import Groups
 from expert_merging.run import results
 
 if TYPE_CHECKING:  # torch and transformers come with it
@@ -58,9 +60,9 @@ def check(c: SimpleNamespace, jobs: Sequence[Job]) -> dict[str, Mapping[str, Seq
     return {job.task: recipes.load_raw(job.task, c) for job in jobs}
 
 
-def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[str, Sequence[dict]]) -> Path:
+def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[str, Sequence[dict]]) -> Groups:
     """Train all variants of all seeds on a task from the model `base`; those that have been run are not run again. For a seed
-    they have the same rows, batches and head. Returns the folder of the records."""
+    they have the same rows, batches and head. Returns the records of these learning rates, also of other seeds."""
     from expert_merging.meo import finetuning
 
     finetuning.check_model(base, c.family)
@@ -82,13 +84,13 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
     about |= {"drawn": number} if number else {}
     about |= results.identity(c, ("family", "precision"), task=job.task, n=job.n)
     alike = {**about, "recipe": recipes.as_json(first)}
-    apart = ("seed", "variant", *(["recipe"] if len(job.recipes) > 1 else []))
+    learning_rates = [recipe.lr for recipe in job.recipes]
+    apart = ("seed", "variant", *(["recipe.lr"] if len(learning_rates) > 1 else []))
     results.refuse_others(folder.glob("seed*/*.json"), alike, elsewhere="MEO_DIR", but=apart)
     for seed in c.seeds:
         of_seed = {**rows, "train": recipes.drawn(rows["train"], number, seed)}
         for variant, recipe in _runs(job, c.family):
-            name = variant.file if len(job.recipes) == 1 else f"{variant.file}_lr{recipe.lr:g}"
-            path = folder / f"seed{seed}" / name
+            path = folder / f"seed{seed}" / run_file(variant.file, learning_rates, recipe.lr)
             identity: dict[str, Any] = {
                 **about,
                 "recipe": recipes.as_json(recipe),
@@ -99,7 +101,7 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
                 finetuning.run_variant(
                     c, accelerator, variant, base, tokenizer, path, identity, job.task, recipe, of_seed, facts
                 )
-    return folder
+    return records_of(folder, learning_rates)
 
 
 def _runs(job: Job, family: str) -> "Iterator[tuple[Variant, Recipe]]":

@@ -46,10 +46,10 @@ def check_publishing(c: SimpleNamespace) -> None:
     publish.require_commit()
 
 
-def write_together(c: SimpleNamespace, tasks: dict[str, Path]) -> str:
-    """Write records, tables and figures of several tasks together, {task: folder of its records}; returns the tables as text.
-    With `c.publish` also to results/meo/{scale}."""
-    groups = several_tasks.together({task: records_of(folder) for task, folder in tasks.items()})
+def write_together(c: SimpleNamespace, tasks: dict[str, Groups]) -> str:
+    """Write records, tables and figures of several tasks together, {task: its records}; returns the tables as text. With
+    `c.publish` also to results/meo/{scale}."""
+    groups = several_tasks.together(tasks)
     with new_folder(Path(c.MEO_DIR) / f"{c.family}_{'+'.join(tasks)}") as place:
         write(place, groups)
         shown = folders.write(place, WING, c.scale)

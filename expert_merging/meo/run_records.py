@@ -1,5 +1,6 @@
 """Records of fine-tuning runs: read, listed, and found by what was trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,29 @@ def records_in(folder: Path, pattern: str, seed: int) -> Groups:
     return groups
 
 
-def records_of(folder: Path) -> Groups:
-    """What neighbours/MEO_finetune.py has left in the `folder` of a family and task; of a run's learning rates the one with
-    the best validation score."""
+def run_file(variant: str, rates: Sequence[float], rate: float) -> str:
+    """What the files of a run are called that is trained at `rate`, one of the `rates` of a command."""
+    return variant if len(rates) == 1 else f"{variant}_lr{rate:g}"
+
+
+def records_of(folder: Path, rates: Sequence[float] = ()) -> Groups:
+    """What neighbours/MEO_finetune.py has left in the `folder` of a family and task; of several learning rates, for each run
+    the one with the best validation score.
+
+    Args:
+        rates: those of a command, of which alone runs count then, of several only where there is one at each; none takes what
+            there is, runs of several rates before those of one.
+    """
+    found = records_in(folder, "seed*/*.json", -2)
+    several = len(rates) > 1 if rates else any("_lr" in name for runs in found.values() for name in runs)
     groups: Groups = {}
-    for group, runs in records_in(folder, "seed*/*.json", -2).items():
-        groups[group] = {}
+    for group, runs in found.items():
+        tried: dict[str, list[dict[str, Any]]] = {}
         for name, record in runs.items():
-            variant = name.partition("_lr")[0]
-            before = groups[group].get(variant)
-            if before is None or _validated(record) > _validated(before):
-                groups[group][variant] = record
+            variant, of_several, rate = name.partition("_lr")
+            if bool(of_several) == several and (not several or not rates or rate in [f"{one:g}" for one in rates]):
+                tried.setdefault(variant, []).append(record)
+        groups[group] = {name: max(own, key=_validated) for name, own in tried.items() if len(own) >= len(rates)}
     return groups
 
 

@@ -109,11 +109,21 @@ def refuse(place: str | Path, was: dict[str, Any], now: dict[str, Any], remedy: 
 
 def refuse_others(paths: Iterable[Path], wanted: dict[str, Any], elsewhere: str, but: tuple[str, ...] = ()) -> None:
     """Raises UserError where one of the records `paths`, beside which a new one would stand in a table, was made with
-    another identity, the entries `but` aside. `elsewhere` names the constant that says where the records lie."""
-    now = {name: value for name, value in wanted.items() if name not in but}
+    another identity, the entries `but` aside ("recipe.lr" is the entry lr of the entry recipe). `elsewhere` names the constant
+    that says where the records lie."""
     for path in paths:
-        was = {name: value for name, value in made_with(read_json(path)).items() if name not in but}
+        was, now = (_without(one, but) for one in (made_with(read_json(path)), wanted))
         refuse(path, was, now, f"one table would show both: restore them, or choose another {elsewhere}")
+
+
+def _without(identity: dict[str, Any], but: Iterable[str]) -> dict[str, Any]:
+    kept = dict(identity)
+    for name, _, inner in (one.partition(".") for one in but):
+        if not inner:
+            kept.pop(name, None)
+        elif isinstance(kept.get(name), dict):
+            kept[name] = _without(kept[name], (inner,))
+    return kept
 
 
 # ---------------------------------------------------------------- whether it is done

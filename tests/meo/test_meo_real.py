@@ -122,9 +122,8 @@ def test_one_table_never_holds_runs_of_two_set_ups(done, world):
 
 
 def test_of_several_learning_rates_the_best_on_validation_counts(world, tmp_path):
-    call_main(
-        SCRIPT, words(world, RUN_DIR=tmp_path, tasks="pairs", learning_rate="0.01 0.0001", seeds=0, levels="sequence")
-    )
+    given = words(world, RUN_DIR=tmp_path, tasks="pairs", learning_rate="0.01 0.0001", seeds=0, levels="sequence")
+    call_main(SCRIPT, given)
     folder = tmp_path / "meo" / "bert_pairs" / "seed0"
     assert {file.stem for file in folder.glob("dense*")} == {"dense_lr0.01", "dense_lr0.0001"}
     for name, validation, test in (("dense_lr0.01", 60, 90), ("dense_lr0.0001", 70, 10)):
@@ -135,6 +134,23 @@ def test_of_several_learning_rates_the_best_on_validation_counts(world, tmp_path
     assert found["dense"]["scores"]["test"]["accuracy"] == 10 and set(found) == {
         "dense", "block", "moe_sequence_k2", "meo_sequence_k2",
     }  # fmt: skip
+
+    # What other commands left, a run at one rate and one of other rates, stands in no table of these two, however good.
+    stale = json.loads((folder / "dense_lr0.01.json").read_text())
+    stale["identity"]["recipe"]["lr"], stale["scores"]["validation"]["accuracy"] = 0.5, 99
+    stale["scores"]["test"]["accuracy"] = 99
+    for name in ("dense", "dense_lr0.5", "block_lr0.5"):
+        (folder / f"{name}.json").write_text(json.dumps(stale))
+    call_main(SCRIPT, given)
+    shown = json.loads((folder.parent / "report" / "seed0.json").read_text())
+    assert shown["dense"]["scores"]["test"]["accuracy"] == 10 and shown["block"]["scores"]["test"]["accuracy"] != 99
+    one = run_records.records_of(folder.parent, [0.5])["seed0"]
+    assert set(one) == {"dense"} and one["dense"]["scores"]["test"]["accuracy"] == 99
+    assert set(run_records.records_of(folder.parent, [0.5, 0.01])["seed0"]) == {"dense", "block"}  # tried at both
+    stale["identity"]["recipe"]["epochs"] = 9
+    (folder / "dense_lr0.5.json").write_text(json.dumps(stale))
+    with pytest.raises(UserError, match="dense_lr0.5.json was made with other constants .recipe was"):
+        call_main(SCRIPT, given)
 
 
 # ---------------------------------------------------------------- statistics

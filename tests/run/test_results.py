@@ -1,5 +1,6 @@
 """The protocol of a run: what a result depends on, whether it is done, what is taken up, and what runs are called."""
 
+import contextlib
 import json
 import pickle
 from types import SimpleNamespace
@@ -97,6 +98,13 @@ def test_no_table_shows_rows_of_several_constants(tmp_path):
     results.refuse_others(tmp_path.glob("*.json"), now, "MEO_DIR", but=("seed",))
     with pytest.raises(UserError, match="a.json was made with other constants .seed was 0, is now 1.*another MEO_DIR"):
         results.refuse_others(tmp_path.glob("*.json"), now, "MEO_DIR")
+    results.save(tmp_path / "b.json", results.identity(constants(seed=1), recipe={"lr": 1, "epochs": 2}), {})
+    (tmp_path / "a.json").unlink()
+    for epochs in (2, 3):
+        wanted = results.identity(constants(seed=1), recipe={"lr": 4, "epochs": epochs})
+        refused = contextlib.nullcontext() if epochs == 2 else pytest.raises(UserError, match="recipe was .'epochs': 2")
+        with refused:
+            results.refuse_others(tmp_path.glob("*.json"), wanted, "MEO_DIR", but=("recipe.lr",))
 
 
 def test_what_is_absent_names_the_command(tmp_path):
