@@ -69,7 +69,7 @@ select_texts = by_scale(paper=300, night=100, tiny=40, real=100)  # of each task
 adapt_steps = by_scale(paper=1000, night=50, tiny=6, real=50)
 adapt_batch_size = by_scale(paper=16, night=8, tiny=8, real=8)  # texts of a task in a step
 adapt_lr = by_scale(paper=1e-4, night=1e-3, tiny=1e-3, real=1e-4)  # of routers
-adamerging_lr = by_scale(paper=1e-3, night=1e-2, tiny=1e-2, real=1e-3)  # of coefficients
+adamerging_lr = by_scale(paper=1e-3, night=1e-2, tiny=1e-2, real=1e-3)  # of coefficients, a router's of depth 0 too
 statistics_examples = by_scale(paper=256, night=64, tiny=16, real=64)  # of training inputs, for Fisher and RegMean
 guard = "warn"  # of collapse while adapting: warn | rollback | off
 guard_floor = 0.5  # share of its first value to which the entropy of a task's mean prediction may fall

@@ -141,7 +141,7 @@ def build(
     """
     check_method(method)
     if method in ADAMERGING:
-        layer_wise, keep = "layer" in method, 0.2 if method.endswith("++") else None
+        layer_wise, keep = "layer" in method, s.constants["ties_keep"] if method.endswith("++") else None
         return AdaMerged(copy.deepcopy(base), experts, layer_wise=layer_wise, keep=keep, initial=s.lam)
     found = _WEMOE.match(method)
     if found:
@@ -267,7 +267,8 @@ def merged_model(
             for name, tensor in load_file(reuse).items():
                 trained[name].copy_(tensor)
     elif trained:
-        lr = s.adamerging_lr if method in ADAMERGING else s.lr
+        # A router of depth 0 is nothing but coefficients.
+        lr = s.adamerging_lr if method in ADAMERGING or "_depth0" in method else s.lr
         made["adaptation"] = adaptation = adapt_to(model, adapt_tasks, s, lr, title=f"{method}: adapting", **more)
         made["seconds"]["adapt"] = adaptation["seconds"]
     if trained and keep is not None:

@@ -17,7 +17,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.report import folders
 from expert_merging.wemoe import classification, digits, report
 from expert_merging.wemoe.adaptation import adapt, batch_at, entropy, entropy_loss, neighbours_at
-from expert_merging.wemoe.classification import Settings, run_method, statistics_of
+from expert_merging.wemoe.classification import Settings, build, merged_model, run_method, statistics_of
 from expert_merging.wemoe.ffn import ensembles, routers, upscale
 from expert_merging.wemoe.scoring import Task, embed
 
@@ -380,6 +380,31 @@ def test_before_adapting_accuracy_is_that_of_task_arithmetic(trained_digits, met
         accuracy[name] = 25 * sum(found[task.name]["accuracy"] for task in tasks)
     assert accuracy["task_arithmetic"] > 40
     assert abs(accuracy[method] - accuracy["task_arithmetic"]) <= 0.2
+
+
+def test_what_adapts_constants_learns_at_their_rate(trained_digits):
+    """A router of depth 0 is constants; at the rate of routers 50 steps would move them by 0.005."""
+    base, experts, tasks = trained_digits
+    s = Settings(steps=1, adapt_batch_size=2, logit_scale=digits.LOGIT_SCALE, mixed=False, lr=1e-4, adamerging_lr=1e-2)
+    for method, lr in (
+        ("wemoe_depth0", 1e-2),
+        ("ewemoe_90_depth0_batch", 1e-2),
+        ("adamerging_task", 1e-2),
+        ("wemoe", 1e-4),
+    ):
+        assert merged_model(method, base, experts, tasks, s)[1]["adaptation"]["lr"] == lr, method
+
+
+def test_adamerging_plus_keeps_what_the_constant_says(trained_digits):
+    base, experts, _ = trained_digits
+    shares = {}
+    for keep in (0.2, 0.5):
+        s = Settings(constants={**Settings().constants, "ties_keep": keep})
+        model = build("adamerging_layer++", base, list(experts.values()), s)
+        vectors = [getattr(model, f"vectors_{i}") for i in range(len(model.names))]
+        shares[keep] = sum((v != 0).sum().item() for v in vectors) / sum(v.numel() for v in vectors)
+        assert 0.4 * keep < shares[keep] <= 1.001 * keep  # what is against the elected sign is gone, too
+    assert shares[0.5] > 1.5 * shares[0.2]
 
 
 def test_fisher_and_regmean_look_at_each_experts_own_images_and_at_no_label(trained_digits):
