@@ -5,7 +5,8 @@ a tenth of them, the same for every seed.
 """
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.data.raw_files import not_text, read_ag_news_csv, read_jsonl
 
 SPLITS = ("train", "validation", "test")
+_NO_LETTERS = re.compile(r"[\W_]+")
 SAMPLE_SEED = 0  # of validation and test samples: the same for every model, seed and machine
 
 
@@ -91,6 +93,33 @@ def read(folder: Path) -> TextTask:
     if len({row.text2 is None for split in SPLITS for row in rows[split]}) > 1:
         raise UserError(f"{folder}: some examples have a text2 and others none; a task is of pairs or of single texts")
     return TextTask(folder.name, len(labels), rows)
+
+
+class Overlap(NamedTuple):
+    """`share` of the test examples of the task `tested` are training examples of the task `trained`, by their texts."""
+
+    trained: str
+    tested: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%} of {self.tested}'s test texts are among {self.trained}'s training texts"
+
+
+def overlaps(tasks: Mapping[str, TextTask], trained: Sequence[str], least: float = 0.01) -> list[Overlap]:
+    """The pairs of tasks in which one, of those `trained`, sees more than the share `least` of another's test texts in
+    training. Texts are compared without case, spaces and punctuation; a pair's are one."""
+    tests = {name: [_letters(row) for row in task.rows["test"]] for name, task in tasks.items()}
+    found = []
+    for one in trained:
+        seen = {_letters(row) for row in tasks[one].rows["train"]}
+        shares = {name: sum(text in seen for text in own) / len(own) for name, own in tests.items() if name != one}
+        found += [Overlap(one, name, share) for name, share in shares.items() if share > least]
+    return found
+
+
+def _letters(row: Row) -> str:
+    return _NO_LETTERS.sub("", f"{row.text} {row.text2 or ''}".casefold())
 
 
 def _rows(path: Path) -> list[Row]:

@@ -281,8 +281,8 @@ def spoilt(c: SimpleNamespace, task: TextTask, way: str, strength: int) -> list[
 
 
 def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...], Any]:
-    """(tasks, the names of those to merge, the tokenizer). Notes in `c` the hash of the encoder's weights. Raises UserError for
-    what is wrong with any of them."""
+    """(tasks, the names of those to merge, the tokenizer). Notes in `c` the hash of the encoder's weights, and which tasks to
+    merge are trained on others' test texts, of which it warns. Raises UserError for what is wrong with any of them."""
     folders, unseen = [folder for folder in c.TASKS_PATH if folder], [name for name in c.unseen_tasks if name]
     from transformers.utils import logging
 
@@ -309,6 +309,9 @@ def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...],
             f"general_tasks is {c.general_tasks} of {len(merged)} tasks: nothing would be left to generalize to; lower it, or "
             "leave generalization out of parts"
         )
+    c.overlaps = text_tasks.overlaps(tasks, merged)
+    for one in c.overlaps:
+        print(f"TASKS_PATH: {one}; models merged with {one.trained} have seen them")
     return tasks, merged, tokenizer
 
 
@@ -327,4 +330,5 @@ def missing(c: SimpleNamespace, seed: int, tasks: Mapping[str, TextTask], merged
 def note(seed: Seed, run: Run, found: dict[str, Any]) -> None:
     """Write a record."""
     folder, group = Path(seed.c.WEMOE_TEXT_DIR), f"seed{seed.number}"
-    records.add(folder, group, run.name, found | {"merging": run.method}, seed.number, seed.identity)
+    found |= {"merging": run.method, "overlaps": seed.c.overlaps}
+    records.add(folder, group, run.name, found, seed.number, seed.identity)

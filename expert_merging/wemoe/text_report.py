@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from expert_merging.data.text_tasks import Overlap
 from expert_merging.merging.registry import METHODS
 from expert_merging.report.records import Groups, every, source
 from expert_merging.report.tables import Table, stat
@@ -93,6 +94,13 @@ def _facts(groups: Groups) -> str:
     )
 
 
+def _overlaps(groups: Groups, trained: Sequence[str], tested: Sequence[str]) -> str:
+    """What a note says of test texts that other tasks' models were trained on; older records do not tell."""
+    told = [Overlap(*one) for one in next((r["overlaps"] for _, _, r in every(groups) if "overlaps" in r), ())]
+    told = [one for one in told if one.trained in trained and one.tested in tested]
+    return f" Tasks share texts: {'; '.join(map(str, told))}." if told else ""
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -101,7 +109,8 @@ def accuracy(groups: Groups) -> Table:
         f"Test accuracy (%), {_facts(groups)}. Relative: mean over tasks of accuracy / that of the separate model. "
         "Coefficients chosen on validation by one rule; what adapts has seen the test inputs without labels."
     )
-    table, names = Table("accuracy", "Merging a real encoder", note), tasks_of(groups)
+    names = tasks_of(groups)
+    table = Table("accuracy", "Merging a real encoder", note + _overlaps(groups, names, names))
     for method in methods_of(groups, "main"):
         found = of(groups, "main", method)
         row: dict[str, Any] = {"method": label(method), "mean": stat([mean(record, names) for _, record in found])}
@@ -215,6 +224,9 @@ def generalization(groups: Groups) -> Table:
     note = f"Test accuracy (%) after merging {', '.join(seen)}; {', '.join(unseen)} are only tested, each under its own head."
     if {"mr", "sst2"} <= {*seen, *unseen} or {"mr", "sst5"} <= {*seen, *unseen}:
         note += " MR's sentences are largely SST's."
+    if {"sst2", "sst5"} <= {*seen, *unseen}:
+        note += " SST-5's sentences are SST-2's and the neutral ones."
+    note += _overlaps(groups, seen, unseen)
     table = Table("generalization", "Tasks that were not merged", note)
     for method in methods_of(groups, "generalization"):
         found = [record for _, record in of(groups, "generalization", method)]

@@ -352,6 +352,39 @@ def test_samples_are_fixed_but_for_those_of_a_seed():
     assert task.sample("train", 10, 0) != task.sample("train", 10, 1)
 
 
+def test_test_texts_that_another_task_trains_on_are_told():
+    def task(name, train, test):
+        rows = {"train": [Row(*text, 0) for text in train], "test": [Row(*text, 0) for text in test]}
+        return text_tasks.TextTask(name, 2, rows)
+
+    own = [(f"text {i}", None) for i in range(198)]
+    one = task("one", [("A good film , really !", None), ("left", "right"), ("of both", None)], [("else", None)])
+    two = task("two", [("of both", None)], [*own, ("a good film, really", None), ("left", None)])  # 1 of 200 is few
+    three = task(
+        "three", [("else", None)], [("a GOOD film,really", None), ("Left", "right."), ("x", None), ("y", None)]
+    )
+    tasks = {each.name: each for each in (one, two, three)}
+    assert text_tasks.overlaps(tasks, ["one", "two"]) == [("one", "three", 0.5)]
+    assert text_tasks.overlaps(tasks, ["one"], least=0.001) == [("one", "two", 0.005), ("one", "three", 0.5)]
+    (told,) = text_tasks.overlaps(tasks, ["three"])
+    assert str(told) == "100% of one's test texts are among three's training texts"
+
+
+def test_shared_texts_are_a_line_and_in_the_notes(place, tmp_path, capsys):
+    shutil.copytree(place / "tasks", tmp_path / "tasks")
+    tests = (place / "tasks" / "who" / "test.jsonl").read_text().splitlines()
+    path = tmp_path / "tasks" / "where" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, line in zip(rows, tests[: len(tests) // 2], strict=False):
+        row["text"] = json.loads(line)["text"].upper()
+    write_lines(path, rows)
+    call_main(SCRIPT, words(place, tmp_path / "r", TASKS_PATH=tmp_path / "tasks", methods="individual average"))
+    said = "of who's test texts are among where's training texts"
+    out = capsys.readouterr().out
+    assert f"{said}; models merged with where have seen them" in out
+    assert said in (tmp_path / "r" / "tables" / "accuracy.md").read_text()
+
+
 def test_docstring_tasks_are_task_folders(tmp_path, monkeypatch):
     from expert_merging.data import docstring_reader
 
