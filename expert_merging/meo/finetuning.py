@@ -279,9 +279,7 @@ def train_variant(
         value = scores[recipe.main_score]
         return {"selection": -value if recipe.main_score == "perplexity" else value, "scores": scores}
 
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = parameter_groups(model, recipe.weight_decay)
     history = loop.train(
         accelerator, model, torch.optim.AdamW(groups, lr=recipe.lr, fused=True), num_epochs=recipe.epochs, steps_of=steps_of,
         loss_of=loss_of, after_epoch=after_epoch, folder=work, checkpoint_minutes=c.checkpoint_minutes, max_grad_norm=1.0,
@@ -304,6 +302,13 @@ def train_variant(
         "step_losses": losses, "step_seconds": statistics.median(seconds) if seconds else None,
         "device": accelerator.device.type, "threads": torch.get_num_threads(), **costs,
     }  # fmt: skip
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
+    """For an optimizer: what decays and what does not, which are biases, those of experts too, and norms."""
+    decays = {name: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    sides = ([p for name, p in model.named_parameters() if decays[name] == side] for side in (True, False))
+    return [{"params": own, "weight_decay": d} for own, d in zip(sides, (weight_decay, 0.0), strict=True)]
 
 
 def measure(model, train: list[dict], tokenizer, family: str, recipe: Recipe, device) -> dict[str, Any]:

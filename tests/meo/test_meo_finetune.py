@@ -83,6 +83,25 @@ def test_records_of_all_variants(done, folder):
     }
 
 
+@pytest.mark.parametrize(("family", "task"), [("bert", "rte"), ("gpt2", "wikitext"), ("t5", "squad"), ("bart", "xsum")])
+def test_experts_decay_as_the_dense_model_does(folder, family, task):
+    """Of experts the biases are stacked, two-dimensional, and yet biases."""
+    from expert_merging.meo import finetuning, recipes
+
+    decaying, level = {}, "task" if family == "gpt2" else "sequence"
+    for how in ("dense", "moe"):
+        model = finetuning.load_model(str(folder / family), family, recipes.RECIPES[task], ["a", "b"])
+        model = finetuning.convert(model, finetuning.Variant(how, level, 3, 2), [5, 6]) if how == "moe" else model
+        groups = finetuning.parameter_groups(model, 0.1)
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        own = {id(p) for p in groups[0]["params"]}
+        assert len(own) + len(groups[1]["params"]) == len(list(model.parameters()))
+        named = {name: id(p) in own for name, p in model.named_parameters()}
+        decaying[how] = {name: named[name] for name in (decaying["dense"] if how == "moe" else named)}
+    assert decaying["moe"] == decaying["dense"] and set(named) > set(decaying["dense"])
+    assert not [name for name, decays in named.items() if decays and name.endswith("bias")]
+
+
 def test_costs_are_the_formulas(done):
     """FFN linears of 16 x 32, one layer, 24 tokens, n = 3, k = 2; biases merge, gates read a mean or every token."""
     found, _ = done
