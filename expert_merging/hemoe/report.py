@@ -8,7 +8,7 @@ import numpy as np
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
-from expert_merging.hemoe import pipeline, question_gains
+from expert_merging.hemoe import pipeline, question_gains, record_checks
 from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
@@ -64,8 +64,8 @@ def make(c: SimpleNamespace) -> None:
         found[path.name] = {method: record for method, record in kept.items() if record}
     if not any(found.values()):
         raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
-    _refuse_unlike(found)
-    _leave_out_unfinished(found)
+    record_checks.refuse_unlike(found)
+    record_checks.leave_out_unfinished(found, _PER_TASK)
     with new_folder(folder) as place:
         write(place, found)
         shown = folders.write(place, WING, Path(c.HEMOE_DIR).name)
@@ -81,41 +81,6 @@ def check() -> None:
     if wrong := [line for folder in index.folders(RESULTS) for line in folders.check(folder, WING)]:
         raise UserError(f"{RESULTS.relative_to(ROOT)} does not follow from its records: {'; '.join(wrong)}")
     print("the tables of results/hemoe follow from their records")
-
-
-def _refuse_unlike(found: Groups) -> None:
-    """Raises UserError where records that one table would show were made with different constants."""
-    noted: dict[str, tuple[str, Any]] = {}
-    for seed, records in found.items():
-        for model, record in records.items():
-            for name, value in record["identity"].items():
-                place, first = noted.setdefault(name, (f"{seed}/{model}", value))
-                if value != first and name not in ("seed", "method", "tune_tasks"):
-                    raise UserError(
-                        f"{seed}/{model} was made with {name} {value}, {place} with {first}; one table would show both: "
-                        "remove one of them, or choose another HEMOE_DIR"
-                    )
-
-
-def _leave_out_unfinished(found: Groups) -> None:
-    """Leave out, and say so, who has not been asked all that the same model of another seed, or another tuned for each task,
-    has been asked."""
-    asked: dict[str, set[str]] = {}
-
-    def group(model: str) -> str:
-        return _PER_TASK if model.endswith(_PER_TASK) else model
-
-    def tasks(record: dict[str, Any]) -> set[str]:
-        return {task for one in record["k"].values() for task in one["accuracy"]}
-
-    for records in found.values():
-        for model, record in records.items():
-            asked[group(model)] = asked.get(group(model), set()) | tasks(record)
-    for seed, records in found.items():
-        for model in list(records):
-            if missing := sorted(asked[group(model)] - tasks(records[model])):
-                print(f"{seed}/{model} is left out: it has not been asked {missing[0]}")
-                del records[model]
 
 
 def _collected(folder: Path, method: str, end: str = "") -> dict[str, Any] | None:
@@ -234,15 +199,22 @@ def _at_shares(records: Groups) -> Table:
         "accuracy_at_share", "Accuracy at equal activated share",
         f"{note} activated shares of the experts' neurons, between measured points by straight lines; {_seeds(records)}.",
     )  # fmt: skip
-    for method in _MODELS:
-        if not any(method in of_seed for of_seed in records.values()):
-            continue
-        row: dict[str, Any] = {"model": _name(method)}
-        for what, decimals in (("accuracy", 2), ("loss", 3)):
-            for share in (*SHARES, 1.0):
-                values = [_value(one[method], what, share) for one in records.values() if method in one]
-                row[f"{what} at {share:g}"] = stat(values, decimals)
-        table.rows.append({**row, "from": source(records, method)})
+    points = [(what, share) for what in ("accuracy", "loss") for share in (*SHARES, 1.0)]
+    found = {
+        method: {point: [_value(one[method], *point) for one in records.values() if method in one] for point in points}
+        for method in _MODELS
+    }
+
+    def met(values: list[float | None]) -> bool:
+        return any(value is not None for value in values)
+
+    points = [point for point in points if any(met(of[point]) for of in found.values())]
+    for method, of in found.items():
+        if any(met(of[point]) for point in points):
+            shown = {
+                f"{what} at {share:g}": stat(of[what, share], 2 if what == "accuracy" else 3) for what, share in points
+            }
+            table.rows.append({"model": _name(method), **shown, "from": source(records, method)})
     return table
 
 

@@ -6,7 +6,7 @@ import pytest
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import write_json
 from expert_merging.data.scores import pack
-from expert_merging.hemoe import question_gains, report
+from expert_merging.hemoe import question_gains, record_checks, report
 
 TASKS = ("easy", "hard")
 
@@ -94,17 +94,17 @@ def test_records_of_other_constants_are_refused_and_unfinished_ones_left_out(cap
                 one["identity"] = identity | {"seed": seed, "method": method} | (seed1 if seed == "seed1" else {})
         return found
 
-    report._refuse_unlike(groups())
+    record_checks.refuse_unlike(groups())
     for changed, said in (
         ({"tune_lr": 3e-4}, "tune_lr 0.0003, seed0/HEMoE with 0.001"),
         ({"asked_sha256": ["b"]}, "asked"),
     ):
         with pytest.raises(UserError, match=said):
-            report._refuse_unlike(groups(**changed))
+            record_checks.refuse_unlike(groups(**changed))
     found = groups()
     for point in found["seed1"]["EMoE"]["k"].values():
         del point["accuracy"]["hard"]
-    report._leave_out_unfinished(found)
+    record_checks.leave_out_unfinished(found, "_per_task")
     assert [list(of) for of in found.values()] == [["HEMoE", "EMoE"], ["HEMoE"]]
     assert "seed1/EMoE is left out: it has not been asked hard" in capsys.readouterr().out
 

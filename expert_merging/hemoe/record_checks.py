@@ -1,0 +1,41 @@
+"""Which records may stand in one table: made with the same constants, and asked the same."""
+
+from typing import Any
+
+from expert_merging.core.errors import UserError
+from expert_merging.report.records import Groups
+
+
+def refuse_unlike(found: Groups) -> None:
+    """Raises UserError where records that one table would show were made with different constants."""
+    noted: dict[str, tuple[str, Any]] = {}
+    for seed, records in found.items():
+        for model, record in records.items():
+            for name, value in record["identity"].items():
+                place, first = noted.setdefault(name, (f"{seed}/{model}", value))
+                if value != first and name not in ("seed", "method", "tune_tasks"):
+                    raise UserError(
+                        f"{seed}/{model} was made with {name} {value}, {place} with {first}; one table would show both: "
+                        "remove one of them, or choose another HEMOE_DIR"
+                    )
+
+
+def leave_out_unfinished(found: Groups, per_task: str) -> None:
+    """Leave out, and say so, who has not been asked all that the same model of another seed, or another tuned for each task,
+    has been asked. The names of the latter end in `per_task`."""
+    asked: dict[str, set[str]] = {}
+
+    def group(model: str) -> str:
+        return per_task if model.endswith(per_task) else model
+
+    def tasks(record: dict[str, Any]) -> set[str]:
+        return {task for one in record["k"].values() for task in one["accuracy"]}
+
+    for records in found.values():
+        for model, record in records.items():
+            asked[group(model)] = asked.get(group(model), set()) | tasks(record)
+    for seed, records in found.items():
+        for model in list(records):
+            if missing := sorted(asked[group(model)] - tasks(records[model])):
+                print(f"{seed}/{model} is left out: it has not been asked {missing[0]}")
+                del records[model]
