@@ -132,7 +132,7 @@ def load_newest(accelerator: Accelerator, model, optimizer, paths: list[Path]) -
             manifest = _checked(path, _shards(accelerator, model))
             progress = read_json(path / "progress.json")
             if (path / _WEIGHTS).exists():  # of sharded weights there are the shards
-                _check_names(model, path / _WEIGHTS)
+                _check_names(accelerator.unwrap_model(model), path / _WEIGHTS)
             accelerator.load_state(str(path), strict=False)  # about names, which have been compared
             if sharding.is_sharded(model):
                 sharding.load(accelerator, model, optimizer, path)

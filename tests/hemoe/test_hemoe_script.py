@@ -231,7 +231,7 @@ def test_mistakes_are_one_line(place, tmp_path, constants, said):
         (
             "evaluation",
             {"eval_tasks": ("doc_copy", "nothing"), "tune_steps": 3},
-            "made with other constants .eval_tasks",
+            "made with other constants .asked_sha256.*eval_tasks",
         ),
         ("scores", {"max_tokens": 16}, "scores.json was made with other constants .max_tokens was 32, is now 16"),
         ("tuning", {"tune_lr": 1.0}, "tuning.json was made with other constants .tune_lr was 0.0003, is now 1.0"),
