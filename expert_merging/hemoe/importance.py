@@ -180,25 +180,19 @@ def _activations(model) -> Iterator[list[list]]:
         model.train(was_training)
 
 
-def norms(values: np.ndarray) -> np.ndarray:
-    """Of log(1 + I) [L, N, D], each domain's over all layers and neurons [D].
-
-    Raises UserError where a score is negative or not finite, or a domain's are all 0.
-    """
-    found = np.sqrt((_logs(values) ** 2).sum((0, 1)))
-    if (found == 0).any():
-        raise UserError(
-            f"domain {int((found == 0).argmax())} scores 0 at every neuron: it says nothing about the model"
-        )
-    return found
-
-
-def processed(values: np.ndarray, of_all: np.ndarray | None = None) -> np.ndarray:
+def processed(values: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """What the partition weighs: log(1 + I), each domain divided by its norm over all layers and neurons [L, N, D].
 
-    `of_all`: the `norms` of all the model's layers, where `values` are those of some. Raises UserError as `norms` does.
+    `among`: the scores of all the model's layers, where `values` are those of some. Raises UserError where a score is negative
+    or not finite, or a domain's are all 0.
     """
-    return _logs(values) / (norms(values) if of_all is None else of_all)
+    logs = _logs(values if among is None else among)
+    norms = np.sqrt((logs**2).sum((0, 1)))
+    if (norms == 0).any():
+        raise UserError(
+            f"domain {int((norms == 0).argmax())} scores 0 at every neuron: it says nothing about the model"
+        )
+    return (logs if among is None else _logs(values)) / norms
 
 
 def _logs(values: np.ndarray) -> np.ndarray:

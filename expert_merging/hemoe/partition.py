@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a method works on: `scores` [L, N, D] raw, `norms` [D] of all layers, `gates` L times [N, d], `like` another split.
+    """What a method works on: `scores` [L, N, D] raw, `among` those of all layers, `gates` L times [N, d], `like` a split.
     What METHODS says that the method needs is there; of the rest some may be None."""
 
     settings: Settings
@@ -65,7 +65,7 @@ class Given:
     scores: np.ndarray | None
     gates: Sequence[np.ndarray] | None
     like: Split | None
-    norms: np.ndarray | None = None
+    among: np.ndarray | None = None
 
 
 def partition(
@@ -76,13 +76,13 @@ def partition(
     like: Split | None = None,
     layers: Sequence[int] | None = None,
     domains: Sequence[str] = (),
-    norms: np.ndarray | None = None,
+    among: np.ndarray | None = None,
 ) -> Split:
     """Split every layer by `method`, one of METHODS, which says what each needs of the following.
 
     `scores` [L, N, D] are raw importance scores (importance.score), `gates` the L weights W_gate [N, d], `like` the split
     whose sizes are copied. `layers` are the numbers of the L layers in the model (0..L-1 unless given), `domains` the D
-    names, `norms` [D] the scores' over all of the model's layers (importance.norms; unless given, over these L).
+    names, `among` the scores of all of the model's layers, of which those are some (importance.processed).
     Deterministic, unless `settings.seconds` cuts the search short. Raises UserError for what is missing or cannot be, before
     anything long begins.
     """
@@ -109,7 +109,7 @@ def partition(
     depth, neurons = known.pop()
     if settings.experts > neurons:
         raise UserError(f"{settings.experts} experts cannot be made of {neurons} neurons; ask for fewer experts")
-    found = make(Given(settings, depth, neurons, scores, gates, like, norms))
+    found = make(Given(settings, depth, neurons, scores, gates, like, among))
     return Split(
         method=method, neurons=neurons, layers=tuple(range(depth) if layers is None else layers),
         domains=tuple(domains), seed=settings.seed, settings=asdict(settings), **found,
@@ -125,7 +125,7 @@ def hemoe(given: Given) -> dict:
     With modules the objective and the bound are those of the modules' problem.
     """
     assert given.scores is not None
-    settings, weights = given.settings, processed(given.scores, given.norms)
+    settings, weights = given.settings, processed(given.scores, given.among)
     domains = weights.shape[2]
     items = settings.modules or given.neurons
     if given.neurons % items:

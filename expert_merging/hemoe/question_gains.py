@@ -9,6 +9,7 @@ import numpy as np
 from expert_merging.analysis import crossed_bootstrap as bootstrap
 from expert_merging.core.errors import UserError
 from expert_merging.data.scores import unpack
+from expert_merging.hemoe.record_checks import tasks_of
 from expert_merging.report.records import Groups, source
 from expert_merging.report.tables import Table, stat
 
@@ -58,14 +59,10 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
 
 def comparable(one: Any, other: Any) -> bool:
     """Whether two records are there that were asked the same tasks, and whose curves cover some activated shares both."""
-    if one is None or other is None or _tasks(one) != _tasks(other):
+    if one is None or other is None or tasks_of(one) != tasks_of(other):
         return False
     low, high = zip(*(_ends(record) for record in (one, other)), strict=True)
     return max(low) < min(high)
-
-
-def _tasks(record: Any) -> set[str]:
-    return {task for point in record["k"].values() for task in point["accuracy"]}
 
 
 def _ends(record: Any) -> tuple[float, float]:

@@ -6,6 +6,11 @@ from expert_merging.core.errors import UserError
 from expert_merging.report.records import Groups
 
 
+def tasks_of(record: dict[str, Any]) -> set[str]:
+    """What a model has been asked."""
+    return {task for point in record["k"].values() for task in point["accuracy"]}
+
+
 def refuse_unlike(found: Groups) -> None:
     """Raises UserError where records that one table would show were made with different constants."""
     noted: dict[str, tuple[str, Any]] = {}
@@ -28,14 +33,11 @@ def leave_out_unfinished(found: Groups, per_task: str) -> None:
     def group(model: str) -> str:
         return per_task if model.endswith(per_task) else model
 
-    def tasks(record: dict[str, Any]) -> set[str]:
-        return {task for one in record["k"].values() for task in one["accuracy"]}
-
     for records in found.values():
         for model, record in records.items():
-            asked[group(model)] = asked.get(group(model), set()) | tasks(record)
+            asked[group(model)] = asked.get(group(model), set()) | tasks_of(record)
     for seed, records in found.items():
         for model in list(records):
-            if missing := sorted(asked[group(model)] - tasks(records[model])):
+            if missing := sorted(asked[group(model)] - tasks_of(records[model])):
                 print(f"{seed}/{model} is left out: it has not been asked {missing[0]}")
                 del records[model]

@@ -51,7 +51,7 @@ def _correlations(values) -> list[float]:
 
 def partition(c: SimpleNamespace) -> None:
     """Split the neurons of every layer in `moe_layers` by each method."""
-    from expert_merging.hemoe.importance import Scores, norms
+    from expert_merging.hemoe.importance import Scores
     from expert_merging.hemoe.partition import Settings
     from expert_merging.hemoe.partition import partition as split_by
 
@@ -82,7 +82,7 @@ def partition(c: SimpleNamespace) -> None:
             like = split_of(c, "HEMoE") if name == "random_heterogeneous" else None
             split = split_by(
                 name, Settings(**settings), scores=found.values[layers], gates=gates, like=like, layers=layers,
-                domains=found.domains, norms=norms(found.values),
+                domains=found.domains, among=found.values,
             )  # fmt: skip
         split.save(folder / "split.npz")
         split.export_parts(folder / "parts")

@@ -17,11 +17,12 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
+from expert_merging.data.docstring_reader import corpus_hash
 from expert_merging.merging.average import average_lazily
 from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.deviations import deviates, of_method
-from expert_merging.training.families import config_lines, digest, family_of
+from expert_merging.training.families import config_lines, family_of
 from expert_merging.training.overall import single_task_history
 
 
@@ -195,10 +196,10 @@ def sources_identity(sources: list[Source]) -> dict[str, Any]:
     """What an identity notes of `sources`: hashes of their weights, and of what else their family is known by."""
     noted: dict[str, Any] = {"sources": {source.task: source.weights_sha256 for source in sources}}
     if lines := config_lines(sources[0].config):  # those of all
-        noted["config"] = digest(lines)
+        noted["config"] = corpus_hash(lines)
     if "usage" in family_of(sources[0].config).KNOWN_BY:
         grids = {source.task: {stack: grid.tolist() for stack, grid in source.usage.items()} for source in sources}
-        noted["usage"] = {task: digest(usage) for task, usage in grids.items()}
+        noted["usage"] = {task: corpus_hash(usage) for task, usage in grids.items()}
     return noted
 
 

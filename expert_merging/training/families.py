@@ -3,7 +3,6 @@
 A model's family follows from the model_type of its configuration: nothing else asks which kind of model it has in hand.
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.hub import first_line, local_folder
+from expert_merging.data.docstring_reader import corpus_hash
 
 ROOMS = {"switch_transformers": "switch", "mixtral": "causal", "qwen2_moe": "causal", "olmoe": "causal"}
 
@@ -120,7 +120,7 @@ def load_base(c: SimpleNamespace, experts: int):
         raise UserError(f"BASE_MODEL_PATH: {path} has {there} experts a sparse layer, not {experts}")
     family.check_constants(c, model.config)
     ancestor, lines = weights_sha256(model), config_lines(model.config)
-    return model, digest([ancestor, lines]) if lines else ancestor
+    return model, corpus_hash([ancestor, lines]) if lines else ancestor
 
 
 def config_lines(config) -> dict[str, Any]:
@@ -132,11 +132,6 @@ def config_lines(config) -> dict[str, Any]:
         return {}
     lines = config.to_diff_dict()
     return {name: lines[name] for name in sorted(lines) if name not in SAYS_NOTHING and not name.startswith("_")}
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _model_type(path: str, constant: str) -> str:

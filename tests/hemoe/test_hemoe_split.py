@@ -8,7 +8,7 @@ from tiny_models import sparsity
 
 from expert_merging.core.errors import UserError
 from expert_merging.hemoe.clusters import balanced_clusters
-from expert_merging.hemoe.importance import norms, processed
+from expert_merging.hemoe.importance import processed
 from expert_merging.hemoe.partition import METHODS, Settings, partition
 from expert_merging.hemoe.solver import objective
 from expert_merging.hemoe.split import Split, experts_from_labels
@@ -75,7 +75,7 @@ def test_scores_of_some_layers_are_weighed_as_among_all():
     """Domains keep the weight that they have over the whole model, of which a mixture may leave layers dense."""
     scores = raw_scores(depth=3)
     scores[0, :, 1] *= 50  # the layer that stays dense holds most of domain 1
-    split = partition("HEMoE", Settings(experts=4), scores[1:], norms=norms(scores))
+    split = partition("HEMoE", Settings(experts=4), scores[1:], among=scores)
     among_all = processed(scores)[1:]
     for weights, labels, serves, found in zip(among_all, split.labels, split.serves, split.objective, strict=True):
         assert objective(weights, labels, serves) == pytest.approx(found)
