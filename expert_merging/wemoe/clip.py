@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,15 +177,22 @@ def has_split(path: str, name: str, split: str) -> bool:
 
 def _clips_names(task: str, images: Images) -> list[str]:
     """The names by which CLIP was measured, in the order of the data set's labels; none where the task has none or the data set
-    another number of classes. They lie in the order of the published data sets; a data set whose own names are numbers is
-    read by these."""
+    another number of classes. They lie in the order of the published data sets. A data set whose own names are numbers is read
+    by these; where most of its names are CLIP's but for case and punctuation, each goes with its own."""
     path = CLASS_NAMES / f"{task}.json"
     names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     if len(names) != (len(images.names) or max(images.labels) + 1) or set(names) == set(images.names):
         return []
     if all(name.isdecimal() for name in images.names) and sorted(map(int, images.names)) == list(range(len(names))):
         return [names[int(name)] for name in images.names]
+    by_words = {_words(name): name for name in names}
+    if 2 * sum(_words(own) in by_words for own in images.names) > len(names):
+        return [by_words.get(_words(own), own) for own in images.names]
     return names
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z0-9]+", name.casefold()))
 
 
 def class_names(task: str, images: Images, folder: str) -> list[str]:

@@ -161,11 +161,20 @@ def test_class_names_come_from_the_data_or_a_file(place, tmp_path):
 
 def test_clips_class_names_are_as_many_as_the_data_sets_classes():
     lists = {path.stem: read_json(path) for path in clip.CLASS_NAMES.glob("*.json")}
-    counts = {"eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47, "resisc45": 45}
+    counts = {
+        "eurosat": 10,
+        "svhn": 10,
+        "gtsrb": 43,
+        "mnist": 10,
+        "dtd": 47,
+        "resisc45": 45,
+        "sun397": 397,
+        "stanford-cars": 196,
+    }
     assert {task: len(names) for task, names in lists.items()} == counts
     for names in lists.values():
         assert len(set(names)) == len(names) and all(name == name.strip() and "_" not in name for name in names)
-    for task in ("dtd", "resisc45"):  # whose folders are in this order
+    for task in ("dtd", "resisc45", "sun397"):  # whose folders are in this order
         assert lists[task] == sorted(lists[task])
 
 
@@ -182,6 +191,15 @@ def test_clips_class_names_stand_in_the_order_of_the_labels():
     assert names("dtd", shuffled, 47) == shuffled
     assert names("mnist", ["a", "b", "c"], 3) == ["a", "b", "c"]  # not those ten
     assert names("sun397", ["abbey", "alley"], 2) == ["abbey", "alley"]
+    cars = read_json(clip.CLASS_NAMES / "stanford-cars.json")
+    assert names("stanford-cars", [], 196) == cars
+    own = ["RAM C-V Cargo Van Minivan, 2012", "another car"] + [
+        car for car in cars if "Ram C/V" not in car and "Audi TT RS" not in car
+    ]
+    assert names("stanford-cars", own, 196) == [
+        "Ram C/V Cargo Van Minivan 2012",
+        *own[1:],
+    ]  # each by its name, in its order
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
