@@ -22,8 +22,9 @@ def accuracy(records: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
             x = place + (slot - (len(shown) - 1) / 2) * 0.27
             axes.plot(x, np.mean(values[i]), "_", ms=11, mew=2.5, color=kinds[i][2])
             axes.plot([x] * len(values[i]), values[i], "o", ms=3, color=kinds[i][2], alpha=0.6)
-    for label, _, color in kinds:
-        axes.plot([], [], "_", ms=11, mew=2.5, color=color, label=label)
+    for label, get, color in kinds:
+        if any(get(r) is not None for groups in records.values() for r in groups.values()):
+            axes.plot([], [], "_", ms=11, mew=2.5, color=color, label=label)
     axes.set(ylabel="accuracy, %", xticks=range(len(methods)))
     axes.set_xticklabels(methods, rotation=35, ha="right")
     axes.grid(axis="x", visible=False)
