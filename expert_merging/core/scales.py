@@ -15,13 +15,12 @@ class ByScale:
     night: Any
     tiny: Any
     real: Any
-    has_real: bool
 
 
 def by_scale(paper: Any, night: Any, tiny: Any, real: Any = None) -> Any:
     """A constant whose value depends on `scale`. Put a plain value in its place to fix it for all scales.
 
     `real` (pre-trained weights of a small published model, real tasks, a night on a laptop) is night's value where none is
-    given; a script none of whose constants gives one has no such scale.
+    given.
     """
-    return ByScale(paper, night, tiny, night if real is None else real, real is not None)
+    return ByScale(paper, night, tiny, night if real is None else real)

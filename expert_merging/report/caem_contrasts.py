@@ -15,9 +15,9 @@ from expert_merging.report.tables import Table
 MARGIN = 0.02  # of the single-task models' score, within which two runs count as equal
 
 _NOTE = (
-    "Differences within seeds: mean [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws]. p: "
-    "sign flips over seeds, by Holm over the contrasts of the same measure. Equivalent: two one-sided tests at 5%, "
-    "margin 2% of the single-task score. Told: the smallest true difference that this experiment tells in 80% of "
+    "Differences within seeds: mean [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws; of one seed "
+    "over examples alone]. p: sign flips over seeds, by Holm over the contrasts of the same measure. Equivalent: two one-sided "
+    "tests at 5%, margin 2% of the single-task score. Told: the smallest true difference that this experiment tells in 80% of "
     "repeats, at the spread found. Pooled: single-task scores averaged over seeds before dividing. See docs/protocol.md."
 )
 
@@ -30,7 +30,7 @@ def contrasts(e: Evidence) -> Table:
         ps = bootstrap.holm([bootstrap.sign_flip_p(found.by_seed) for found, _ in of_pairs])
         for (first, second), (found, arms), p in zip(pairs, of_pairs, ps, strict=True):
             unit = 1.0 if measure.startswith("Overall") else float(arms[2].found[measure].mean())
-            table.rows.append(_row(e, measure, first, second, found, p, len(of_pairs), unit))
+            table.rows.append(_row(e, measure, (first, second), found, arms, p, len(of_pairs), unit))
     return table
 
 
@@ -39,19 +39,26 @@ def compared(
 ) -> dict[str, list[tuple[bootstrap.Contrast, list[bootstrap.Means]]]]:
     """{measure: for each pair of runs the contrast, and the mean scores of both and of the single-task models}, all over
     the same draws of test examples."""
-    if not pairs:
-        return {}
-    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    arms_of = arms_of_seeds(e, pairs)
+    return {measure: [(_contrast(measure, arms), arms) for arms in arms_of] for measure in measures}
+
+
+def arms_of_seeds(e: Evidence, groups: Sequence[tuple[str, ...]]) -> list[list[bootstrap.Means]]:
+    """For each group of runs the mean scores of each and of the single-task models, for the seeds that have all of them; over
+    the same draws of test examples in all groups."""
+    if not groups:
+        return []
+    names = list(dict.fromkeys(name for group in groups for name in group))
     models = {name: {task: _scores(e, name, seeds_of(e, name), task) for task in e.tasks} for name in names}
     singles = seeds_of(e)
     models["single"] = {task: _scores(e, f"single-task-{e.n} {task}", singles, task) for task in e.tasks}
     means = bootstrap.resample(models)
     arms_of = []
-    for pair in pairs:
-        seeds = seeds_of(e, *pair)
-        arms = [means[name].of([seeds_of(e, name).index(seed) for seed in seeds]) for name in pair]
+    for group in groups:
+        seeds = seeds_of(e, *group)
+        arms = [means[name].of([seeds_of(e, name).index(seed) for seed in seeds]) for name in group]
         arms_of.append([*arms, means["single"].of([singles.index(seed) for seed in seeds])])
-    return {measure: [(_contrast(measure, arms), arms) for arms in arms_of] for measure in measures}
+    return arms_of
 
 
 def _against(e: Evidence) -> list[str]:
@@ -108,22 +115,24 @@ def _statistic(measure: str) -> bootstrap.Statistic:
 
 
 def _row(
-    e: Evidence, measure: str, first: str, second: str, found: bootstrap.Contrast, p: float, family: int, unit: float
-) -> dict[str, Any]:
+    e: Evidence, measure: str, pair: tuple[str, str], found: bootstrap.Contrast, arms: list[bootstrap.Means], p: float,
+    family: int, unit: float,
+) -> dict[str, Any]:  # fmt: skip
     digits = 4 if measure.startswith("Overall") else 2
-    row = {"contrast": f"{first} - {second}", "measure": measure, "seeds": len(found.by_seed)}
+    row = {"contrast": " - ".join(pair), "measure": measure, "seeds": len(found.by_seed)}
+    mean, low, high = bootstrap.estimate(_statistic(measure), arms)
+    difference = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     if len(found.by_seed) == 1:
-        said = {"difference": f"{found.mean:+.{digits}f}", "p": "", "told": "", "verdict": "cannot tell: one seed"}
+        said = {"difference": difference, "p": "", "told": "", "verdict": "cannot tell: one seed"}
     else:
-        low, high = bootstrap.interval(found)
         told = bootstrap.detectable(found, family)
         said = {
-            "difference": f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]", "p": f"{p:.3f}",
+            "difference": difference, "p": f"{p:.3f}",
             "told": f"{told:.{digits}f} ({told / unit:.1%})" if np.isfinite(told) else "nothing with so few seeds",
             "verdict": _verdict(found, p, MARGIN * unit, family),
         }  # fmt: skip
     singles = [f"single-task-{e.n} {task}" for task in e.tasks]
-    return {**row, **said, "from": e.source(first, second, *singles)}
+    return {**row, **said, "from": e.source(*pair, *singles)}
 
 
 def _verdict(found: bootstrap.Contrast, p: float, margin: float, family: int) -> str:

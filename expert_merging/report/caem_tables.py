@@ -7,6 +7,7 @@ from expert_merging.report.caem_audit import best_on_test, deviations
 from expert_merging.report.caem_calibration import calibration
 from expert_merging.report.caem_claims import claimed
 from expert_merging.report.caem_contrasts import contrasts
+from expert_merging.report.caem_intervals import intervals
 from expert_merging.report.caem_pairs import similarity, soups
 from expert_merging.report.caem_response import response
 from expert_merging.report.caem_scores import cost, merged_only, merging, scores
@@ -20,8 +21,8 @@ from expert_merging.report.tables import Table
 def all_tables(e: Evidence) -> list[Table]:
     """Every table that the records allow."""
     makers: list[Callable[[Evidence], Table]] = [
-        scores, contrasts, secondary, response, claimed, merging, entropies_after, entropies_by_task, allocation, soups,
-        similarity, merged_only, calibration, deviations, best_on_test, entropy_by_length, cost,
+        scores, intervals, contrasts, secondary, response, claimed, merging, entropies_after, entropies_by_task, allocation,
+        soups, similarity, merged_only, calibration, deviations, best_on_test, entropy_by_length, cost,
     ]  # fmt: skip
     return [table for table in (make(e) for make in makers) if table.rows]
 

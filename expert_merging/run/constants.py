@@ -62,23 +62,21 @@ def read_constants(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    has_real = any(isinstance(value, ByScale) and value.has_real for value in lines.values())
-    scales = SCALES if has_real else SCALES[:-1]
     for name, value in lines.items():
         kind = _kind(value)
         parser.add_argument(
             f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__, type=_boolean if kind is bool else kind,
             nargs="+" if isinstance(_sample(value), tuple) else "?" if kind is bool else None,
             const=True if kind is bool else None,  # `--merge_only` alone means true
-            choices=scales if name == "scale" else None,
+            choices=SCALES if name == "scale" else None,
             help=f"{comments.get(name, '')} [{_shown(value)}]".replace("%", "%%").strip(),
         )  # fmt: skip
     for name in positional:
         parser.add_argument(name, default=argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     scale = given.get("scale", lines["scale"])
-    if scale not in scales:
-        raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(scales)}")
+    if scale not in SCALES:
+        raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(SCALES)}")
     deviates(given.get("reading", lines["reading"]), "counts")  # raises when there is no such reading
     values = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in lines.items()}
     for name, value in given.items():
@@ -174,8 +172,7 @@ def _kind(value: Any) -> type:
 
 def _shown(value: Any) -> str:
     if isinstance(value, ByScale):
-        shown = SCALES if value.has_real else SCALES[:-1]
-        return ", ".join(f"{scale} {_shown(getattr(value, scale))}" for scale in shown)
+        return ", ".join(f"{scale} {_shown(getattr(value, scale))}" for scale in SCALES)
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

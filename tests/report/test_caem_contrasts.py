@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from expert_merging.core.errors import UserError
-from expert_merging.data.scores import pack
+from expert_merging.data.scores import pack, unpack
 from expert_merging.report import evidence
 from expert_merging.report.caem_contrasts import contrasts
+from expert_merging.report.caem_intervals import intervals
 from expert_merging.report.evidence import Evidence
 
 TASKS = ("topic", "qa")
@@ -61,6 +62,40 @@ def test_a_real_gain_held_with_eight_seeds_and_none_did_not():
 def test_one_seed_says_so():
     row = rows(made(1))["CAEM-4 - Baseline-4", "qa"]
     assert row["verdict"] == "cannot tell: one seed" and row["seeds"] == 1 and row["p"] == row["told"] == ""
+    mean, low, high = numbers(row["difference"])
+    assert low < mean < high and high - low < 20  # of 300 examples, over these alone
+
+
+def numbers(text):
+    return [float(number) for number in text.replace("[", "").replace("]", "").replace(",", "").split()]
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_each_score_has_its_interval_over_seeds_and_examples(seeds):
+    e = made(seeds)
+    del e.records[0]["REAP-4"]["qa_data"]["test_each"]
+    found = {row["configuration"]: row for row in intervals(e).rows}
+    expected = [name for name in e.multi_task() if name != "REAP-4" or seeds > 1]
+    assert list(found) == ["single-task models, 4 experts", *expected]
+    row = found["CAEM-4"]
+    each = [unpack(e.records[seed]["CAEM-4"]["qa_data"]["test_each"]) for seed in range(seeds)]
+    mean, low, high = numbers(row["qa accuracy"])
+    assert mean == pytest.approx(np.mean(each), abs=0.01) and row["seeds"] == seeds
+    if seeds == 1:  # a share of 300 examples: the normal's interval is near
+        error = np.std(each[0]) / 300**0.5
+        assert low == pytest.approx(mean - 1.96 * error, abs=0.5) and high == pytest.approx(
+            mean + 1.96 * error, abs=0.5
+        )
+    ratios = [
+        np.mean(
+            [
+                _means(e, "CAEM-4", task)[seed]["test"] / _means(e, f"single-task-4 {task}", task)[seed]["test"]
+                for task in TASKS
+            ]
+        )
+        for seed in range(seeds)
+    ]
+    assert numbers(row["Overall"])[0] == pytest.approx(np.mean(ratios), abs=1e-4)
 
 
 def test_runs_without_scores_of_examples_are_left_out():
@@ -127,6 +162,4 @@ def test_secondary_contrasts_by_the_interval_alone():
 
 
 def _means(e, name, task):
-    from expert_merging.data.scores import unpack
-
     return [{"test": unpack(of_seed[name][f"{task}_data"]["test_each"]).mean()} for of_seed in e.records.values()]

@@ -45,7 +45,7 @@ def test_a_constant_of_the_library_is_an_option_with_its_comment(script, capsys)
     )
     with pytest.raises(SystemExit):
         read_constants(script, ["--help"])
-    assert "how deep [paper 3, night 2, tiny 1]" in capsys.readouterr().out
+    assert "how deep [paper 3, night 2, tiny 1, real 2]" in capsys.readouterr().out
 
 
 def test_references_follow_overrides(script):

@@ -1,0 +1,51 @@
+"""Each run's scores with what seeds and test examples leave open of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from expert_merging.analysis import crossed_bootstrap as bootstrap
+from expert_merging.report.caem_contrasts import arms_of_seeds, seeds_of
+from expert_merging.report.evidence import Evidence
+from expert_merging.report.tables import Table
+
+_NOTE = (
+    "Mean [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws; of one seed over examples alone]. "
+    "Overall: mean over tasks of score / score of the single-task model with {experts} experts. Two intervals that overlap may "
+    "still differ: differences are in the table of contrasts."
+)
+
+
+def intervals(e: Evidence) -> Table:
+    """A row for the single-task models and for each jointly fine-tuned run that has every example's score."""
+    table = Table("intervals", "Test scores with their intervals", _NOTE.format(experts=e.n))
+    names = [name for name in e.multi_task() if seeds_of(e, name)]
+    singles = [f"single-task-{e.n} {task}" for task in e.tasks]
+    for number, (name, arms) in enumerate(zip(names, arms_of_seeds(e, [(name,) for name in names]), strict=True)):
+        if number == 0:
+            row = {
+                "configuration": f"single-task models, {e.n} experts",
+                "seeds": len(seeds_of(e, name)),
+                "Overall": "1",
+            }
+            table.rows.append(row | _tasks(e, arms[1:]) | {"from": e.source(*singles)})
+        overall = _text(bootstrap.estimate(_overall, arms), 4)
+        row = {"configuration": name, "seeds": len(seeds_of(e, name)), "Overall": overall}
+        table.rows.append(row | _tasks(e, arms[:1]) | {"from": e.source(name, *singles)})
+    return table
+
+
+def _overall(run: bootstrap.Scores, single: bootstrap.Scores) -> np.ndarray:
+    return bootstrap.overall_difference(run, {task: np.zeros_like(scores) for task, scores in run.items()}, single)
+
+
+def _tasks(e: Evidence, arm: Sequence[bootstrap.Means]) -> dict[str, str]:
+    def score(task: str) -> bootstrap.Statistic:
+        return lambda scores: scores[task]
+
+    return {f"{task} {e.main_score(task)}": _text(bootstrap.estimate(score(task), arm), 2) for task in e.tasks}
+
+
+def _text(estimate: tuple[float, float, float], digits: int) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in estimate)
+    return f"{mean} [{low}, {high}]"
