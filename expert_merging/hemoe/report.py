@@ -12,7 +12,7 @@ from expert_merging.hemoe import pipeline, question_gains, record_checks
 from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import Groups, read, source, write
+from expert_merging.report.records import Groups, group_files, joined, read, source, write
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
 
@@ -49,7 +49,8 @@ _QUESTIONS = (
 
 
 def make(c: SimpleNamespace) -> None:
-    """Write HEMOE_DIR/report from every seed there, print the tables; `publish` copies it to results/hemoe/{scale}.
+    """Write HEMOE_DIR/report from every seed there, print the tables; `publish` copies it to results/hemoe/{scale}, where it
+    joins what was published from elsewhere.
 
     Raises UserError where no model has been measured and evaluated.
     """
@@ -64,6 +65,9 @@ def make(c: SimpleNamespace) -> None:
         found[path.name] = {method: record for method, record in kept.items() if record}
     if not any(found.values()):
         raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
+    published = RESULTS / c.scale
+    if c.publish and group_files(published):
+        found = joined(read(published), found)
     record_checks.refuse_unlike(found)
     record_checks.leave_out_unfinished(found, _PER_TASK)
     with new_folder(folder) as place:
@@ -73,7 +77,7 @@ def make(c: SimpleNamespace) -> None:
         print(table.markdown())
     print(f"records, tables and figure: {folder}")
     if c.publish:
-        publish.publish({RESULTS / c.scale: found}, WING)
+        publish.publish({published: found}, WING)
 
 
 def check() -> None:

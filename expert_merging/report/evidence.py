@@ -90,10 +90,9 @@ def collect(
         earlier: a report's folder, if it is there, whose seeds and runs join those that are new: what was published from
             another machine, say.
     """
-    groups = records.read(earlier) if earlier is not None and (earlier / "experiment.json").exists() else {}
-    for seed, of_seed in files.items():
-        new = {name: read_json(path) for name, path in of_seed.items()}
-        groups[f"seed{seed}"] = groups.get(f"seed{seed}", {}) | new
+    kept = records.read(earlier) if earlier is not None and (earlier / "experiment.json").exists() else {}
+    new = {f"seed{seed}": {name: read_json(path) for name, path in of_seed.items()} for seed, of_seed in files.items()}
+    groups = records.joined(kept, new)
     seeds = sorted(int(group.removeprefix("seed")) for group in groups)
     facts = {"scale": scale, "seeds": seeds, "experts_num": sizes[0], "larger_experts_num": sizes[1]}
     for old in set(records.group_files(folder)) - {folder / f"{group}.json" for group in groups}:

@@ -177,6 +177,26 @@ def test_tables_follow_from_the_records(place, done, tmp_path, monkeypatch):
         report.check()
 
 
+def test_publishing_adds_to_what_was_published_from_elsewhere(place, done, tmp_path, monkeypatch):
+    from expert_merging.hemoe import report
+
+    earlier = tmp_path / "results" / "paper" / "seed7.json"
+    earlier.parent.mkdir(parents=True)
+    record = read_json(place / "runs/hemoe/report/seed0.json")
+    earlier.write_text(json.dumps({"dense": record["dense"]}))
+    published = {}
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report.publish, "publish", lambda groups, wing: published.update(groups))
+    c = SimpleNamespace(HEMOE_DIR=str(place / "runs/hemoe"), scale="paper", publish=True)
+    report.make(c)
+    assert published == {earlier.parent: {"seed7": {"dense": record["dense"]}, "seed0": record}}
+    record["dense"]["identity"]["eval_examples"] = 5
+    earlier.write_text(json.dumps({"dense": record["dense"]}))
+    with pytest.raises(UserError, match="was made with eval_examples"):
+        report.make(c)
+    report.make(SimpleNamespace(**{**vars(c), "publish": False}))  # its own report does without
+
+
 def test_curves_are_compared_at_equal_shares():
     from expert_merging.hemoe import report
 
