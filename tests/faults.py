@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,7 @@ def content(path: Path) -> bytes:
     """A file's bytes; of JSON and of our own pickles what does not tell of time or place."""
     if path.suffix == ".json":
         return json.dumps(lasting(json.loads(path.read_text()))).encode()
-    if path.suffix == ".pkl":
+    if path.suffix == ".pkl" and not zipfile.is_zipfile(path):  # a checkpoint's are archives of torch
         return json.dumps(lasting(pickle.loads(path.read_bytes()))).encode()
     if path.suffix == ".npz":  # arrays, and a record of how they were found
         with np.load(path) as arrays:
@@ -387,7 +388,8 @@ def disturb(name: str, world: World, before: Path | None, calm: dict[str, str], 
         else:
             runs.mkdir(parents=True)
         log, events, dealt = Path(f"{runs}.log"), Path(f"{runs}.events"), 0
-        if (outcome.rounds > 1 or case.children) and outcome.ctrl_c is None:
+        # Not in every round: a quick script is done before Ctrl-C comes, and what is done cannot be killed.
+        if (outcome.rounds % 2 == 0 or case.children) and outcome.ctrl_c is None:
             process = fork_script(case, words_of(case, world, runs), log)
             press_ctrl_c(process, dice.uniform(0.3, max(0.3, length / 2)), log, outcome)
         while True:

@@ -120,9 +120,10 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     digits = 4 if measure.startswith("Overall") else 2
     row = {"contrast": " - ".join(pair), "measure": measure, "seeds": len(found.by_seed)}
-    mean, low, high = bootstrap.estimate(_statistic(measure), arms)
-    difference = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    if len(found.by_seed) == 1:
+    several = len(found.by_seed) > 1
+    low, high = bootstrap.interval(found) if several else bootstrap.estimate(_statistic(measure), arms)[1:]
+    difference = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    if not several:
         said = {"difference": difference, "p": "", "told": "", "verdict": "cannot tell: one seed"}
     else:
         told = bootstrap.detectable(found, family)

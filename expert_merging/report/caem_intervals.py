@@ -1,7 +1,5 @@
 """Each run's scores with what seeds and test examples leave open of them."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from expert_merging.analysis import crossed_bootstrap as bootstrap
@@ -19,19 +17,17 @@ _NOTE = (
 def intervals(e: Evidence) -> Table:
     """A row for the single-task models and for each jointly fine-tuned run that has every example's score."""
     table = Table("intervals", "Test scores with their intervals", _NOTE.format(experts=e.n))
-    names = [name for name in e.multi_task() if seeds_of(e, name)]
+    if not seeds_of(e):
+        return table
     singles = [f"single-task-{e.n} {task}" for task in e.tasks]
-    for number, (name, arms) in enumerate(zip(names, arms_of_seeds(e, [(name,) for name in names]), strict=True)):
-        if number == 0:
-            row = {
-                "configuration": f"single-task models, {e.n} experts",
-                "seeds": len(seeds_of(e, name)),
-                "Overall": "1",
-            }
-            table.rows.append(row | _tasks(e, arms[1:]) | {"from": e.source(*singles)})
-        overall = _text(bootstrap.estimate(_overall, arms), 4)
-        row = {"configuration": name, "seeds": len(seeds_of(e, name)), "Overall": overall}
-        table.rows.append(row | _tasks(e, arms[:1]) | {"from": e.source(name, *singles)})
+    groups = [(), *((name,) for name in e.multi_task() if seeds_of(e, name))]  # of no run: the single-task models
+    for group, arms in zip(groups, arms_of_seeds(e, groups), strict=True):
+        table.rows.append({
+            "configuration": group[0] if group else f"single-task models, {e.n} experts", "seeds": len(seeds_of(e, *group)),
+            "Overall": _text(bootstrap.estimate(_overall, arms), 4) if group else "1",
+            **{f"{task} {e.main_score(task)}": _text(bootstrap.estimate(_of(task), arms), 2) for task in e.tasks},
+            "from": e.source(*group, *singles),
+        })  # fmt: skip
     return table
 
 
@@ -39,11 +35,8 @@ def _overall(run: bootstrap.Scores, single: bootstrap.Scores) -> np.ndarray:
     return bootstrap.overall_difference(run, {task: np.zeros_like(scores) for task, scores in run.items()}, single)
 
 
-def _tasks(e: Evidence, arm: Sequence[bootstrap.Means]) -> dict[str, str]:
-    def score(task: str) -> bootstrap.Statistic:
-        return lambda scores: scores[task]
-
-    return {f"{task} {e.main_score(task)}": _text(bootstrap.estimate(score(task), arm), 2) for task in e.tasks}
+def _of(task: str) -> bootstrap.Statistic:
+    return lambda scores, *_: scores[task]
 
 
 def _text(estimate: tuple[float, float, float], digits: int) -> str:

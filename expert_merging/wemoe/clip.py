@@ -181,7 +181,7 @@ def _clips_names(task: str, images: Images) -> list[str]:
     by these; where most of its names are CLIP's but for case and punctuation, each goes with its own."""
     path = CLASS_NAMES / f"{task}.json"
     names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    if len(names) != (len(images.names) or max(images.labels) + 1) or set(names) == set(images.names):
+    if len(names) != (len(images.names) or max(images.labels) + 1):
         return []
     if all(name.isdecimal() for name in images.names) and sorted(map(int, images.names)) == list(range(len(names))):
         return [names[int(name)] for name in images.names]
