@@ -15,10 +15,10 @@ def keep_freed_memory() -> None:
     A training step frees its gradients and activations and the next one asks for as much again; glibc returns large blocks
     at once, and the system then clears every page anew, which takes up to a third of a step on a CPU
     (benchmarks/NOTES.md). Only with glibc; without it nothing happens. The pages are torch's to ask for, who reads
-    the variable when the first tensor is made: call this before.
+    the variable when the first tensor is made: call this before. Whoever has set glibc's MALLOC_MMAP_THRESHOLD_ keeps it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if sys.platform == "linux":
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
             # Older versions take 32 MB at most.
