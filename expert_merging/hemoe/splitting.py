@@ -3,6 +3,7 @@
 import functools
 import time
 from types import SimpleNamespace
+from typing import Any
 
 from expert_merging.core.errors import UserError
 from expert_merging.hemoe import pipeline
@@ -50,9 +51,9 @@ def _correlations(values) -> list[float]:
 
 
 def partition(c: SimpleNamespace) -> None:
-    """Split the neurons of every layer in `moe_layers` by each method."""
+    """Split the neurons of every layer in `moe_layers` by each method; only those by importance need the step scores."""
     from expert_merging.hemoe.importance import Scores
-    from expert_merging.hemoe.partition import Settings
+    from expert_merging.hemoe.partition import METHODS, Settings
     from expert_merging.hemoe.partition import partition as split_by
 
     scores_of = functools.cache(lambda end: Scores.load(seed_folder(c) / f"scores{end}.npz"))
@@ -64,13 +65,15 @@ def partition(c: SimpleNamespace) -> None:
         if pipeline.is_done(folder / "split.json", wanted):
             continue
         made_as = pipeline.METHODS[method]
-        found = scores_of(pipeline.ending(made_as.domains))
+        name = made_as.partition
+        found = None
+        if name in METHODS and "scores" in METHODS[name][1]:
+            found = scores_of(pipeline.ending(made_as.domains))
         if gates is None:
             model, _ = load_dense(c)
             layers = list(c.moe_layers)
             gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().float().numpy() for layer in layers]
         started = time.perf_counter()
-        name = made_as.partition
         settings = {
             "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
             "starts": c.solver_starts, "seconds": c.solver_seconds, "solver": c.solver, "rounding": c.rounding,
@@ -80,10 +83,10 @@ def partition(c: SimpleNamespace) -> None:
             split = _imported(c, gates[0].shape[0])
         else:
             like = split_of(c, "HEMoE") if name == "random_heterogeneous" else None
-            split = split_by(
-                name, Settings(**settings), scores=found.values[layers], gates=gates, like=like, layers=layers,
-                domains=found.domains, among=found.values,
-            )  # fmt: skip
+            scored: dict[str, Any] = {} if found is None else {
+                "scores": found.values[layers], "domains": found.domains, "among": found.values,
+            }  # fmt: skip
+            split = split_by(name, Settings(**settings), gates=gates, like=like, layers=layers, **scored)
         split.save(folder / "split.npz")
         split.export_parts(folder / "parts")
         seconds = time.perf_counter() - started

@@ -303,12 +303,23 @@ def test_damaged_files_are_one_line(place, done, tmp_path):
     shutil.copytree(place / "runs/hemoe/seed0", target)
     (target / "scores.npz").write_bytes(b"no")
     (target / "HEMoE/model/routers.safetensors").write_bytes(b"no")
-    shutil.rmtree(target / "EMoE")
+    shutil.rmtree(target / "HEMoE_start")
     (target / "HEMoE/tuning.json").unlink()
     for step, said in (("partition", "scores.npz does not hold scores"), ("tuning", "HEMoE/model is damaged")):
         with pytest.raises(UserError, match=said) as error:
             call_main(SCRIPT, [*words(place, steps=(step,)), "--RUN_DIR", str(tmp_path / "runs")])
         assert "\n" not in str(error.value)
+
+
+def test_a_partition_by_the_gates_alone_needs_no_scores(place, done, tmp_path):
+    target = tmp_path / "runs/hemoe/seed0"
+    shutil.copytree(place / "runs/hemoe/seed0", target)
+    (target / "scores.npz").unlink()
+    shutil.rmtree(target / "EMoE")
+    again = [*words(place, steps=("partition",), methods=("EMoE",)), "--RUN_DIR", str(tmp_path / "runs")]
+    call_main(SCRIPT, again)
+    for file in (place / "runs/hemoe/seed0/EMoE/parts").iterdir():
+        assert (target / "EMoE/parts" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_evaluation_tasks_that_cannot_be_had_are_one_line(place, tmp_path):
