@@ -1,28 +1,13 @@
-"""Which records may stand in one table: made with the same constants, and asked the same."""
+"""Which records may stand in one table: those that have been asked the same."""
 
 from typing import Any
 
-from expert_merging.core.errors import UserError
 from expert_merging.report.records import Groups
 
 
 def tasks_of(record: dict[str, Any]) -> set[str]:
     """What a model has been asked."""
     return {task for point in record["k"].values() for task in point["accuracy"]}
-
-
-def refuse_unlike(found: Groups) -> None:
-    """Raises UserError where records that one table would show were made with different constants."""
-    noted: dict[str, tuple[str, Any]] = {}
-    for seed, records in found.items():
-        for model, record in records.items():
-            for name, value in record["identity"].items():
-                place, first = noted.setdefault(name, (f"{seed}/{model}", value))
-                if value != first and name not in ("seed", "method", "tune_tasks"):
-                    raise UserError(
-                        f"{seed}/{model} was made with {name} {value}, {place} with {first}; one table would show both: "
-                        "remove one of them, or choose another HEMOE_DIR"
-                    )
 
 
 def leave_out_unfinished(found: Groups, per_task: str) -> None:

@@ -12,7 +12,7 @@ from expert_merging.hemoe import pipeline, question_gains, record_checks
 from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import Groups, group_files, joined, read, source, write
+from expert_merging.report.records import Groups, group_files, joined, read, refuse_unlike, source, write
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
 
@@ -68,7 +68,7 @@ def make(c: SimpleNamespace) -> None:
     published = RESULTS / c.scale
     if c.publish and group_files(published):
         found = joined(read(published), found)
-    record_checks.refuse_unlike(found)
+    refuse_unlike(found, "HEMOE_DIR", ("seed", "method", "tune_tasks"))
     record_checks.leave_out_unfinished(found, _PER_TASK)
     with new_folder(folder) as place:
         write(place, found)

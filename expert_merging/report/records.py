@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ def read(folder: Path) -> Groups:
 def joined(earlier: Groups, new: Groups) -> Groups:
     """Both; of a run that both have, in the same group, the new record."""
     return {group: earlier.get(group, {}) | new.get(group, {}) for group in dict.fromkeys((*earlier, *new))}
+
+
+def refuse_unlike(found: Groups, elsewhere: str, but: Container[str] = ()) -> None:
+    """Raises UserError where records that one table would show were made with different constants, those in `but` aside.
+    `elsewhere` names the constant that says where a run's records lie."""
+    noted: dict[str, tuple[str, Any]] = {}
+    for group, run, record in every(found):
+        for name, value in record["identity"].items():
+            place, first = noted.setdefault(name, (f"{group}/{run}", value))
+            if value != first and name not in but:
+                raise UserError(
+                    f"{group}/{run} was made with {name} {value}, {place} with {first}; one table would show both: "
+                    f"remove one of them, or choose another {elsewhere}"
+                )
 
 
 def write(folder: Path, groups: Groups) -> None:

@@ -16,7 +16,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.merging.registry import FROM_WEIGHTS, METHODS
 from expert_merging.report import folders, index, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import every, source
+from expert_merging.report.records import every, group_files, joined, refuse_unlike, source
 from expert_merging.report.records import read as read_groups
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
@@ -159,12 +159,17 @@ def write(folder: Path) -> str:
 
 
 def write_text(c: SimpleNamespace) -> str:
-    """Likewise for WEMOE_TEXT_DIR, and into results/wemoe/text where `publish` says so; returns all tables but those of size
-    and time."""
-    folder = Path(c.WEMOE_TEXT_DIR)
+    """Likewise for WEMOE_TEXT_DIR, and into results/wemoe/text where `publish` says so, where it joins what was published from
+    elsewhere; returns all tables but those of size and time.
+
+    Raises UserError where what was published was made with other constants.
+    """
+    folder, published = Path(c.WEMOE_TEXT_DIR), RESULTS / "text"
     made = publish.write(folder, WING)
     if c.publish:
-        publish.publish({RESULTS / "text": read_groups(folder)}, WING)
+        found = joined(read_groups(published) if group_files(published) else {}, read_groups(folder))
+        refuse_unlike(found, "WEMOE_TEXT_DIR")
+        publish.publish({published: found}, WING)
     return "\n".join(table.markdown() for table in made if table.name != "cost")
 
 

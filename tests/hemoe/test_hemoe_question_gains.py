@@ -7,6 +7,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import write_json
 from expert_merging.data.scores import pack
 from expert_merging.hemoe import question_gains, record_checks, report
+from expert_merging.report.records import refuse_unlike
 
 TASKS = ("easy", "hard")
 
@@ -94,13 +95,14 @@ def test_records_of_other_constants_are_refused_and_unfinished_ones_left_out(cap
                 one["identity"] = identity | {"seed": seed, "method": method} | (seed1 if seed == "seed1" else {})
         return found
 
-    record_checks.refuse_unlike(groups())
+    alike = ("HEMOE_DIR", ("seed", "method"))
+    refuse_unlike(groups(), *alike)
     for changed, said in (
         ({"tune_lr": 3e-4}, "tune_lr 0.0003, seed0/HEMoE with 0.001"),
         ({"asked_sha256": ["b"]}, "asked"),
     ):
         with pytest.raises(UserError, match=said):
-            record_checks.refuse_unlike(groups(**changed))
+            refuse_unlike(groups(**changed), *alike)
     found = groups()
     for point in found["seed1"]["EMoE"]["k"].values():
         del point["accuracy"]["hard"]

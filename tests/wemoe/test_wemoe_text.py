@@ -175,6 +175,22 @@ def test_every_scale_tries_more_than_1():
         assert grid[0] <= 0.2 and max(grid) >= 2
 
 
+def test_publishing_adds_to_what_was_published_from_elsewhere(everything, tmp_path, monkeypatch):
+    folder, *_ = everything
+    elsewhere, published = tmp_path / "text" / "seed7.json", {}
+    found = report.read_groups(folder)
+    run = found["seed0"]["main.average"]
+    write_json(elsewhere, {"main.average": run})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report.publish, "publish", lambda groups, wing: published.update(groups))
+    c = SimpleNamespace(WEMOE_TEXT_DIR=str(folder), publish=True)
+    report.write_text(c)
+    assert published == {elsewhere.parent: {"seed7": {"main.average": run}, **found}}
+    write_json(elsewhere, {"main.average": run | {"identity": run["identity"] | {"grid": [0.5]}}})
+    with pytest.raises(UserError, match=r"main.average was made with grid .*choose another WEMOE_TEXT_DIR"):
+        report.write_text(c)
+
+
 def test_the_guard_is_run_again_only_where_it_spoke_up(place, tmp_path):
     """At a floor of 1 any fall of the entropy of the mean prediction counts as a collapse."""
     more = {"parts": "main guard", "methods": "individual wemoe", "guard_window": 1, "guard_floor": 1, "adapt_steps": 6}
