@@ -187,7 +187,7 @@ def test_publishing_adds_to_what_was_published_from_elsewhere(everything, tmp_pa
     report.write_text(c)
     assert published == {elsewhere.parent: {"seed7": {"main.average": run}, **found}}
     write_json(elsewhere, {"main.average": run | {"identity": run["identity"] | {"grid": [0.5]}}})
-    with pytest.raises(UserError, match=r"main.average was made with grid .*choose another WEMOE_TEXT_DIR"):
+    with pytest.raises(UserError, match=r"was made with grid .*choose another WEMOE_TEXT_DIR"):
         report.write_text(c)
 
 
