@@ -40,7 +40,7 @@ def main(c):
     data, goals = ({}, None) if c.merge_only else data_and_goals(c, sources[0].tokenizer)
     hashes = finetuning.data_hashes(c, list(data))
     identity = results.identity(c, data=hashes, goals=goals, **caem_sources.sources_identity(sources))
-    if results.is_done(f"{c.PICKLE_PATH}/{name}.json", identity, work, again="train"):
+    if is_done(c, Path(c.PICKLE_PATH) / f"{name}.json", identity, work):
         return
 
     # Merge: experts by entropy and usage, all else averaged (Algorithm 1). The result is an ordinary model folder.
@@ -61,6 +61,18 @@ def main(c):
         work=work, identity=identity, goals=goals, more={**record, "before": before},
         models_folder=Path(c.MODEL_SAVE_PATH), histories_folder=Path(c.PICKLE_PATH),
     )  # fmt: skip
+
+
+def is_done(c, history, identity, work):
+    """Whether the run is done. After a whole run of the same sources and constants, `merge_only` merges again."""
+    from expert_merging.core import files
+    from expert_merging.run import results
+
+    if not (c.merge_only and history.exists()):
+        return results.is_done(history, identity, work, again="train")
+    files.hold(history)
+    results.refuse_others([history], identity, "current_case_name", but=("data", "goals"))
+    return False
 
 
 def data_and_goals(c, tokenizer):

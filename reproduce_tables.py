@@ -12,7 +12,12 @@ from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 seeds = (0,)
-parts = ("table2", "controls", "pairs", "audit")  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
+parts = by_scale(
+    paper=("table2", "controls", "pairs", "audit"),
+    night=("table2", "controls", "pairs", "audit"),
+    tiny=("table2", "controls", "pairs", "audit"),
+    real=("comparison", "CAEM-8-Avg", "Average-8"),
+)  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
 experts_num = 8
 larger_experts_num = 16
 runs_at_once = by_scale(paper=1, night=2, tiny=2)  # each with its share of the cores: two of one beat one of two

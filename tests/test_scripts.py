@@ -94,12 +94,26 @@ def test_killed_reproduction_ends_with_the_same_tables(world, done, tmp_path):
         assert mine == theirs
 
 
+def test_what_merging_alone_gives_can_be_asked_for_afterwards(world, done, capsys):
+    before = sha256(done[0] / "histories" / "CAEM_[4|4].json")
+    words = [*world.words(), "--source_experts_num", "4", "--target_experts_num", "4", "--merge_only"]
+    call_main("CAEM_multi_task_finetune.py", words)
+    assert "CAEM_[4|4]_merged" in capsys.readouterr().out and before == sha256(
+        done[0] / "histories" / "CAEM_[4|4].json"
+    )
+
+
 def test_second_call_runs_nothing(world, done):
     began = time.monotonic()
     again = run_script("reproduce_tables.py", [*world.words(), *SIZES, "--parts", "comparison", "CAEM-4 + Baseline-4"])
     assert again.returncode == 0 and "all runs are there already" in again.stdout
     assert again.stdout.split("all runs are there already\n")[1] in done[1]
     assert time.monotonic() - began < 120
+
+
+def test_the_parts_of_a_scale_are_those_that_its_base_can_run(tmp_path):
+    plan = run_script("reproduce_tables.py", ["--scale", "real", "--RUN_DIR", str(tmp_path), "--plan_only"]).stdout
+    assert "CAEM-8-Avg" in plan and "Average-8" in plan and "-16" not in plan and "usage" not in plan
 
 
 def test_single_parts_and_what_they_need(world, done, tmp_path):

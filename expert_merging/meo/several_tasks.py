@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from expert_merging.analysis import crossed_bootstrap as bootstrap
 from expert_merging.meo import claims
 from expert_merging.meo.run_records import Records, having, largest, listed, pairs_of, variants
 from expert_merging.report.figures import plt, save_figure
@@ -87,8 +88,8 @@ def average_table(groups: Groups) -> Table:
 
 def _intervals(groups: Groups, runs: claims.Runs) -> Table:
     note = (
-        "Test accuracy [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws; of one seed over examples "
-        "alone]."
+        f"Test accuracy [95% interval, bootstrap crossed over seeds and test examples, {bootstrap.METHOD}; of one seed over "
+        "examples alone]."
     )
     table = Table("intervals", f"MEO: {_about(listed(groups))}, with intervals", note)
     for name in runs.seeds:
@@ -213,6 +214,8 @@ def draw(groups: Groups, folder: Path) -> dict[str, str]:
     if not _has_each(records):
         return {}
     runs = claims.Runs(records)
+    if not runs.seeds:  # no variant has a seed that all tasks have
+        return {}
     _draw_variants(records, runs, folder / "variants.png")
     captions = {
         "variants": "The mean accuracy over tasks with its 95% interval, operations, and time of a training step."

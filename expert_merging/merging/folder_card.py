@@ -52,6 +52,7 @@ def card(
         | {str(source.folder): name for source, name in zip(sources, names, strict=True)}
         | {str(out): out.name}
     )
+    command = _that_make_it(command)
     words = " ".join(short.get(str(Path(word)), Path(word).name if Path(word).is_file() else word) for word in command)
     said = {0: "No card of a source names a licence.", 1: f"The sources' cards name the licence {', '.join(known)}."}
     lines = [
@@ -61,6 +62,14 @@ def card(
         + ("" if all(licences) or not known else " Not every source names one."),
     ]  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _that_make_it(command: Sequence[str]) -> list[str]:
+    """Without what says only where the model goes besides, and what may pass: the folder is the same."""
+    words = list(command)
+    if "--push_to" in words:
+        del words[words.index("--push_to") :][:2]
+    return [word for word in words if word != "--allow_unchanged"]
 
 
 def licence(folder: Path) -> str:

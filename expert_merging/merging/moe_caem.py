@@ -29,6 +29,8 @@ def check_request(method: str, usage: Sequence[str], experts: int, common_rows: 
     usage is not there."""
     if method == "caem" and common_rows:
         raise UserError("caem takes models of one vocabulary; leave --common_rows out")
+    if method == "caem" and experts < 1:
+        raise UserError(f"--experts is {experts}; caem wants the number of experts in a sparse layer of the result")
     if method != "caem" and (any(usage) or experts):
         raise UserError(f"{method} does not look at usage or numbers of experts; leave --usage and --experts out")
     for path in filter(None, usage):

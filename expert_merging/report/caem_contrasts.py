@@ -15,10 +15,11 @@ from expert_merging.report.tables import Table
 MARGIN = 0.02  # of the single-task models' score, within which two runs count as equal
 
 _NOTE = (
-    "Differences within seeds: mean [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws; of one seed "
-    "over examples alone]. p: sign flips over seeds, by Holm over the contrasts of the same measure. Equivalent: two one-sided "
-    "tests at 5%, margin 2% of the single-task score. Told: the smallest true difference that this experiment tells in 80% of "
-    "repeats, at the spread found. Pooled: single-task scores averaged over seeds before dividing. See docs/protocol.md."
+    f"Differences within seeds: mean [95% interval, bootstrap crossed over seeds and test examples, {bootstrap.METHOD}; of one "
+    "seed over examples alone]. p: sign flips over seeds, by Holm over the contrasts of the same measure. Equivalent: two "
+    "one-sided tests at 5%, margin 2% of the single-task score. Told: the smallest true difference that this experiment tells "
+    "in 80% of repeats, at the spread found. Pooled: single-task scores averaged over seeds before dividing. See "
+    "docs/protocol.md."
 )
 
 
@@ -64,7 +65,9 @@ def arms_of_seeds(e: Evidence, groups: Sequence[tuple[str, ...]]) -> list[list[b
 def _against(e: Evidence) -> list[str]:
     """What CAEM is compared with, in the protocol's order; of the pooled rivals the one that validates best."""
     rivals = [name for name in (f"{method}-{e.n}" for method in RIVALS) if e.get(name)]
-    best = max(rivals, key=lambda name: np.mean([one["overall"]["validation"] for (one,) in e.get(name)]), default=None)
+    shared = e.get(*rivals) if rivals else []  # seeds that have run them all
+    validated = [[one["overall"]["validation"] for one in of_seed] for of_seed in shared]
+    best = rivals[int(np.mean(validated, axis=0).argmax())] if shared else None
     fixed = [f"Baseline-{e.n}", f"Baseline-{e.n}-same-compute", f"CAEM-{e.n}-Avg", f"Average-{e.n}"]
     return [name for name in (*fixed, best) if name]
 
@@ -75,6 +78,8 @@ def by_interval(found: bootstrap.Contrast, digits: int) -> tuple[str, str]:
     if len(found.by_seed) < 2:
         return difference, "cannot tell: one seed"
     low, high = bootstrap.interval(found)
+    if not found.by_seed.any():
+        return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", f"{bootstrap.UNKNOWN} ({bootstrap.SAME})"
     verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
     return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", verdict
 
@@ -140,4 +145,5 @@ def _verdict(found: bootstrap.Contrast, p: float, margin: float, family: int) ->
     said = bootstrap.verdict(found, p, margin)
     if said != bootstrap.UNKNOWN:
         return said
-    return bootstrap.undecided(bootstrap.seeds_needed(found, family) if found.mean else None)
+    needed = bootstrap.seeds_needed(found, family) if found.mean else None
+    return bootstrap.undecided(needed, len(found.by_seed))

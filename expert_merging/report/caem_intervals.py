@@ -8,9 +8,9 @@ from expert_merging.report.evidence import Evidence
 from expert_merging.report.tables import Table
 
 _NOTE = (
-    "Mean [95% interval, bootstrap crossed over seeds and test examples, 10,000 draws; of one seed over examples alone]. "
-    "Overall: mean over tasks of score / score of the single-task model with {experts} experts. Two intervals that overlap may "
-    "still differ: differences are in the table of contrasts."
+    f"Mean [95% interval, bootstrap crossed over seeds and test examples, {bootstrap.METHOD}; of one seed over examples "
+    "alone]. Overall: mean over tasks of score / score of the single-task model with {experts} experts. Two intervals that "
+    "overlap may still differ: differences are in the table of contrasts."
 )
 
 
@@ -32,7 +32,10 @@ def intervals(e: Evidence) -> Table:
 
 
 def _overall(run: bootstrap.Scores, single: bootstrap.Scores) -> np.ndarray:
-    return bootstrap.overall_difference(run, {task: np.zeros_like(scores) for task, scores in run.items()}, single)
+    """Over the tasks whose single-task score is above 0, as `training.overall` has it; 0 where none is."""
+    scored = {task: single[task] > 0 for task in run}
+    ratios = [np.divide(run[task], single[task], out=np.zeros_like(run[task]), where=scored[task]) for task in run]
+    return np.sum(ratios, axis=0) / np.maximum(np.sum(list(scored.values()), axis=0), 1)
 
 
 def _of(task: str) -> bootstrap.Statistic:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from expert_merging.analysis.crossed_bootstrap import HELD, NOT, UNKNOWN
+from expert_merging.analysis.crossed_bootstrap import HELD, NOT, SAME, UNKNOWN
 
 RULE = (
     "A difference is taken within each seed. It holds, or does not, when the 95% t-interval of its mean over seeds lies "
@@ -29,12 +29,14 @@ def above(differences: Sequence[float]) -> str:
     bounds = interval(differences)
     if bounds is None:
         return UNKNOWN
+    if not any(differences):
+        return f"{UNKNOWN} ({SAME})"
     return HELD if bounds[0] > 0 else NOT if bounds[1] < 0 else UNKNOWN
 
 
 def all_of(verdicts: Sequence[str]) -> str:
     """A claim of several parts holds when all do, and does not when one does not."""
-    return NOT if NOT in verdicts else UNKNOWN if UNKNOWN in verdicts or not verdicts else HELD
+    return NOT if NOT in verdicts else HELD if verdicts and set(verdicts) == {HELD} else UNKNOWN
 
 
 def shown(differences: Sequence[float], decimals: int = 4) -> str:

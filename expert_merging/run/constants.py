@@ -73,7 +73,7 @@ def read_constants(
         )  # fmt: skip
     for name in positional:
         parser.add_argument(name, default=argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_intermixed_args(arguments))
     scale = given.get("scale", lines["scale"])
     if scale not in SCALES:
         raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(SCALES)}")
@@ -150,7 +150,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments" in message:
-            names = sorted((a.dest for a in self._actions if a.dest != "help"), key=str.lower)
+            names = sorted({a.dest for a in self._actions if a.dest != "help"}, key=str.lower)
             message = f"{message.replace('unrecognized arguments', 'no such constant')}; there are: {', '.join(names)}"
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)

@@ -18,9 +18,9 @@ LITTLE = 0.1  # that a coefficient of AdaMerging's moved: less, and it is task a
 
 _NOTE = (
     "Differences of mean test accuracy (points) within seeds: mean [95% interval, bootstrap crossed over seeds and examples, "
-    "10,000 draws]. p: the larger of those by the t distribution behind the interval and by the paired t test over seeds, by "
-    "Holm over the claims that one method is above another; sign flips: over seeds alone, uncorrected; of one seed the "
-    f"interval is over examples alone. Within {MARGIN:g}: two one-sided tests at 5%, by the same p; equivalent: the 90% "
+    f"{bootstrap.METHOD}]. p: the larger of those by the t distribution behind the interval and by the paired t test over "
+    "seeds, by Holm over the claims that one method is above another; sign flips: over seeds alone, uncorrected; of one seed "
+    f"the interval is over examples alone. Within {MARGIN:g}: two one-sided tests at 5%, by the same p; equivalent: the 90% "
     "interval within as much."
 )
 
@@ -65,7 +65,7 @@ def _verdict(one: bootstrap.Contrast, p: float | None) -> str:
         return equal(one)
     if (said := bootstrap.verdict(one, p, MARGIN)) != bootstrap.UNKNOWN:
         return said
-    return bootstrap.undecided(bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False))
+    return bootstrap.undecided(bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False), len(one.by_seed))
 
 
 def equal(one: bootstrap.Contrast) -> str:

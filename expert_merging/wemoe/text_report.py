@@ -147,10 +147,13 @@ def coefficients(groups: Groups) -> Table:
         if defaults:
             row["default"] = f"{default[0][1]['coefficient']:g}" if default else ""
             row["relative at default"] = stat([relative(groups, group, record, names) for group, record in default])
+            row["its seeds"] = " ".join(group.removeprefix("seed") for group, _ in default)
         runs = [f"main.{method}", *([f"defaults.{method}"] if default else [])]
-        table.rows.append(row | {"from": source(groups, *runs)})
+        table.rows.append(row | {"from": "; ".join(source(groups, run) for run in runs)})
     table.note = "Relative accuracy (%) with the coefficient that validation chose, a seed each" + (
-        ", and with the method's own default" if defaults else ""
+        ", and with the method's own default, of the seeds that have run it: others than the mean's are no comparison"
+        if defaults
+        else ""
     )
     table.note += ". What adapts takes task arithmetic's."
     if any(END in row["chosen"] for row in table.rows):

@@ -234,6 +234,13 @@ def test_seeds_needed_where_three_could_not_tell_are_more_than_three():
     assert needed > 3 and stats.t.sf(3.9 / error, freedom) * 2 < 0.05 / 14
 
 
+@pytest.mark.parametrize(
+    ("needed", "seeds", "said"), [(9, 8, "some 9 seeds"), (8, 8, "as many"), (None, 8, "more seeds")]
+)
+def test_what_would_tell_is_not_what_did_not(needed, seeds, said):
+    assert bootstrap.undecided(needed, seeds).startswith(f"{bootstrap.UNKNOWN} ({said}")
+
+
 def test_no_number_of_seeds_makes_up_for_few_examples():
     by_example = np.random.default_rng(4).standard_normal((1, 30)) * np.ones((6, 1))
     found = contrast_of(by_example - by_example.mean() + 0.01, 400)

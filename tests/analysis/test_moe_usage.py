@@ -131,6 +131,17 @@ def test_done_is_done_and_another_is_refused(tmp_path, capsys):
         count(folder, texts, out)
 
 
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    def hungry(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr("expert_merging.analysis.moe_usage.count", hungry)
+    folder, texts = model_folder(tmp_path / "m", "olmoe"), text_file(tmp_path / "t.jsonl")
+    refused(
+        "out of GPU memory .*give --batch_texts a smaller value, or --device cpu", folder, texts, tmp_path / "u.json"
+    )
+
+
 def refused(said, folder, texts, out, *more):
     with pytest.raises(UserError, match=said) as found:
         count(folder, texts, out, *more)

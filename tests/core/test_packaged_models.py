@@ -150,6 +150,9 @@ def test_another_wheel_or_half_of_one_is_refused_and_nothing_is_written(models, 
         with pytest.raises(UserError, match="is not the file of") as error:
             packaged_models.make("minilm-l6", tmp_path / "model", other)
         assert "\n" not in str(error.value) and not (tmp_path / "model").exists()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="file is a file; name a folder"):
+        packaged_models.make("minilm-l6", tmp_path / "file", wheel)
     with pytest.raises(UserError, match="there is no file"):
         packaged_models.make("minilm-l6", tmp_path / "model", tmp_path / "absent.whl")
     with pytest.raises(UserError, match="there is no 'minilm'; there are smollm2-135m, minilm-l6"):

@@ -70,6 +70,9 @@ def test_tables_and_what_they_leave_out():
     }  # of before each was kept
     rows = question_gains.gains(groups, [("both", "HEMoE", "random"), ("x", "HEMoE", "EMoE")], {"HEMoE": "H"}).rows
     assert [(row["difference"], row["seeds"], row["verdict"]) for row in rows] == [("H - random", 2, "above")]
+    of_one = {"seed0": groups["seed0"]}
+    (row,) = question_gains.gains(of_one, [("both", "HEMoE", "random")], {"HEMoE": "H"}).rows
+    assert row["verdict"] == "cannot tell: one seed"
     table = question_gains.by_task(groups, ("HEMoE", "random", "EMoE"), {"HEMoE": "H"})
     assert [(row["model"], row["fire"]) for row in table.rows] == [(m, k) for m in ("H", "random") for k in "123"]
 

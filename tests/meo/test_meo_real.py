@@ -204,6 +204,22 @@ def test_equality_is_not_told_by_a_difference_that_is_merely_unsure():
     assert next(iter(verdicts(apart).values()))["verdict"] == bootstrap.NOT
 
 
+def test_what_it_takes_is_told_where_the_difference_is_beyond_the_margin():
+    by_seed = np.array([-9.0, -2.0, -1.0])
+    found = bootstrap.Contrast(
+        by_seed, np.random.default_rng(0).choice(by_seed, (2000, 3)).mean(1), np.tile(by_seed, (2000, 1))
+    )
+    claim = claims.Claim(claims.EQUAL, "MEO", "MoE")
+    assert " seeds would)" in claims._verdict(claim, found, 1.0, 1)
+
+
+def test_tasks_without_a_seed_in_common_have_no_claims(tmp_path):
+    records = made({("dense", "", 1): 0.0, ("meo", "sequence", 2): 0.0})
+    kept = [r for r in records if (r["task"] == "a") == (r["seed"] == 0)]
+    runs = claims.Runs(kept)
+    assert not runs.seeds and claims.judged(runs, claims.asked(run_records.variants(kept))) == []
+
+
 def test_the_average_is_over_tasks_and_only_over_seeds_that_both_have():
     records = made({("dense", "", 1): 0.0, ("meo", "sequence", 2): 0.0})
     kept = [r for r in records if (r["variant"]["how"], r["task"], r["seed"]) != ("meo", "b", 2)]

@@ -336,6 +336,10 @@ def test_pushing(world, tmp_path, monkeypatch):
     done.clear()
     merge(base, models, tmp_path / "G", "--push_to", "me/merged")  # the same command goes on where it was
     assert done[2][0] == "me/merged"
+    done.clear()
+    merge(base, models, tmp_path / "H")  # looked at first, and pushed by another command
+    merge(base, models, tmp_path / "H", "--push_to", "me/merged", "--allow_unchanged")
+    assert done[2][0] == "me/merged"
 
 
 # ---------------------------------------------------------------- memory and progress

@@ -296,6 +296,7 @@ def test_other_counts_under_the_same_names_are_another_merge(tmp_path, capsys):
         ("average", ["--usage", "U.json"], "average does not look at usage"),
         ("average", ["--experts", "8"], "leave --usage and --experts out"),
         ("caem", ["--usage", "U.json", "--experts", "8", "--common_rows"], "leave --common_rows out"),
+        ("caem", ["--usage", "U.json"], "--experts is 0; caem wants the number of experts"),
     ],
 )
 def test_what_one_method_alone_takes_is_refused_by_others(tmp_path, method, more, said):

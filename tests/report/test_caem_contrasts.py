@@ -9,8 +9,9 @@ import pytest
 from expert_merging.core.errors import UserError
 from expert_merging.data.scores import pack, unpack
 from expert_merging.report import evidence
-from expert_merging.report.caem_contrasts import contrasts
+from expert_merging.report.caem_contrasts import by_interval, compared, contrasts
 from expert_merging.report.caem_intervals import intervals
+from expert_merging.report.claims import HELD, UNKNOWN, above, all_of
 from expert_merging.report.evidence import Evidence
 
 TASKS = ("topic", "qa")
@@ -59,6 +60,23 @@ def test_a_real_gain_held_with_eight_seeds_and_none_did_not():
     assert nothing["verdict"].startswith(("cannot tell (", "equivalent")) and "%)" in nothing["told"]
 
 
+def test_the_rival_is_chosen_over_the_seeds_that_have_run_them_all():
+    e = made(3)
+    e.records[0]["REAP-4"]["overall"]["validation"] = 2.0
+    assert ("CAEM-4 - REAP-4", "qa") in rows(e)
+    del e.records[0]["MSMoE-4"]
+    assert ("CAEM-4 - MSMoE-4", "qa") in rows(e)
+
+
+def test_one_model_under_two_names_is_said_to_be_one():
+    e = made(2)
+    for of_seed in e.records.values():
+        of_seed["CAEM-4-Avg"] = of_seed["CAEM-4"]
+    (((found, _),),) = compared(e, [("CAEM-4", "CAEM-4-Avg")], ("Overall",)).values()
+    assert by_interval(found, 4)[1] == "cannot tell (the same in every seed)"
+    assert above([0.0, 0.0]) == "cannot tell (the same in every seed)" and all_of([HELD, above([0.0, 0.0])]) == UNKNOWN
+
+
 def test_one_seed_says_so():
     row = rows(made(1))["CAEM-4 - Baseline-4", "qa"]
     assert row["verdict"] == "cannot tell: one seed" and row["seeds"] == 1 and row["p"] == row["told"] == ""
@@ -96,6 +114,15 @@ def test_each_score_has_its_interval_over_seeds_and_examples(seeds):
         for seed in range(seeds)
     ]
     assert numbers(row["Overall"])[0] == pytest.approx(np.mean(ratios), abs=1e-4)
+
+
+def test_overall_is_over_the_tasks_that_a_single_task_model_scores_on():
+    """As in the other tables."""
+    e = made(1)
+    e.records[0]["single-task-4 topic"]["topic_data"]["test_each"] = pack(np.zeros(300))
+    (row,) = (row for row in intervals(e).rows if row["configuration"] == "CAEM-4")
+    single, run = (unpack(e.records[0][name]["qa_data"]["test_each"]).mean() for name in ("single-task-4 qa", "CAEM-4"))
+    assert numbers(row["Overall"])[0] == pytest.approx(run / single, abs=1e-4)
 
 
 def test_runs_without_scores_of_examples_are_left_out():

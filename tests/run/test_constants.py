@@ -91,6 +91,14 @@ def test_help_shows_values_and_comments(script, capsys):
     assert exit.value.code == 0 and "which task [squad]" in out and "paper 3, night 2, tiny 1" in out
 
 
+@pytest.mark.parametrize(
+    "words", ["A --num_expert 4 B", "A B --num_expert 4", "--num_expert 4 A B", "A --NAME B --num_expert 4"]
+)
+def test_folders_may_stand_apart(script, words):
+    c = read_constants(script, words.split(), positional=("task_type", "NAME"))
+    assert (c.task_type, c.num_expert, c.NAME) == ("A", 4, "B")
+
+
 def test_shared_arguments_round_trip(script):
     c = read_constants(script, ["--scale", "tiny", "--task_types", "a", "b", "--RUN_DIR", "r", "--seed", "3"])
     again = read_constants(script, shared_arguments(c))
