@@ -12,11 +12,9 @@ from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import run
 
 seeds = (0,)
+_paper = ("table2", "controls", "pairs", "audit")
 parts = by_scale(
-    paper=("table2", "controls", "pairs", "audit"),
-    night=("table2", "controls", "pairs", "audit"),
-    tiny=("table2", "controls", "pairs", "audit"),
-    real=("comparison", "CAEM-8-Avg", "Average-8"),
+    paper=_paper, night=_paper, tiny=_paper, real=("comparison", "CAEM-8-Avg", "Average-8")
 )  # also: comparison (Baseline-8, CAEM-8), merging, or the name of a run
 experts_num = 8
 larger_experts_num = 16

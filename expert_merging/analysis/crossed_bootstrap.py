@@ -13,7 +13,8 @@ Scores = Mapping[str, np.ndarray]  # task: the main score of each test example, 
 Statistic = Callable[..., np.ndarray]  # of the mean scores by task, each [draws, seeds]: its value, [draws, seeds]
 _AT_ONCE = 500  # draws whose weights are in memory together
 HELD, NOT, EQUIVALENT, UNKNOWN = "held", "did not hold", "equivalent within the margin", "cannot tell"
-SAME = "the same in every seed"  # of a difference that is exactly 0 wherever it was taken
+SAME = f"{UNKNOWN} (the same in every seed)"  # of a difference that is exactly 0 wherever it was taken
+ONE_SEED = f"{UNKNOWN}: one seed"
 METHOD = "10,000 draws, widened to t's quantiles for so few seeds"  # of `interval`, for the notes of tables
 
 
@@ -167,6 +168,15 @@ def _variances(found: Contrast) -> tuple[float, float, float]:
     of_seeds = float(found.by_seed.var(ddof=1)) / seeds
     of_examples = float(found.example_draws.mean(1).var())
     return of_seeds, of_examples, max(0.0, (float(found.example_draws.var(0).mean()) - of_examples) / (seeds - 1))
+
+
+def side(low: float, high: float, seeds: int) -> str:
+    """What the interval of a difference says by itself, for contrasts that no test of a family is made of."""
+    if seeds < 2:
+        return ONE_SEED
+    if low == high == 0:
+        return SAME
+    return "above" if low > 0 else "below" if high < 0 else UNKNOWN
 
 
 def difference_p(found: Contrast) -> float:

@@ -49,11 +49,10 @@ def gains(records: Groups, questions: Sequence[tuple[str, str, str]], labels: di
             asked.append((question, one, other, seeds))
     for question, one, other, seeds in asked:
         mean, low, high = difference([of[one] for of in seeds], [of[other] for of in seeds])
-        verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
-        verdict = verdict if len(seeds) > 1 else "cannot tell: one seed"
         table.rows.append({
             "question": question, "difference": f"{labels.get(one, one)} - {labels.get(other, other)}", "seeds": len(seeds),
-            "accuracy": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "verdict": verdict, "from": source(records, one, other),
+            "accuracy": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "verdict": bootstrap.side(low, high, len(seeds)),
+            "from": source(records, one, other),
         })  # fmt: skip
     return table
 

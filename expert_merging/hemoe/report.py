@@ -12,7 +12,7 @@ from expert_merging.hemoe import pipeline, question_gains, record_checks
 from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import Groups, group_files, joined, read, refuse_unlike, source, write
+from expert_merging.report.records import Groups, joined, published, read, refuse_unlike, source, write
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
 
@@ -65,9 +65,9 @@ def make(c: SimpleNamespace) -> None:
         found[path.name] = {method: record for method, record in kept.items() if record}
     if not any(found.values()):
         raise UserError(f"{c.HEMOE_DIR} has no records: run the steps measure and evaluation first")
-    published = RESULTS / c.scale
-    if c.publish and group_files(published):
-        found = joined(read(published), found)
+    there = RESULTS / c.scale
+    if c.publish:
+        found = joined(published(there), found)
     refuse_unlike(found, "HEMOE_DIR", ("seed", "method", "tune_tasks"))
     record_checks.leave_out_unfinished(found, _PER_TASK)
     with new_folder(folder) as place:
@@ -77,7 +77,7 @@ def make(c: SimpleNamespace) -> None:
         print(table.markdown())
     print(f"records, tables and figure: {folder}")
     if c.publish:
-        publish.publish({published: found}, WING)
+        publish.publish({there: found}, WING)
 
 
 def check() -> None:

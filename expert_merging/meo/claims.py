@@ -103,7 +103,7 @@ def judged(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
         if not (seeds := runs.shared(claim.first, claim.second)):
             continue
         mean, low, high = (round(value, 2) + 0.0 for value in runs.difference(claim.first, claim.second))
-        verdict = "cannot tell: one seed"
+        verdict = bootstrap.ONE_SEED
         if claim in found:
             verdict = _verdict(claim, found[claim], adjusted[claim], len(found))
         rows.append({

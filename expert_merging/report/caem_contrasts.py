@@ -74,14 +74,11 @@ def _against(e: Evidence) -> list[str]:
 
 def by_interval(found: bootstrap.Contrast, digits: int) -> tuple[str, str]:
     """(the difference with its interval, what that alone says), for contrasts that no test of a family is made of."""
-    difference = f"{found.mean:+.{digits}f}"
-    if len(found.by_seed) < 2:
-        return difference, "cannot tell: one seed"
+    difference, seeds = f"{found.mean:+.{digits}f}", len(found.by_seed)
+    if seeds < 2:
+        return difference, bootstrap.ONE_SEED
     low, high = bootstrap.interval(found)
-    if not found.by_seed.any():
-        return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", f"{bootstrap.UNKNOWN} ({bootstrap.SAME})"
-    verdict = "above" if low > 0 else "below" if high < 0 else "cannot tell"
-    return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", verdict
+    return f"{difference} [{low:+.{digits}f}, {high:+.{digits}f}]", bootstrap.side(low, high, seeds)
 
 
 def seeds_of(e: Evidence, *names: str) -> list[int]:
@@ -129,7 +126,7 @@ def _row(
     low, high = bootstrap.interval(found) if several else bootstrap.estimate(_statistic(measure), arms)[1:]
     difference = f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     if not several:
-        said = {"difference": difference, "p": "", "told": "", "verdict": "cannot tell: one seed"}
+        said = {"difference": difference, "p": "", "told": "", "verdict": bootstrap.ONE_SEED}
     else:
         told = bootstrap.detectable(found, family)
         said = {

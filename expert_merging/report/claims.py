@@ -30,7 +30,7 @@ def above(differences: Sequence[float]) -> str:
     if bounds is None:
         return UNKNOWN
     if not any(differences):
-        return f"{UNKNOWN} ({SAME})"
+        return SAME
     return HELD if bounds[0] > 0 else NOT if bounds[1] < 0 else UNKNOWN
 
 

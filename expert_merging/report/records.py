@@ -38,6 +38,11 @@ def read(folder: Path) -> Groups:
     return {group: {run: from_released(record) for run, record in runs.items()} for group, runs in groups.items()}
 
 
+def published(folder: Path) -> Groups:
+    """All records in `folder`, or none where nothing has been published there."""
+    return read(folder) if group_files(folder) else {}
+
+
 def joined(earlier: Groups, new: Groups) -> Groups:
     """Both; of a run that both have, in the same group, the new record."""
     return {group: earlier.get(group, {}) | new.get(group, {}) for group in dict.fromkeys((*earlier, *new))}

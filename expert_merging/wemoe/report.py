@@ -16,7 +16,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.merging.registry import FROM_WEIGHTS, METHODS
 from expert_merging.report import folders, index, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import every, group_files, joined, refuse_unlike, source
+from expert_merging.report.records import every, joined, published, refuse_unlike, source
 from expert_merging.report.records import read as read_groups
 from expert_merging.report.tables import Table, stat
 from expert_merging.run.provenance import ROOT
@@ -164,12 +164,12 @@ def write_text(c: SimpleNamespace) -> str:
 
     Raises UserError where what was published was made with other constants.
     """
-    folder, published = Path(c.WEMOE_TEXT_DIR), RESULTS / "text"
+    folder, there = Path(c.WEMOE_TEXT_DIR), RESULTS / "text"
     made = publish.write(folder, WING)
     if c.publish:
-        found = joined(read_groups(published) if group_files(published) else {}, read_groups(folder))
+        found = joined(published(there), read_groups(folder))
         refuse_unlike(found, "WEMOE_TEXT_DIR")
-        publish.publish({published: found}, WING)
+        publish.publish({there: found}, WING)
     return "\n".join(table.markdown() for table in made if table.name != "cost")
 
 

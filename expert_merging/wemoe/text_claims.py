@@ -41,7 +41,7 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
         row["difference"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         row["p"] = f"{p[pair]:.3f}" if pair in p else ""
         row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
-        row["verdict"] = _verdict(told[pair], p.get(pair)) if pair in told else "cannot tell: one seed"
+        row["verdict"] = _verdict(told[pair], p.get(pair)) if pair in told else bootstrap.ONE_SEED
         table.rows.append(row | {"from": source(groups, *(f"main.{name}" for name in pair))})
     return table
 
