@@ -28,8 +28,10 @@ _NOTE = (
 def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
     """A row a claim, as far as its two methods are there with every example's score."""
     table = Table("claims", "Claims", _NOTE + _hardly_adapted(groups))
-    seeds = {pair: _seeds(groups, *pair) for pair in (*zip(CHAIN, CHAIN[1:], strict=False), EQUAL)}
-    arms = {pair: _arms(groups, those, *pair) for pair, those in seeds.items() if those}
+    pairs = (*zip(CHAIN, CHAIN[1:], strict=False), EQUAL)
+    runs = {pair: [f"main.{method}" for method in pair] for pair in pairs}
+    seeds = {pair: _seeds(groups, *two) for pair, two in runs.items()}
+    arms = {pair: _arms(groups, those, *runs[pair]) for pair, those in seeds.items() if those}
     told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(seeds[pair]) > 1}
     above = [pair for pair in told if pair != EQUAL]
     p = dict(zip(above, bootstrap.holm([bootstrap.difference_p(told[pair]) for pair in above]), strict=True))
@@ -42,8 +44,18 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
         row["p"] = f"{p[pair]:.3f}" if pair in p else ""
         row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
         row["verdict"] = _verdict(told[pair], p.get(pair)) if pair in told else bootstrap.ONE_SEED
-        table.rows.append(row | {"from": source(groups, *(f"main.{name}" for name in pair))})
+        table.rows.append(row | {"from": source(groups, *runs[pair])})
     return table
+
+
+def difference(groups: Groups, first: str, second: str) -> str:
+    """Mean test accuracy (points) of run `first` less that of `second` with its 95% interval, over the seeds that have both;
+    "" where none has."""
+    seeds = _seeds(groups, first, second)
+    if not seeds:
+        return ""
+    mean, low, high = bootstrap.estimate(_difference, _arms(groups, seeds, first, second))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _hardly_adapted(groups: Groups) -> str:
@@ -76,23 +88,23 @@ def equal(one: bootstrap.Contrast) -> str:
     return bootstrap.NOT if low > MARGIN or high < -MARGIN else bootstrap.UNKNOWN
 
 
-def _seeds(groups: Groups, *methods: str) -> list[str]:
-    return [group for group, runs in groups.items() if all(f"main.{method}" in runs for method in methods)]
+def _seeds(groups: Groups, *runs: str) -> list[str]:
+    return [group for group, of_seed in groups.items() if all(run in of_seed for run in runs)]
 
 
-def _arms(groups: Groups, seeds: list[str], *methods: str) -> list[bootstrap.Means]:
-    tasks = groups[seeds[0]][f"main.{methods[0]}"]["tasks"]
-    means = bootstrap.resample({name: {task: _each(groups, seeds, name, task) for task in tasks} for name in methods})
-    return [means[name] for name in methods]
+def _arms(groups: Groups, seeds: list[str], *runs: str) -> list[bootstrap.Means]:
+    tasks = groups[seeds[0]][runs[0]]["tasks"]
+    means = bootstrap.resample({run: {task: _each(groups, seeds, run, task) for task in tasks} for run in runs})
+    return [means[run] for run in runs]
 
 
 def _difference(one: bootstrap.Scores, other: bootstrap.Scores) -> np.ndarray:
     return np.mean([one[task] - other[task] for task in one], axis=0)
 
 
-def _each(groups: Groups, seeds: list[str], method: str, task: str) -> np.ndarray:
+def _each(groups: Groups, seeds: list[str], run: str, task: str) -> np.ndarray:
     """[seeds, examples], 0 or 100"""
-    found = [unpack(groups[seed][f"main.{method}"][task]["each"]) for seed in seeds]
+    found = [unpack(groups[seed][run][task]["each"]) for seed in seeds]
     if len({len(each) for each in found}) > 1:
-        raise UserError(f"main.{method}: the seeds were not tested on the same examples of {task}")
+        raise UserError(f"{run}: the seeds were not tested on the same examples of {task}")
     return np.stack(found)

@@ -50,15 +50,14 @@ class Run:
 def runs_of(part: str, methods: Sequence[str], tasks: tuple[str, ...], general_tasks: int) -> list[Run]:
     """The runs of a part, its methods as far as they are among `methods` and have a say there.
 
-    What adapts is dear: the parts defaults, validation, generalization, robustness and number have of it those of FEW.
+    What adapts is dear: the parts validation, generalization, robustness and number have of it those of FEW.
     """
     few = [method for method in FEW if method in methods]
     adapting = [method for method in methods if adapts(method)]
     if part == "main":
         return [Run(part, method, tasks) for method in methods]
     if part == "defaults":
-        once = [method for method in methods if coefficient(method)]
-        return [Run(part, m, tasks, chosen=False) for m in (*once, *(m for m in few if adapts(m)))]
+        return [Run(part, m, tasks, chosen=False) for m in methods if coefficient(m) or adapts(m)]
     if part == "validation":
         return [Run(part, method, tasks, adapt_to="validation") for method in few if adapts(method)]
     if part == "guard":

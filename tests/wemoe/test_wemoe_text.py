@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -162,9 +163,15 @@ def test_a_coefficient_at_an_end_of_the_grid_is_marked():
     }
     assert "*: an end of the grid" in table.note and str(table.rows[0]["relative"]) == "75.00"
     runs["main.ties"]["coefficient"] = runs["main.tsv_m"]["coefficient"] = 1.0
-    runs["defaults.ties"] = runs["main.ties"] | {"part": "defaults"}
-    table = text_report.coefficients({"seed0": runs})
+    runs["main.ties"]["a"] = {"accuracy": 0.75, "each": pack([100.0, 100.0, 100.0, 0.0])}
+    runs["defaults.ties"] = runs["main.ties"] | {
+        "part": "defaults",
+        "a": {"accuracy": 0.5, "each": pack([100.0, 100.0, 0.0, 0.0])},
+    }
+    table = text_report.coefficients({"seed0": runs, "seed1": {}})
     assert "end of the grid" not in table.note
+    ties = next(row for row in table.rows if row["method"] == "TIES")
+    assert ties["its seeds"] == "0" and re.match(r"\+25\.00 \[[+-]\d", ties["chosen - default"])
     assert {row["method"]: row["default"] for row in table.rows} == {"task arithmetic": "", "TIES": "1", "TSV-M": ""}
 
 
@@ -577,7 +584,7 @@ def test_parts_hold_what_they_say():
     tasks = ("a", "b", "c", "d")
     names = {part: [run.name for run in text_plan.runs_of(part, methods, tasks, 3)] for part in text_plan.PARTS}
     assert names["main"] == [f"main.{method}" for method in methods]
-    assert names["defaults"] == [f"defaults.{method}" for method in ("ties", "wemoe", "ewemoe_90")]
+    assert names["defaults"] == [f"defaults.{method}" for method in ("ties", "wemoe", "ewemoe_90", "adamerging_task")]
     assert names["validation"] == ["validation.wemoe", "validation.ewemoe_90"]
     assert names["number"] == [f"number{n}.{m}" for n in (2, 3) for m in ("average", "ties", "wemoe", "ewemoe_90")]
     assert names["generalization"] == [
