@@ -1,5 +1,7 @@
 """Does it matter which task gets how many experts? The same sources merged by different shares."""
 
+from functools import reduce
+from operator import getitem
 from statistics import fmean
 from typing import Any
 
@@ -47,8 +49,11 @@ def slopes(e: Evidence, task: str, fine_tuned: bool) -> list[float]:
 
 
 def response(e: Evidence) -> Table:
-    """A row for each way to share, then the slope of each task's score over its experts."""
-    note = "Experts a layer from each task, mean over sparse layers; test scores after fine-tuning, Overall before too."
+    """A row for each way to share, then the slope of each task's score over its experts, and what the shares matter in all."""
+    note = (
+        "Experts a layer from each task, mean over sparse layers; test scores after fine-tuning, Overall before too. Range: "
+        "the best of a seed's shares less the worst, above 0 by chance alone, and more so the more shares there are."
+    )
     table = Table("response", "The same sources merged by other shares", note)
     found = arms(e)
     if set(found) <= {f"CAEM-{e.n}", f"CAEM-{e.n}-Avg"}:
@@ -67,4 +72,18 @@ def response(e: Evidence) -> Table:
         row = {"shares": f"points an expert, {when} fine-tuning", "experts": "", "Overall before": "", "Overall": ""}
         row |= {task: claims.shown(slopes(e, task, fine_tuned), 2) for task in e.tasks}
         table.rows.append(row | {"from": e.source(*found)})
+    row = {"shares": "range over the shares", "experts": ""}
+    row["Overall before"] = stat(ranges(e, "before", "overall", "test"), 4)
+    row["Overall"] = stat(ranges(e, "overall", "test"), 4)
+    row |= {task: stat(ranges(e, f"{task}_data", "test", e.main_score(task))) for task in e.tasks}
+    table.rows.append(row | {"from": e.source(*found)})
     return table
+
+
+def ranges(e: Evidence, *keys: str) -> list[float]:
+    """Of each seed, the highest score among the arms less the lowest; `keys` lead to the score in a record."""
+    of_seed: dict[int, list[float]] = {}
+    for name in arms(e):
+        for seed, record in e.by_seed(name):
+            of_seed.setdefault(seed, []).append(reduce(getitem, keys, record))
+    return [max(scores) - min(scores) for scores in of_seed.values() if len(scores) > 1]

@@ -31,14 +31,23 @@ def test_slopes_are_points_an_expert():
         assert caem_response.slopes(made(-1.0), task, False) == pytest.approx([-0.5, -0.5])
 
 
-def test_a_row_for_each_share_and_two_of_slopes():
+def test_a_row_for_each_share_two_of_slopes_and_one_of_ranges():
     rows = caem_response.response(made()).rows
     assert [row["shares"] for row in rows] == [
         "by entropy (CAEM)", "evenly", "by inverse entropy", "all but the least to topic", "all but the least to qa",
-        "points an expert, before fine-tuning", "points an expert, after fine-tuning",
+        "points an expert, before fine-tuning", "points an expert, after fine-tuning", "range over the shares",
     ]  # fmt: skip
     assert rows[3]["experts"] == "5.0, 1.0" and str(rows[3]["topic"]).startswith("50.50")
-    assert rows[-1]["qa"].startswith("+2.00")
+    assert rows[-2]["qa"].startswith("+2.00")
+    assert str(rows[-1]["Overall"]).startswith("0.0000") and str(rows[-1]["topic"]).startswith("8.00")  # 2 (5 - 1)
+
+
+def test_the_range_is_of_each_seed_by_itself():
+    e = made()
+    for seed, values in ((0, (0.5, 0.8, 0.6, 0.7, 0.9)), (1, (0.9, 1.0, 0.95, 0.92, 0.91))):
+        for case, overall in zip(SHARES, values, strict=True):
+            e.records[seed][f"CAEM-6{case}"]["overall"]["test"] = overall
+    assert caem_response.ranges(e, "overall", "test") == pytest.approx([0.4, 0.1])
 
 
 def test_without_other_shares_there_is_no_table():
