@@ -126,6 +126,14 @@ def test_single_parts_and_what_they_need(world, done, tmp_path):
     assert not (tmp_path / "seed0").exists()
 
 
+def test_a_base_with_another_number_of_experts_is_named_before_anything_runs(world, tmp_path):
+    words = [*world.words(tmp_path), "--BASE_MODEL_PATH", str(world.folder / "base-4"), *SIZES, "--parts"]
+    result = run_script("reproduce_tables.py", [*words, "comparison", "Baseline-6"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "base-4 has 4 experts a sparse layer, not 6" in result.stderr
+    assert not (tmp_path / "logs").exists() and not (tmp_path / "seed0").exists()
+
+
 # As of 27 November 2026, before other families than Switch came in. To rounding, since machines add up in other orders.
 GOLDEN = {
     "single_task_[4]/single_task_squad": ([5.876631, 5.971849], [5.627651]),

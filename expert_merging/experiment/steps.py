@@ -21,6 +21,9 @@ from expert_merging.core.threads import cores
 from expert_merging.run import results
 from expert_merging.run.constants import shared_arguments
 from expert_merging.run.provenance import ROOT
+from expert_merging.training import families
+
+BASE_SIZES = ("num_expert", "experts_num")  # the scripts' constants that choose the base they start from
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ def missing(jobs: list[Job]) -> list[Job]:
     return left
 
 
+def check_bases(jobs: list[Job]) -> None:
+    """Raises UserError where the base that a job starts from is missing or has another number of experts."""
+    sizes = {job.step.constants[name]: job.shared for job in jobs for name in BASE_SIZES if name in job.step.constants}
+    for experts, shared in sizes.items():
+        families.check_base(shared, experts)
+
+
 def expected(kind: str, *records: Path) -> float | None:
     """Seconds that steps of this kind took, by the first of `records` (files that `run_missing` writes) that knows."""
     for path in records:
@@ -121,9 +131,10 @@ def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path, at_once
         at_once: how many run side by side (no more than there are cores), each with its share of the cores. The longest of
             those whose needs are there begins first.
 
-    Raises UserError when a script stops with an error, KeyboardInterrupt when it was interrupted; what runs beside it is
+    Raises UserError for a base that cannot be and when a script stops with an error, KeyboardInterrupt when it was interrupted; what runs beside it is
     interrupted too, and goes on from its checkpoint the next time.
     """
+    check_bases(jobs)
     at_once = min(at_once, cores())
     weights = {job.name: expected(job.kind, times, guesses) or 60.0 for job in jobs}
     total, done = sum(weights.values()), 0.0

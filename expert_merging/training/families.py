@@ -115,12 +115,24 @@ def load_base(c: SimpleNamespace, experts: int):
 
     path = c.BASE_MODEL_PATH.format(experts=experts)
     model = load_model(path, "BASE_MODEL_PATH")
-    family = family_of(model)
-    if (there := family.experts_of(model.config)) != experts:
-        raise UserError(f"BASE_MODEL_PATH: {path} has {there} experts a sparse layer, not {experts}")
-    family.check_constants(c, model.config)
+    _check_experts(path, model.config, experts)
+    family_of(model).check_constants(c, model.config)
     ancestor, lines = weights_sha256(model), config_lines(model.config)
     return model, corpus_hash([ancestor, lines]) if lines else ancestor
+
+
+def check_base(c: SimpleNamespace, experts: int) -> None:
+    """What load_base says of a base that is missing or has another number of experts, by its configuration alone."""
+    from transformers import AutoConfig
+
+    path = c.BASE_MODEL_PATH.format(experts=experts)
+    _model_type(path, "BASE_MODEL_PATH")
+    _check_experts(path, AutoConfig.from_pretrained(path), experts)
+
+
+def _check_experts(path: str, config, experts: int) -> None:
+    if (there := family_of(config).experts_of(config)) != experts:
+        raise UserError(f"BASE_MODEL_PATH: {path} has {there} experts a sparse layer, not {experts}")
 
 
 def config_lines(config) -> dict[str, Any]:
