@@ -131,8 +131,8 @@ def run_missing(jobs: list[Job], times: Path, logs: Path, guesses: Path, at_once
         at_once: how many run side by side (no more than there are cores), each with its share of the cores. The longest of
             those whose needs are there begins first.
 
-    Raises UserError for a base that cannot be and when a script stops with an error, KeyboardInterrupt when it was interrupted; what runs beside it is
-    interrupted too, and goes on from its checkpoint the next time.
+    Raises UserError for a base that cannot be and when a script stops with an error, KeyboardInterrupt when it was
+    interrupted; what runs beside it is interrupted too, and goes on from its checkpoint the next time.
     """
     check_bases(jobs)
     at_once = min(at_once, cores())
