@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     c = parser.parse_args()
+    began = versions()  # hours pass until the end
     held_out, adapters = {}, {}
     for task in c.tasks:
         lines = [row for _, row in read_jsonl(c.instructions / f"{task}.jsonl")]
@@ -132,7 +133,7 @@ def main() -> None:
         )
         print(f"{name}: {told}; {QUESTION} {rows[-1]['answer']!r}", flush=True)
     settings = {"tasks": c.tasks, "steps": c.steps, "seed": c.seed, "batch": BATCH, "held_out": HELD_OUT}
-    write_json(machine.RESULTS / "merge_adapters.json", {"versions": versions(), "settings": settings, "rows": rows})
+    write_json(machine.RESULTS / "merge_adapters.json", {"versions": began, "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":
