@@ -137,6 +137,11 @@ base_lr = by_scale(paper=0.0, night=1e-3, tiny=3e-3)
 publish = False  # the step report copies table, figure and records to results/hemoe/{scale}
 check = False  # recompute the tables of results/hemoe from their records, and stop
 
+_instead = {  # of global_config.py, which have no say here
+    "lr": "tune_lr", "num_epochs": "tune_steps", "batch_size": "tune_batch", "train_sample": "task_examples",
+    "gradient_accumulation_steps": "tune_accumulation",
+}  # fmt: skip
+
 
 def main(c):
     from expert_merging.hemoe import pipeline

@@ -7,7 +7,7 @@ Writes  MEO_DIR/{family}_{task}/seed{seed}/{variant}.json, a record a run, and f
         MEO_DIR/{family}_{task}/report; of several tasks the same of all together, with intervals and the claims' verdicts, in
         MEO_DIR/{family}_{a+b+c}. MEO_DIR/bases/{family}, the small pre-trained model.
 Takes   at tiny about half a minute a run on one CPU core, and pre-training three minutes; at real (MiniLM on four tasks, 120
-        runs) three hours of one core by estimate. Interrupted, it goes on; what has been run is not run again.
+        runs) some four hours of one core. Interrupted, it goes on; what has been run is not run again.
 
 GLUE's and SQuAD's test answers are not public: their published validation split is the test here, and the epoch is chosen on
 a tenth of the training set, held out (of SQuAD whole passages). Inputs longer than input_length lose their end.
@@ -56,6 +56,11 @@ pretraining_length = 64  # tokens a block
 pretraining_lr = 3e-3  # peak
 
 publish = False  # of several tasks: copy records, tables and figures to results/meo/{scale}
+
+_instead = {  # of global_config.py, which have no say here
+    "lr": "learning_rate", "num_epochs": "epochs", "batch_size": "train_batch", "train_sample": "task_train",
+    "weight_decay": "the task's own (expert_merging/meo/recipes.py)",
+}  # fmt: skip
 
 
 def main(c):

@@ -39,6 +39,8 @@ images_per_task = 0  # test images; 0 takes all 597
 WEMOE_DIR = "{RUN_DIR}/wemoe_digits"
 tables_only = False  # make the tables and figures in WEMOE_DIR again from its records, and stop
 
+_instead = {"seed": "seeds", "lr": "training_lr"}  # of global_config.py, which have no say here
+
 
 def main(c):
     from pathlib import Path

@@ -83,6 +83,11 @@ WEMOE_TEXT_DIR = "{RUN_DIR}/wemoe_text"
 publish = False  # copy the records to results/wemoe/text and make tables and figures of them there
 check = False  # recompute the tables of results/wemoe from their records, and stop
 
+_instead = {  # of global_config.py, which have no say here
+    "seed": "seeds", "lr": "finetune_lr", "num_epochs": "finetune_epochs", "batch_size": "finetune_batch",
+    "train_sample": "train_texts",
+}  # fmt: skip
+
 
 def main(c):
     from expert_merging.report import publish

@@ -18,8 +18,8 @@ RULE = (
     "Difference in accuracy, points, mean over tasks [95% interval, bootstrap crossed over seeds and test examples, "
     f"{bootstrap.METHOD}]. p: the larger of those by the t distribution behind the interval and by the paired t test over "
     f"seeds, after Holm over all claims; of '{EQUAL}' that of two one-sided tests, margin {MARGIN:g} point, which does not "
-    "hold where the 95% interval, uncorrected, lies beyond the margin. Equivalent, of the other claims: the 90% interval "
-    "within the margin."
+    "hold where the 95% interval, uncorrected, lies beyond the margin. Equivalent, of the other claims: the same two tests, "
+    "after Holm over these claims."
 )
 
 
@@ -98,6 +98,10 @@ def judged(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
     found = {claim: bootstrap.contrast(_difference, runs.arms(claim.first, claim.second)) for claim in several}
     ps = [_p(claim, contrast) for claim, contrast in found.items()]
     adjusted = dict(zip(found, bootstrap.holm(ps), strict=True)) if ps else {}
+    others = [claim for claim in found if claim.claim != EQUAL]
+    alike = dict(
+        zip(others, bootstrap.holm([bootstrap.equivalence_p(found[claim], MARGIN) for claim in others]), strict=True)
+    )
     rows = []
     for claim in claims:
         if not (seeds := runs.shared(claim.first, claim.second)):
@@ -105,7 +109,7 @@ def judged(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
         mean, low, high = (round(value, 2) + 0.0 for value in runs.difference(claim.first, claim.second))
         verdict = bootstrap.ONE_SEED
         if claim in found:
-            verdict = _verdict(claim, found[claim], adjusted[claim], len(found))
+            verdict = _verdict(claim, found[claim], adjusted[claim], alike.get(claim, 1.0), len(found))
         rows.append({
             "claim": claim.claim, "difference": f"{claim.first} - {claim.second}", "seeds": len(seeds),
             "points": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
@@ -122,12 +126,14 @@ def _p(claim: Claim, found: bootstrap.Contrast) -> float:
     return bootstrap.equivalence_p(found, MARGIN) if claim.claim == EQUAL else bootstrap.difference_p(found)
 
 
-def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, family: int) -> str:
-    """`p` is adjusted for so many claims."""
+def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, alike: float, family: int) -> str:
+    """`p` is adjusted for so many claims; `alike` is that of being equivalent, of a claim that is another one."""
     if claim.claim != EQUAL:
-        said = bootstrap.verdict(found, p, MARGIN)
-        seeds = bootstrap.seeds_needed(found, family, flips=False)
-        return bootstrap.undecided(seeds, len(found.by_seed)) if said == bootstrap.UNKNOWN else said
+        if (said := bootstrap.verdict(found, p, margin=0)) != bootstrap.UNKNOWN:
+            return said
+        if alike < 0.05:
+            return bootstrap.EQUIVALENT
+        return bootstrap.undecided(bootstrap.seeds_needed(found, family, flips=False), len(found.by_seed))
     if p < 0.05:
         return bootstrap.EQUIVALENT
     low, high = bootstrap.interval(found)

@@ -55,7 +55,7 @@ def check(c: SimpleNamespace, jobs: Sequence[Job]) -> dict[str, Mapping[str, Seq
     for job in jobs:
         finetuning.check(c.family, job.n, job.ks, job.levels)
         if job.model:
-            finetuning.check_model(job.model, c.family)
+            finetuning.check_model(job.model, c.family, job.recipes[0].length)
             finetuning.load_tokenizer(job.model)
     return {job.task: recipes.load_raw(job.task, c) for job in jobs}
 
@@ -65,8 +65,8 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
     they have the same rows, batches and head. Returns the records of these learning rates, also of other seeds."""
     from expert_merging.meo import finetuning
 
-    finetuning.check_model(base, c.family)
     tokenizer, first = finetuning.load_tokenizer(base), job.recipes[0]
+    finetuning.check_model(base, c.family, first.length)
     rows, facts = recipes.rows_of(job.task, first, raw, tokenizer)
     number = c.task_train if recipes.in_folder(c, job.task) else 0
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in rows.items())
@@ -86,7 +86,8 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
     alike = {**about, "recipe": recipes.as_json(first)}
     learning_rates = [recipe.lr for recipe in job.recipes]
     apart = ("seed", "variant", *(["recipe.lr"] if len(learning_rates) > 1 else []))
-    results.refuse_others(folder.glob("seed*/*.json"), alike, elsewhere="MEO_DIR", but=apart)
+    beside = [path for path in folder.glob("seed*/*.json") if ("_lr" in path.stem) == (len(learning_rates) > 1)]
+    results.refuse_others(beside, alike, elsewhere="MEO_DIR", but=apart)
     for seed in c.seeds:
         of_seed = {**rows, "train": recipes.drawn(rows["train"], number, seed)}
         for variant, recipe in _runs(job, c.family):

@@ -91,7 +91,7 @@ def convert(
         stacked = StackedLinear(linear, n, k, level, mode, stack, name, read_size, description_size)
         stacked.train(linear.training)
         setattr(model.get_submodule(parent), own, stacked)
-    model.meo_settings = settings
+    model.meo_settings = settings | {"converted": mode}  # which the gates' sizes follow, whatever set_mode says later
     model.register_forward_hook(_add_balance, with_kwargs=True)
     for root, stack in stacks:
         root.register_forward_pre_hook(stack.before_pass, with_kwargs=True)

@@ -20,8 +20,6 @@ from expert_merging.meo import fidelity, switch
 from expert_merging.run import results
 from expert_merging.switch.cross_entropy import teacher_forced
 
-GATES = ("probability", "usage", "uniform")
-
 
 def open_source(c: SimpleNamespace) -> Path:
     """The folder of the model `c.source`.
@@ -37,7 +35,7 @@ def open_source(c: SimpleNamespace) -> Path:
     for name, value in (("k", c.k), *(("ks", value) for value in c.ks)):
         if not 1 <= value <= experts:
             raise UserError(f"{name} is {value}; {c.source} has {experts} experts a layer: give 1 to {experts}")
-    if c.gate not in GATES:
+    if c.gate not in switch.GATES:
         raise UserError(f"gate is {c.gate!r}; it must be probability, usage or uniform")
     at_least(c, 1, "calibration_examples", "compare_examples", "latency_runs")
     if c.compare:

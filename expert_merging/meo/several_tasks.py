@@ -147,19 +147,25 @@ def _costs(groups: Groups) -> Table:
     """What does not depend on the task but for lengths and the head: means over tasks."""
     records = listed(groups)
     where = "" if records[0]["device"] == "cuda" else "CPU "
+    lengths = " or ".join(str(length) for length in sorted({record["flops_length"] for record in records}))
     note = (
-        f"Means over {', '.join(_tasks(records))}. Operations counted by torch.utils.flop_counter in a forward pass of one "
-        f"sequence of {records[0]['flops_length']} tokens; the median training step of each run, optimizer and all; what a "
-        "training pass of one batch keeps for its backward pass. x: by the dense model's."
+        f"Means over those of {', '.join(_tasks(records))} that a variant has run. Operations counted by "
+        f"torch.utils.flop_counter in a forward pass of one sequence of {lengths} tokens; the median training step of each "
+        "run, optimizer and all; what a training pass of one batch keeps for its backward pass. x: by the dense model's on the "
+        "same tasks."
     )
     table = Table("costs", "MEO: what each variant costs", note)
-    dense = having(records, how="dense")
+    dense = next((one["name"] for one in variants(records) if one["how"] == "dense"), "")
     for variant in variants(records):
-        of = _by_task(records, variant["name"])
+        of = {task: own for task, own in _by_task(records, variant["name"]).items() if own}
         steps = _steps(of)
         every = [record for own in of.values() for record in own.values()]
-        flops, base = fmean(r["flops"] for r in every), fmean(r["flops"] for r in dense) if dense else None
-        base_steps = _steps(_by_task(records, dense[0]["variant"]["name"])) if dense else []
+        of_dense = {task: own for task, own in _by_task(records, dense).items() if task in of}
+        alike = (
+            [record["flops"] for own in of_dense.values() for record in own.values()] if all(of_dense.values()) else []
+        )
+        flops, base = fmean(r["flops"] for r in every), fmean(alike) if alike else None
+        base_steps = _steps(of_dense) if alike else []
         table.rows.append({
             "variant": variant["name"], "MFLOPs a sequence": flops / 1e6, "x": flops / base if base else None,
             f"{where}ms a training step": stat(steps, 1),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json, write_json
-from expert_merging.meo.conversion import convert, linears
+from expert_merging.meo.conversion import convert, linears, set_mode
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -41,7 +41,9 @@ def load(folder: str | Path) -> nn.Module:
     model = getattr(transformers, config.architectures[0])._from_config(config, attn_implementation=attention)
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    model = convert(model.to(dtype), **settings)
+    mode = settings["mode"]
+    model = convert(model.to(dtype), **settings | {"mode": settings.pop("converted", mode)})
+    set_mode(model, mode)
     try:
         load_model(model, folder / "model.safetensors")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -57,7 +59,8 @@ def import_released(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     Its MEO linears hold weight [n, out, in], its MoE linears experts.{i}.dense.weight. Biases, which it drops from BERT and
     BART, become 0 where the state has none. Decoders' gates read another input there and are left as they are.
 
-    Returns the names of the state's tensors that have no place here. Raises UserError where weights are missing or do not fit.
+    Returns the names of the state's tensors that have no place here. Raises UserError where weights are missing or do not fit,
+    as at task level, where the released code's descriptions lie in the model's embeddings and are averaged with padding.
     """
     state = dict(state)
     for name in {
@@ -92,9 +95,8 @@ def import_released(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         for key, value in own.items()
         if any(value is not o and value.data_ptr() == o.data_ptr() for o in own.values())
     }
-    missing = [
-        key for key in done.missing_keys if key not in gates and key not in tied and not key.startswith("meo_tasks.")
-    ]
+    ours = ("meo_tasks.ids", "meo_tasks.mask")  # the descriptions as they were given to convert
+    missing = [key for key in done.missing_keys if key not in gates and key not in tied and key not in ours]
     if missing:
         raise UserError(f"the checkpoint has no {missing[0]} (and {len(missing) - 1} more)")
     return left

@@ -42,13 +42,14 @@ def read_constants(
     """The script's constants, after the command line, the scale and `{name}` references have had their say.
 
     Args:
-        script: the script's `globals()`.
+        script: the script's `globals()`. `_instead` there, {shared constant: the script's own}, names those of global_config.py
+            that have no say in it.
         arguments: the command line without the program's name; None reads `sys.argv`.
         positional: constants that may be given without their name, in this order.
 
     Raises:
         SystemExit(2): an unknown name or a value of the wrong type, said in one line; SystemExit(0) after `--help`.
-        UserError: a `{name}` inside a string constant that no constant has.
+        UserError: a `{name}` inside a string constant that no constant has, a constant of `_instead`.
     """
     import global_config
 
@@ -62,18 +63,21 @@ def read_constants(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    instead: dict[str, str] = script.get("_instead", {})
     for name, value in lines.items():
-        kind = _kind(value)
+        kind, said = _kind(value), f"{comments.get(name, '')} [{_shown(value)}]"
         parser.add_argument(
             f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__, type=_boolean if kind is bool else kind,
             nargs="+" if isinstance(_sample(value), tuple) else "?" if kind is bool else None,
             const=True if kind is bool else None,  # `--merge_only` alone means true
             choices=SCALES if name == "scale" else None,
-            help=f"{comments.get(name, '')} [{_shown(value)}]".replace("%", "%%").strip(),
+            help=argparse.SUPPRESS if name in instead else said.replace("%", "%%").strip(),
         )  # fmt: skip
     for name in positional:
         parser.add_argument(name, default=argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(arguments))
+    if vain := [name for name in given if name in instead]:
+        raise UserError(f"{vain[0]} has no say in this script; what has: {instead[vain[0]]}")
     scale = given.get("scale", lines["scale"])
     if scale not in SCALES:
         raise UserError(f"scale is {scale!r} in global_config.py; it must be one of {', '.join(SCALES)}")

@@ -20,8 +20,8 @@ _NOTE = (
     "Differences of mean test accuracy (points) within seeds: mean [95% interval, bootstrap crossed over seeds and examples, "
     f"{bootstrap.METHOD}]. p: the larger of those by the t distribution behind the interval and by the paired t test over "
     "seeds, by Holm over the claims that one method is above another; sign flips: over seeds alone, uncorrected; of one seed "
-    f"the interval is over examples alone. Within {MARGIN:g}: two one-sided tests at 5%, by the same p; equivalent: the 90% "
-    "interval within as much."
+    f"the interval is over examples alone. Within {MARGIN:g}: two one-sided tests at 5%, by the same p; equivalent: the "
+    "same two tests, by Holm over these claims."
 )
 
 
@@ -35,6 +35,9 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
     told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(seeds[pair]) > 1}
     above = [pair for pair in told if pair != EQUAL]
     p = dict(zip(above, bootstrap.holm([bootstrap.difference_p(told[pair]) for pair in above]), strict=True))
+    alike = dict(
+        zip(above, bootstrap.holm([bootstrap.equivalence_p(told[pair], MARGIN) for pair in above]), strict=True)
+    )
     for pair, two in arms.items():
         first, second = (labels.get(name, name) for name in pair)
         said = f"{first} within {MARGIN:g} of {second}" if pair == EQUAL else f"{first} > {second}"
@@ -43,7 +46,7 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
         row["difference"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         row["p"] = f"{p[pair]:.3f}" if pair in p else ""
         row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
-        row["verdict"] = _verdict(told[pair], p.get(pair)) if pair in told else bootstrap.ONE_SEED
+        row["verdict"] = _verdict(told[pair], p.get(pair), alike.get(pair)) if pair in told else bootstrap.ONE_SEED
         table.rows.append(row | {"from": source(groups, *runs[pair])})
     return table
 
@@ -71,12 +74,14 @@ def _hardly_adapted(groups: Groups) -> str:
     )
 
 
-def _verdict(one: bootstrap.Contrast, p: float | None) -> str:
-    """`p` is None for the claim of two being equal."""
-    if p is None:
+def _verdict(one: bootstrap.Contrast, p: float | None, alike: float | None) -> str:
+    """`p`, and `alike`, that of being equivalent, are None for the claim of two being equal."""
+    if p is None or alike is None:
         return equal(one)
-    if (said := bootstrap.verdict(one, p, MARGIN)) != bootstrap.UNKNOWN:
+    if (said := bootstrap.verdict(one, p, margin=0)) != bootstrap.UNKNOWN:
         return said
+    if alike < 0.05:
+        return bootstrap.EQUIVALENT
     return bootstrap.undecided(bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False), len(one.by_seed))
 
 

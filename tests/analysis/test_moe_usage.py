@@ -127,7 +127,7 @@ def test_done_is_done_and_another_is_refused(tmp_path, capsys):
     assert "there already" in capsys.readouterr().out and out.read_bytes() == before
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 2}))
-    with pytest.raises(UserError, match="was made with other constants .model was .*choose another out"):
+    with pytest.raises(UserError, match="was made with other constants .model.config.json was .*choose another out"):
         count(folder, texts, out)
 
 

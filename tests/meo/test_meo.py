@@ -381,6 +381,11 @@ def test_released_checkpoints_that_do_not_fit():
         meo.import_released(model, {key: value for key, value in state.items() if key != f"{name}.weight"})
     with pytest.raises(UserError, match=r"is \(4, 32, 16\) in the checkpoint, \(5, 32, 16\)"):
         meo.import_released(converted("bert", n=5), state)
+    by_task = converted("bert", level="task").state_dict()
+    with pytest.raises(UserError, match="has no meo_tasks.table.weight"):  # the released code has it elsewhere
+        meo.import_released(
+            converted("bert", level="task"), {key: value for key, value in by_task.items() if "meo_tasks" not in key}
+        )
     with pytest.raises(UserError, match="has no .*LayerNorm"):
         meo.import_released(model, {key: value for key, value in state.items() if "embeddings.LayerNorm" not in key})
 
@@ -435,6 +440,17 @@ def test_token_level_gates_of_decoders_are_of_one_mode():
     with pytest.raises(UserError, match="convert with mode='moe'"):
         meo.set_mode(model, "moe")
     assert {m.mode for m in meo.linears(model).values()} == {"meo"}
+
+
+def test_a_model_saved_in_another_mode_than_it_was_converted_in_comes_back(tmp_path):
+    model = perturb(converted("t5", level="token", mode="moe"))
+    expected = logits(model)
+    meo.set_mode(model, "dense")
+    meo.save(model, tmp_path / "m")
+    again = meo.load(tmp_path / "m")
+    assert logits(again).equal(logits(model)) and {m.mode for m in meo.linears(again).values()} == {"dense"}
+    meo.set_mode(again, "moe")
+    assert logits(again).equal(expected)
 
 
 @pytest.mark.parametrize("head", ["BartForSequenceClassification", "T5ForSequenceClassification", "T5EncoderModel"])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,13 @@ from conftest import call_main, run_script
 from raw_data import sentences, tiny_tokenizer, write_squad
 
 from expert_merging.core.errors import UserError
+from expert_merging.meo import finetuning, recipes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Small random models of all families with a tokenizer, and data in local folders."""
-    from types import SimpleNamespace
-
-    from expert_merging.meo import bases, finetuning
+    from expert_merging.meo import bases
 
     place = tmp_path_factory.mktemp("meo")
     tokenizer = bases.new_tokenizer(tiny_tokenizer())
@@ -252,6 +252,54 @@ def test_experts_that_are_left_to_the_task_are_the_released_scripts(folder):
     assert (mixed[0].n, mixed[0].ks, mixed[0].levels) == (16, (1, 12), ("task", "token"))
 
 
+@pytest.mark.parametrize(
+    ("validation", "mismatched"),
+    [
+        ("validation_matched.jsonl", "validation_mismatched.jsonl"),
+        ("validation.jsonl", ""),
+    ],
+)
+def test_mnli_is_validated_on_the_matched_part(folder, tmp_path, validation, mismatched):
+    def write(name, rows):
+        lines = [{"premise": "a", "hypothesis": f"{name} {i}", "label": i % 3} for i in range(rows)]
+        (tmp_path / "mnli" / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+    (tmp_path / "mnli").mkdir()
+    for name, rows in (("train.jsonl", 30), (validation, 6), (mismatched, 9)):
+        if name:
+            write(name, rows)
+    raw = recipes.load_raw("mnli", constants(words(folder, "mnli", "bert", "mnli", GLUE_PATH=tmp_path)))
+    assert [e["hypothesis"].split()[0] for e in raw["test"]] == [validation] * 6
+    assert len(raw["train"]) + len(raw["validation"]) == 30
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_masks_of_a_test_do_not_depend_on_the_size_of_its_batches(folder, size):
+    recipe = replace(recipes.RECIPES["doc_lm"], length=12)
+    tokenizer = finetuning.load_tokenizer(str(folder / "bert"))
+    blocks = recipes.blocks_of(sentences(40), tokenizer, recipe.length)[:8]
+    rows = [{"input_ids": block} for block in blocks]
+    model = finetuning.load_model(str(folder / "bert"), "bert", recipe, None)
+    found = [
+        finetuning.evaluate(model, rows, tokenizer, "bert", recipe, SimpleNamespace(eval_batch_size=n), "cpu")[0][
+            "loss"
+        ]
+        for n in (1, size)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_line_of_losses_that_was_cut_short_is_left_out(tmp_path):
+    main = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+    log = finetuning._Log(tmp_path / "steps.jsonl", main)
+    log.add(0, torch.tensor(1.0))
+    with open(log.path, "a") as file:
+        file.write("[1, 2.0")  # a full disk
+    again = finetuning._Log(log.path, main)
+    again.add(1, torch.tensor(3.0))
+    assert again.read() == ([1.0, 3.0], [])
+
+
 def test_several_tasks_are_one_command_with_their_average(folder, capsys):
     command = words(folder, "several", "bert", "rte mrpc", levels="sequence", epochs=1, seeds="0 1")
     call_main("neighbours/MEO_finetune.py", command)
@@ -381,6 +429,11 @@ def test_scores_of_glue():
         ({"GLUE_PATH": "./nowhere"}, "GLUE_PATH: there is no folder './nowhere'"),
         ({"tasks": "cola"}, "there is no folder .*cola"),
         ({"epochs": -1}, "epochs given is -1"),
+        (
+            {"input_length": 4000},
+            "inputs of 4000 tokens are asked for, and .* has [0-9]+ positions; lower input_length",
+        ),
+        ({"lr": 0.1}, "lr has no say in this script; what has: learning_rate"),
     ],
 )
 def test_what_is_wrong_is_said(folder, changed, said):

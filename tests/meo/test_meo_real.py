@@ -56,6 +56,13 @@ def words(world, **changed):
     return [word for name, value in values.items() for word in (f"--{name}", *str(value).split(" "))]
 
 
+def constants(given):
+    from expert_merging.run.constants import read_constants
+    from neighbours import MEO_finetune
+
+    return read_constants(vars(MEO_finetune), given)
+
+
 @pytest.fixture(scope="module")
 def done(world):
     """Two tasks, two seeds, as a process; {task: {seed: {run: record}}} and what was printed."""
@@ -149,8 +156,23 @@ def test_of_several_learning_rates_the_best_on_validation_counts(world, tmp_path
     assert set(run_records.records_of(folder.parent, [0.5, 0.01])["seed0"]) == {"dense", "block"}  # tried at both
     stale["identity"]["recipe"]["epochs"] = 9
     (folder / "dense_lr0.5.json").write_text(json.dumps(stale))
-    with pytest.raises(UserError, match="dense_lr0.5.json was made with other constants .recipe was"):
+    with pytest.raises(UserError, match="dense_lr0.5.json was made with other constants .recipe.epochs was 9, is now"):
         call_main(SCRIPT, given)
+
+
+def test_the_same_learning_rate_twice_is_one(world):
+    c = constants(words(world, learning_rate="0 2e-4 1e-3"))
+    assert [recipe.lr for recipe in recipes.chosen(c, "plain")] == [2e-4, 1e-3]
+
+
+def test_a_command_at_one_rate_is_not_refused_for_what_one_of_several_left(world, tmp_path):
+    given = words(world, RUN_DIR=tmp_path, tasks="pairs", learning_rate="0.01", seeds=0, levels="sequence")
+    call_main(SCRIPT, given)
+    folder = tmp_path / "meo" / "bert_pairs" / "seed0"
+    tried = json.loads((folder / "dense.json").read_text())
+    tried["identity"]["recipe"]["lr"] = 0.0001
+    (folder / "dense_lr0.0001.json").write_text(json.dumps(tried))
+    call_main(SCRIPT, given)  # what one of several rates left stands in none of its tables
 
 
 # ---------------------------------------------------------------- statistics
@@ -204,13 +226,25 @@ def test_equality_is_not_told_by_a_difference_that_is_merely_unsure():
     assert next(iter(verdicts(apart).values()))["verdict"] == bootstrap.NOT
 
 
+def test_seeds_alike_by_luck_are_not_equivalent_where_many_claims_are_asked():
+    """What published records gave: three seeds within half a point, the two one-sided tests at 0.018 by themselves."""
+    random, by_seed = np.random.default_rng(0), np.array([0.12, 0.53, 0.06])
+    draws = random.choice(by_seed, (2000, 3)).mean(1) + 0.15 * random.normal(size=2000)
+    found = bootstrap.Contrast(by_seed, draws, np.tile(by_seed, (2000, 1)))
+    claim = claims.Claim(claims.TOKEN, "MEO token k=4", "MEO sequence k=4")
+    p = bootstrap.equivalence_p(found, claims.MARGIN)
+    assert p < 0.05 and claims._verdict(claim, found, 1.0, p, 10) == bootstrap.EQUIVALENT
+    ten = bootstrap.holm([p] + [0.9] * 9)[0]
+    assert ten > 0.05 and claims._verdict(claim, found, 1.0, ten, 10).startswith("cannot tell (")
+
+
 def test_what_it_takes_is_told_where_the_difference_is_beyond_the_margin():
     by_seed = np.array([-9.0, -2.0, -1.0])
     found = bootstrap.Contrast(
         by_seed, np.random.default_rng(0).choice(by_seed, (2000, 3)).mean(1), np.tile(by_seed, (2000, 1))
     )
     claim = claims.Claim(claims.EQUAL, "MEO", "MoE")
-    assert " seeds would)" in claims._verdict(claim, found, 1.0, 1)
+    assert " seeds would)" in claims._verdict(claim, found, 1.0, 1.0, 1)
 
 
 def test_tasks_without_a_seed_in_common_have_no_claims(tmp_path):
@@ -314,3 +348,22 @@ def test_an_encoder_without_its_tokenizer_is_refused(world, tmp_path):
     shutil.copytree(world / "bert", tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
     with pytest.raises(UserError, match="MODEL_PATH: no tokenizer of .*bare"):
         call_main(SCRIPT, words(world, MODEL_PATH=tmp_path / "bare", RUN_DIR=tmp_path / "run"))
+
+
+def test_costs_are_held_against_the_dense_models_on_the_same_tasks():
+    """k is the task's own: 2 on the task of long texts, 4 on that of short ones."""
+    records = []
+    for task, k, length in (("long", 2, 1000.0), ("short", 4, 100.0)):
+        for how, level, of_k, factor in (("dense", "", 1, 1.0), ("meo", "sequence", k, 1.1)):
+            name = how if not level else f"MEO {level} k={of_k}"
+            variant, cost = {"how": how, "level": level, "k": of_k, "name": name}, factor * length
+            records.append({
+                "task": task, "seed": 0, "family": "bert", "device": "cpu", "variant": variant, "flops": cost,
+                "flops_length": int(length), "step_seconds": cost, "parameters": 1, "kept_bytes": 1,
+            })  # fmt: skip
+    table = several_tasks._costs({"seed0": {f"{r['task']}_{r['variant']['name']}": r for r in records}})
+    ratios = {row["variant"]: (row["x"], row["x, time"]) for row in table.rows}
+    assert ratios["MEO sequence k=2"] == pytest.approx((1.1, 1.1)) and ratios["MEO sequence k=4"] == pytest.approx(
+        (1.1, 1.1)
+    )
+    assert "one sequence of 100 or 1000 tokens" in table.note

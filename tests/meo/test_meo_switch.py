@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from expert_merging.core.errors import UserError
-from expert_merging.meo import switch
+from expert_merging.core.files import write_json
+from expert_merging.meo import report, switch
 
 
 def new_switch(experts=4, same=False, flat_router=False, **changed):
@@ -250,6 +251,21 @@ def test_script_writes_a_dense_folder_and_its_fidelity(place):
     assert record["sizes"]["dense"]["parameters"] == dense.num_parameters() < record["sizes"]["Switch"]["parameters"]
     assert record["latency"]["dense"]["1"]["seconds"] > 0
     call_main("neighbours/MEO_densify.py", words)  # is there already
+
+
+def test_one_table_and_figure_whatever_ks_were_asked_for(place, tmp_path):
+    """ks 1 2 of 4 experts: all four, uniformly weighted, is a variant too, and has no line of its own."""
+    folder, _ = place
+    groups = report.collect(folder)["densify"]
+    assert "densify" in report.draw(groups, tmp_path) and (tmp_path / "densify.png").exists()
+    record = next(iter(groups["seed0"].values()))
+    other = {**record, "identity": record["identity"] | {"source": "Other_[4]"}}
+    write_json(folder / "seed0" / "histories" / "densify" / "Other_[4]_ag_news.json", other)
+    try:
+        with pytest.raises(UserError, match=r"was made with source Other_\[4\].* one table would show both"):
+            report.collect(folder)
+    finally:
+        (folder / "seed0" / "histories" / "densify" / "Other_[4]_ag_news.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Constants from scripts, scales and the command line."""
 
 import pytest
+from conftest import ROOT
 
+import global_config
 from expert_merging.core.errors import UserError
 from expert_merging.core.scales import by_scale
 from expert_merging.run.constants import Constant, read_constants, run, shared_arguments
@@ -30,6 +32,26 @@ def test_defaults_are_the_papers(script):
     assert c.task_types == ("ag_news", "squad", "xsum") and c.steps == 3
     assert (c.num_beams, c.repetition_penalty, c.no_repeat_ngram_size, c.adam_betas) == (3, 1.2, 3, (0.9, 0.98))
     assert (c.max_input_length, c.max_decoder_length, c.weight_decay) == (1000, 200, 0.005)
+
+
+def test_a_shared_constant_that_has_no_say_is_refused_and_not_in_the_help(script, capsys):
+    script["_instead"] = {"lr": "tune_lr"}
+    with pytest.raises(UserError, match="lr has no say in this script; what has: tune_lr"):
+        read_constants(script, ["--lr", "1"])
+    assert read_constants(script, ["--num_expert", "4"]).lr == 3e-4
+    with pytest.raises(SystemExit):
+        read_constants(script, ["--help"])
+    assert "--lr " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("neighbours/*.py")))
+def test_what_has_a_say_in_place_of_a_shared_constant_is_there(path):
+    import importlib
+
+    script = vars(importlib.import_module(path.removesuffix(".py").replace("/", ".")))
+    named = script.get("_instead", {})
+    assert named.keys() <= vars(global_config).keys()
+    assert {own for own in named.values() if " " not in own} <= script.keys()
 
 
 def test_command_line_beats_scale_beats_line(script):
