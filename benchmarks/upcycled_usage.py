@@ -18,13 +18,14 @@ import numpy as np
 from transformers.models.switch_transformers.caem import allocate_experts
 
 from expert_merging.core.files import read_json, write_atomic, write_json
+from expert_merging.report.publish import without_places
 from expert_merging.report.tables import Table
 
 NOTE = (
     "Single-task models of each base, usage on validation. Entropy: mean over layers. Apart: the largest entropy of a task "
     "less the smallest, mean over layers. Use apart: total variation between two tasks' shares of experts, mean over layers "
     "and pairs; 0 the same, 1 no expert in common. Not even: layers in which entropy (alpha 1) gives the tasks other numbers "
-    "of experts than an even share does, in whatever order."
+    "of experts than an even share does, in whatever order. The last three are over the tasks that a base has."
 )
 
 
@@ -60,11 +61,15 @@ def main() -> None:
         for base, folder in bases.items()
     }
     table = Table("upcycled_usage", "Use of experts that began alike and apart", NOTE)
-    table.rows = [row(base, histories) for base, histories in records.items()]
+    rows = [row(base, histories) for base, histories in records.items()]
+    names = list(dict.fromkeys(name for one in rows for name in one))  # a base may lack a task
+    table.rows = [{name: one.get(name, "") for name in names} for one in rows]
     kept = ("command", "versions", "identity", "tasks", "usage", "entropy")
     noted = {
         base: [
-            {name: history[name] for name in kept} | {"test": history[f"{history['tasks'][0]}_data"]["test"]}
+            {name: history[name] for name in kept}
+            | {"command": without_places(history["command"])}
+            | {split: history[f"{history['tasks'][0]}_data"][split] for split in ("validation", "test")}
             for history in histories
         ]
         for base, histories in records.items()

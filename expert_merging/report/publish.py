@@ -62,12 +62,14 @@ def publish(
     return tables
 
 
-def _without_places(groups: Groups) -> Groups:
-    def shown(command: str) -> str:
-        return shlex.join(_PLACE.sub("", word) for word in shlex.split(command))
+def without_places(command: str) -> str:
+    """A command line with the last parts of absolute paths alone: where folders lie on a machine is nobody's business."""
+    return shlex.join(_PLACE.sub("", word) for word in shlex.split(command))
 
+
+def _without_places(groups: Groups) -> Groups:
     return {
-        group: {run: record | {"command": shown(record["command"])} for run, record in runs.items()}
+        group: {run: record | {"command": without_places(record["command"])} for run, record in runs.items()}
         for group, runs in groups.items()
     }
 
