@@ -27,8 +27,7 @@ methods = (
     "random",
     "random_heterogeneous",  # of HEMoE's sizes
     "EMoE",
-)  # how neurons are split into experts; also: parts, the released files in PARTS_PATH; HEMoE_noise, whose
-# routers start from noise; HEMoE_tasks and HEMoE_tfidf, of the domains that tasks, and clusters of TF-IDF, would give
+)  # how neurons are split; also parts (PARTS_PATH), HEMoE_noise (routers), HEMoE_tasks, HEMoE_tfidf (domains from these)
 
 HEMOE_DIR = "{RUN_DIR}/hemoe"
 base_model = by_scale(

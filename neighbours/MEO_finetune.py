@@ -24,9 +24,9 @@ n = by_scale(paper=0, night=8, tiny=8)  # experts in place of each FFN linear; 0
 ks = by_scale(
     paper=(0,), night=(1, 2, 4), tiny=(1, 2, 4), real=(2, 4)
 )  # of them active; 0: the task's own, GLUE's 12, SQuAD's 8, else 2
-levels = by_scale(  # task | sequence | token: what shares a gate (for gpt2 task, token); own: the task's, GLUE's task
+levels = by_scale(
     paper=("own",), night=("sequence", "token"), tiny=("sequence", "token")
-)  # and WikiText's, else sequence
+)  # task | sequence | token: what shares a gate (gpt2: task, token); own: task for GLUE and WikiText, else sequence
 seeds = (0, 1, 2)
 MODEL_PATH = by_scale(
     paper="", night="", tiny="", real="models/minilm-l6"

@@ -134,6 +134,23 @@ def test_a_base_with_another_number_of_experts_is_named_before_anything_runs(wor
     assert not (tmp_path / "logs").exists() and not (tmp_path / "seed0").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "launched", "said"),
+    [
+        (("--runs_at_once", "0"), {}, "runs_at_once is 0; it must be 1 or more"),
+        (("--larger_experts_num", "4"), {}, "experts_num and larger_experts_num are both 4"),
+        ((), {"WORLD_SIZE": "2", "RANK": "0"}, "is started by python alone"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_the_plan(world, tmp_path, monkeypatch, words, launched, said):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    given = [*world.words(tmp_path), *SIZES, *words, "--plan_only"]
+    monkeypatch.setattr("sys.argv", ["reproduce_tables.py", *given])
+    with pytest.raises(UserError, match=said):
+        call_main("reproduce_tables.py", given)
+
+
 # As of 27 November 2026, before other families than Switch came in. To rounding, since machines add up in other orders.
 GOLDEN = {
     "single_task_[4]/single_task_squad": ([5.876631, 5.971849], [5.627651]),

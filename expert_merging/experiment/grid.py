@@ -74,6 +74,10 @@ class Grid:
 def grid(c: SimpleNamespace) -> Grid:
     """The runs with the constants `c` (those of global_config.py for one seed, experts_num and larger_experts_num)."""
     n, m, tasks = c.experts_num, c.larger_experts_num, c.task_types
+    if n == m:
+        raise UserError(
+            f"experts_num and larger_experts_num are both {n}; give another larger_experts_num, used or not"
+        )
     pickles, one = Path(c.PICKLE_PATH), "Baseline_multi_task_finetune.py"
     steps: dict[str, Step] = {}
     needs: dict[str, tuple[str, ...]] = {}

@@ -82,6 +82,18 @@ def missing(jobs: list[Job]) -> list[Job]:
     return left
 
 
+def check_start(at_once: int) -> None:
+    """Raises UserError where as many runs cannot be made side by side, or this process is one of several of a launcher, which
+    the runs would take for their own."""
+    if at_once < 1:
+        raise UserError(f"runs_at_once is {at_once}; it must be 1 or more")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "this script starts the others one by one and is started by python alone; with several GPUs launch the other "
+            "scripts by hand, and this one makes the tables of what is there"
+        )
+
+
 def check_bases(jobs: list[Job]) -> None:
     """Raises UserError where the base that a job starts from is missing or has another number of experts."""
     sizes = {job.step.constants[name]: job.shared for job in jobs for name in BASE_SIZES if name in job.step.constants}

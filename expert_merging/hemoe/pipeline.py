@@ -110,9 +110,15 @@ def check(c: SimpleNamespace) -> None:
         )
     at_least(c, 0, "eval_questions")
     at_least(
-        c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "held_out",
-        "solver_starts",
+        c, 1, "num_experts", "num_domains", "score_sequences", "max_tokens", "tune_steps", "tune_batch", "tune_accumulation",
+        "held_out", "solver_starts", "lora_rank", "size_ratio",
     )  # fmt: skip
+    if not 0 <= c.lora_dropout < 1 or not 0 <= c.tune_warmup < 1:
+        raise UserError("lora_dropout and tune_warmup are shares, from 0 to below 1")
+    if not c.tune_lr > 0:
+        raise UserError(f"tune_lr is {c.tune_lr}; it must be above 0")
+    if min(c.moe_layers, default=0) < 0:
+        raise UserError(f"moe_layers holds {min(c.moe_layers)}; layers are counted from 0")
     if c.max_tokens < 8:
         raise UserError(f"max_tokens is {c.max_tokens}; an instruction and its output need 8 or more")
     if "MoEBERT_domains" in c.methods and c.num_experts != c.num_domains and c.domains_from == "clusters":

@@ -52,6 +52,11 @@ def check(c: SimpleNamespace, jobs: Sequence[Job]) -> dict[str, Mapping[str, Seq
     from expert_merging.meo import finetuning
 
     at_least(c, 0, "task_train", "task_validation", "task_test")
+    if any(not job.model for job in jobs):  # a small model is pre-trained first
+        at_least(c, 1, "d_model", "d_ff", "num_layers", "num_heads", "pretraining_steps", "pretraining_batch")
+        at_least(c, 8, "pretraining_length")
+        if c.d_model % c.num_heads or not c.pretraining_lr > 0:
+            raise UserError("d_model must be a multiple of num_heads, and pretraining_lr above 0")
     for job in jobs:
         finetuning.check(c.family, job.n, job.ks, job.levels)
         if job.model:

@@ -1,5 +1,6 @@
 """Merging Hugging Face folders of any architecture into one, a tensor at a time (tools/merge.py)."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,9 +54,12 @@ def arguments_of(method: Method, given: Iterable[str], seed: int) -> dict[str, A
             raise UserError(f"--set {word}: {method.name} has {there}")
         kind = type(values[names[name]])
         try:
-            values[names[name]] = tuple(text.split(",")) if kind is tuple else kind(text)
+            value: Any = tuple(text.split(",")) if kind is tuple else kind(text)
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{value} is not finite")
         except ValueError as error:
             raise UserError(f"--set {word}: {name} is a number, like {values[names[name]]}") from error
+        values[names[name]] = value
     return values
 
 

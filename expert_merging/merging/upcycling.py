@@ -110,6 +110,11 @@ def read_parts(folder: Path, layers: Sequence[int], number: int, experts: int) -
     Raises UserError as `read_part_file` does, where a file has other than `number` lines, one a neuron, and where experts are
     not all of one size, as Mixtral's must be.
     """
+    if missing := [layer for layer in layers if not (folder / f"{layer}.part.{experts}").exists()]:
+        raise UserError(
+            f"{folder} has no {missing[0]}.part.{experts}; neighbours/HEMoE_moe_construction.py writes all that are asked for "
+            f"here with --moe_layers {' '.join(map(str, layers))}"
+        )
     found = {}
     for layer in layers:
         path = folder / f"{layer}.part.{experts}"

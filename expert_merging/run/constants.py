@@ -10,6 +10,7 @@ import argparse
 import ast
 import io
 import os
+import shlex
 import sys
 import tokenize
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.host_memory import keep_freed_memory
 from expert_merging.core.scales import SCALES, ByScale
 from expert_merging.core.threads import share_cores
+from expert_merging.run import ranges
 from expert_merging.run.deviations import deviates
 from expert_merging.run.devices import become_several
 
@@ -49,7 +51,8 @@ def read_constants(
 
     Raises:
         SystemExit(2): an unknown name or a value of the wrong type, said in one line; SystemExit(0) after `--help`.
-        UserError: a `{name}` inside a string constant that no constant has, a constant of `_instead`.
+        UserError: a `{name}` inside a string constant that no constant has, a constant of `_instead`, a value that a shared
+            constant cannot have.
     """
     import global_config
 
@@ -85,7 +88,9 @@ def read_constants(
     values = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in lines.items()}
     for name, value in given.items():
         values[name] = tuple(value) if isinstance(value, list) else value
-    return SimpleNamespace(**_filled(values))
+    values = _filled(values)
+    ranges.check(values)
+    return SimpleNamespace(**values)
 
 
 def shared_arguments(constants: SimpleNamespace) -> list[str]:
@@ -100,6 +105,12 @@ def shared_arguments(constants: SimpleNamespace) -> list[str]:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
             defaults = vars(read_constants(script, words))  # paths may follow from it
     return words
+
+
+def command(script: str, constants: SimpleNamespace, **own: Any) -> str:
+    """The command that runs `script` with the same values of global_config.py's constants and its `own`."""
+    words = ["python", script, *shared_arguments(constants)]
+    return shlex.join([*words, *(word for name, value in own.items() for word in (f"--{name}", str(value)))])
 
 
 def run(main: Callable[[SimpleNamespace], None], script: dict[str, Any], positional: tuple[str, ...] = ()) -> NoReturn:
@@ -195,7 +206,7 @@ def _comments(script: dict[str, Any]) -> dict[str, str]:
     at_line = {
         token.start[0]: token.string.lstrip("# ").strip()
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
+        if token.type == tokenize.COMMENT and "fmt:" not in token.string
     }
     return {
         node.targets[0].id: at_line[node.end_lineno]

@@ -21,6 +21,7 @@ from expert_merging.data.docstring_reader import corpus_hash
 from expert_merging.merging.average import average_lazily
 from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
+from expert_merging.run.constants import command
 from expert_merging.run.deviations import deviates, of_method
 from expert_merging.training.families import config_lines, family_of
 from expert_merging.training.overall import single_task_history
@@ -106,7 +107,7 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the history of {folder} lacks expert usage ({error}); run: "
-            f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts}"
+            + command("single_task_finetune.py", c, task_type=task, num_expert=experts)
         ) from error
     for stack in family.STACKS:
         if usage[stack].ndim != 2 or usage[stack].shape[1] != experts or usage[stack].sum() <= 0:
@@ -134,7 +135,7 @@ def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int)
 
 def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]:
     """What tools/count_expert_usage.py left for a single-task model. Raises UserError where it did not run."""
-    remedy = f"python tools/count_expert_usage.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
+    remedy = command("tools/count_expert_usage.py", c, task_type=task, num_expert=experts)
     return results.load(f"{c.SOURCE_PICKLE_PATH.format(experts=experts)}/expert_usage_{task}.json", remedy)
 
 

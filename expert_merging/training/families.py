@@ -123,6 +123,9 @@ def load_base(c: SimpleNamespace, experts: int):
 
 def check_base(c: SimpleNamespace, experts: int) -> None:
     """What load_base says of a base that is missing or has another number of experts, by its configuration alone."""
+    from expert_merging.switch.models import find_base
+
+    find_base(c, experts)
     from transformers import AutoConfig
 
     path = c.BASE_MODEL_PATH.format(experts=experts)

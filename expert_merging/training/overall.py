@@ -8,6 +8,7 @@ import numpy as np
 
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results
+from expert_merging.run.constants import command
 from expert_merging.run.deviations import deviates
 
 
@@ -47,9 +48,7 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
 
 def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
     """The history that `single_task_finetune.py` left for `task`."""
-    remedy = (
-        f"python single_task_finetune.py --scale {c.scale} --task_type {task} --num_expert {experts} --seed {c.seed}"
-    )
+    remedy = command("single_task_finetune.py", c, task_type=task, num_expert=experts)
     return results.load(f"{folder}/single_task_{task}.json", remedy)
 
 

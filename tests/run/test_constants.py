@@ -1,12 +1,15 @@
 """Constants from scripts, scales and the command line."""
 
+import importlib
+import re
+
 import pytest
 from conftest import ROOT
 
 import global_config
 from expert_merging.core.errors import UserError
 from expert_merging.core.scales import by_scale
-from expert_merging.run.constants import Constant, read_constants, run, shared_arguments
+from expert_merging.run.constants import Constant, command, read_constants, run, shared_arguments
 
 SCRIPTS = (
     "datasets_preprocessing.py", "single_task_finetune.py", "Baseline_multi_task_finetune.py", "CAEM_multi_task_finetune.py",
@@ -46,12 +49,60 @@ def test_a_shared_constant_that_has_no_say_is_refused_and_not_in_the_help(script
 
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("neighbours/*.py")))
 def test_what_has_a_say_in_place_of_a_shared_constant_is_there(path):
-    import importlib
-
     script = vars(importlib.import_module(path.removesuffix(".py").replace("/", ".")))
     named = script.get("_instead", {})
     assert named.keys() <= vars(global_config).keys()
     assert {own for own in named.values() if " " not in own} <= script.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num_beams", "0"), "num_beams is 0; it must be 1 or more"),
+        (("--eval_batch_size", "0"), "eval_batch_size is 0; it must be 1 or more"),
+        (("--batch_size", "-4"), "batch_size is -4; it must be 1 or more"),
+        (("--num_epochs", "0"), "num_epochs is 0; it must be 1 or more"),
+        (("--train_sample", "-5"), "train_sample is -5; it must be 0 or more"),
+        (("--weight_decay", "nan"), "weight_decay is nan; it must be 0 or more"),
+        (("--checkpoint_minutes", "inf"), "checkpoint_minutes is inf"),
+        (("--lr", "0"), "lr is 0.0; it must be above 0"),
+        (("--repetition_penalty", "-1"), "repetition_penalty is -1.0; it must be above 0"),
+        (("--length_penalty", "nan"), "length_penalty is nan; it must be a number"),
+        (("--adam_betas", "0.9", "1.5"), "adam_betas is 0.9 1.5; its numbers must be from 0 to below 1"),
+        (("--adam_betas", "0.9"), "adam_betas is 0.9; it must be two numbers"),
+        (("--seed", "-1"), "seed is -1; a seed is from 0 to 4294967295"),
+        (("--seed", "99999999999"), "seed is 99999999999; a seed"),
+        (("--task_types", "squad", "xsum", "squad"), "task_types has squad twice"),
+    ],
+)
+def test_a_shared_constant_that_no_run_can_take_is_refused_at_once(script, words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_constants(script, list(words))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", ".."])
+def test_a_case_names_files_and_no_folders(script, name):
+    with pytest.raises(UserError, match="current_case_name is .*; it names files"):
+        read_constants(script | {"current_case_name": "CAEM"}, ["--current_case_name", name])
+
+
+def test_no_seed_of_several_is_wrong(script):
+    with pytest.raises(UserError, match="seeds is 0 -1; a seed is from 0"):
+        read_constants(script | {"seeds": (0,)}, ["--seeds", "0", "-1"])
+
+
+def test_a_command_names_what_is_not_the_default(script):
+    c = read_constants(script, ["--scale", "tiny", "--RUN_DIR", "a b", "--seed", "3"])
+    assert (
+        command("x.py", c, task_type="squad") == "python x.py --scale tiny --seed 3 --RUN_DIR 'a b' --task_type squad"
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_help_is_about_constants_not_about_layout(path, capsys):
+    with pytest.raises(SystemExit):
+        read_constants(vars(importlib.import_module(path.removesuffix(".py").replace("/", "."))), ["--help"])
+    assert "fmt:" not in capsys.readouterr().out
 
 
 def test_command_line_beats_scale_beats_line(script):

@@ -17,6 +17,8 @@ from types import ModuleType
 
 from expert_merging.core.errors import UserError
 
+PARTS = ("main_score", "load", "prompt", "target", "references", "score", "score_each")
+
 
 def task_names() -> list[str]:
     """The names of all tasks, sorted."""
@@ -24,7 +26,10 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> ModuleType:
-    """The module of a task. Raises UserError for a name that no task has."""
+    """The module of a task. Raises UserError for a name that no task has, and a module that lacks something."""
     if name not in task_names():
         raise UserError(f"there is no task {name!r}; there are: {', '.join(task_names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    task = importlib.import_module(f"{__name__}.{name}")
+    if missing := [part for part in PARTS if not hasattr(task, part)]:
+        raise UserError(f"the task {name} lacks {missing[0]}; data/tasks/__init__.py says what a task has")
+    return task
