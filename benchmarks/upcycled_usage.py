@@ -25,7 +25,7 @@ NOTE = (
     "Single-task models of each base, usage on validation. Entropy: mean over layers. Apart: the largest entropy of a task "
     "less the smallest, mean over layers. Use apart: total variation between two tasks' shares of experts, mean over layers "
     "and pairs; 0 the same, 1 no expert in common. Not even: layers in which entropy (alpha 1) gives the tasks other numbers "
-    "of experts than an even share does, in whatever order. The last three are over the tasks that a base has."
+    "of experts than an even share does, in whatever order. The last three want several tasks."
 )
 
 
@@ -40,6 +40,8 @@ def row(base: str, histories: list[dict[str, Any]]) -> dict[str, Any]:
         entropies.append(history["entropy"]["decoder"][task])
     for history, of_task in zip(histories, entropies, strict=True):
         found[f"{history['tasks'][0]} entropy"] = f"{np.mean(of_task):.3f}"
+    if len(histories) == 1:  # nothing to be apart from
+        return found
     shares = [counts / counts.sum(axis=1, keepdims=True) for counts in usage]
     apart = [np.abs(one - other).sum(axis=1).mean() / 2 for one, other in itertools.combinations(shares, 2)]
     experts, layers = shares[0].shape[1], list(zip(*entropies, strict=True))
