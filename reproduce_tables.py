@@ -77,7 +77,7 @@ def jobs_and_results(c):
 
     if c.seed != 0:
         raise UserError(f"seed is {c.seed}; this script takes --seeds {c.seed}, one or several")
-    steps.check_start(c.runs_at_once)
+    steps.check_start(c.runs_at_once, c.RUN_DIR)
     shared = {seed: read_constants(globals(), [*sys.argv[1:], "--seed", str(seed)]) for seed in c.seeds}
     grids = {seed: grid.grid(constants) for seed, constants in shared.items()}
     jobs = []

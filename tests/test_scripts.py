@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import call_main, run_script, start
+from conftest import ROOT, call_main, run_script, start
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
@@ -139,6 +139,7 @@ def test_a_base_with_another_number_of_experts_is_named_before_anything_runs(wor
     [
         (("--runs_at_once", "0"), {}, "runs_at_once is 0; it must be 1 or more"),
         (("--larger_experts_num", "4"), {}, "experts_num and larger_experts_num are both 4"),
+        (("--RUN_DIR", str(ROOT / "README.md")), {}, "README.md is a file; give a folder"),
         ((), {"WORLD_SIZE": "2", "RANK": "0"}, "is started by python alone"),
     ],
 )

@@ -82,9 +82,11 @@ def missing(jobs: list[Job]) -> list[Job]:
     return left
 
 
-def check_start(at_once: int) -> None:
-    """Raises UserError where as many runs cannot be made side by side, or this process is one of several of a launcher, which
-    the runs would take for their own."""
+def check_start(at_once: int, folder: str) -> None:
+    """Raises UserError where as many runs cannot be made side by side or their `folder` is a file, or this process is one of
+    several of a launcher, which the runs would take for their own."""
+    if Path(folder).is_file():
+        raise UserError(f"RUN_DIR: {folder} is a file; give a folder")
     if at_once < 1:
         raise UserError(f"runs_at_once is {at_once}; it must be 1 or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

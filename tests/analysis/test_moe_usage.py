@@ -162,6 +162,8 @@ def test_texts_that_cannot_be_counted(tmp_path):
         (tmp_path / "bad.jsonl").write_text(content)
         refused(said, folder, tmp_path / "bad.jsonl", out)
     refused("at least 1", folder, texts, out, "--max_tokens", "0")
+    with pytest.raises(UserError, match="is a folder; give the file to write"):
+        count(folder, texts, folder)
 
 
 def test_folders_that_cannot_be_counted(tmp_path):
