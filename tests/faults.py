@@ -206,6 +206,10 @@ class Outcome:
 def words_of(case: Case, world: World, runs: Path) -> list[str]:
     """The command line of a case whose results go below `runs`; a checkpoint after every step."""
     words = world.words(runs, checkpoint_minutes=0)
+    for name in runpy.run_path(str(ROOT / case.script)).get("_instead", {}):  # which it refuses
+        if f"--{name}" in words:
+            at = words.index(f"--{name}")
+            del words[at : at + 2]
     return [*words, *(word.replace("{runs}", str(runs)).replace("{world}", str(world.folder)) for word in case.words)]
 
 

@@ -35,11 +35,9 @@ def main(c):
 
     if found := install.problem():
         raise UserError(found)
-    if not c.folder or not c.text or min(c.max_tokens, c.batch_texts) < 1:
-        raise UserError("give a model's folder and --text FILE.jsonl; max_tokens and batch_texts are at least 1")
+    if not c.folder or not c.text or Path(c.out).is_dir() or min(c.max_tokens, c.batch_texts) < 1:
+        raise UserError("give a model's folder, --text FILE, --out FILE, max_tokens and batch_texts of at least 1")
     source, out = open_source(Path(c.folder)), Path(c.out)
-    if out.is_dir():
-        raise UserError(f"out: {out} is a folder; give the file to write")
     routers = moe_usage.routers_of(source)
     texts = moe_usage.token_ids(source, moe_usage.read_texts(Path(c.text), c.field), c.max_tokens)
     identity = results.identity(c, ("field", "max_tokens"), **moe_usage.made_of(source, Path(c.text)))

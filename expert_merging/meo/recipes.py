@@ -53,11 +53,7 @@ _GLUE_TASKS = {
     "mrpc": (("sentence1", "sentence2"), "accuracy", "Do the two sentences say the same?"),
     "stsb": (("sentence1", "sentence2"), "pearson", "How similar are the two sentences?"),
     "qqp": (("question1", "question2"), "accuracy", "Do the two questions ask the same?"),
-    "mnli": (
-        ("premise", "hypothesis"),
-        "accuracy",
-        "Does the premise entail or contradict the hypothesis, or neither?",
-    ),
+    "mnli": (("premise", "hypothesis"), "accuracy", "Does the premise entail or contradict the hypothesis?"),
     "qnli": (("question", "sentence"), "accuracy", "Does the sentence answer the question?"),
     "rte": (("sentence1", "sentence2"), "accuracy", "Does the first sentence entail the second?"),
     "wnli": (
@@ -246,10 +242,9 @@ def _published(path: str, constant: str, name: str, columns: tuple[str, ...], va
     import datasets
 
     files = None
-    if folder and validation != "validation":  # datasets sees one split in validation_matched and validation_mismatched
-        of_its_own = any(path.name.startswith(validation) for path in (folder / name).iterdir())
-        files = {"train": "train*", "validation": f"{validation}*" if of_its_own else "validation[.-]*"}
-        validation = "validation"
+    if folder and validation != "validation":  # datasets would join validation_matched and validation_mismatched
+        matched, validation = any((folder / name).glob(f"{validation}*")), "validation"
+        files = {"train": "train*", "validation": "validation_matched*" if matched else "validation[.-]*"}
     try:
         arguments = (str(folder / name),) if folder else (path, name)
         found = datasets.load_dataset(*arguments, data_files=files)

@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,10 +194,10 @@ def save(
     return content
 
 
-def load(path: str | Path, remedy: str) -> dict[str, Any]:
-    """Read a result. Raises UserError where it is absent (`remedy` is the command that makes it) or damaged."""
+def load(path: str | Path, remedy: str | Callable[[], str]) -> dict[str, Any]:
+    """Read a result. Raises UserError where it is absent (`remedy` is, or gives, the command that makes it) or damaged."""
     if not Path(path).exists():
-        raise UserError(f"{path} does not exist; run: {remedy}")
+        raise UserError(f"{path} does not exist; run: {remedy if isinstance(remedy, str) else remedy()}")
     return from_released(read_json(path))
 
 

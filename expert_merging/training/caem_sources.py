@@ -135,8 +135,10 @@ def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int)
 
 def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]:
     """What tools/count_expert_usage.py left for a single-task model. Raises UserError where it did not run."""
-    remedy = command("tools/count_expert_usage.py", c, task_type=task, num_expert=experts)
-    return results.load(f"{c.SOURCE_PICKLE_PATH.format(experts=experts)}/expert_usage_{task}.json", remedy)
+    return results.load(
+        f"{c.SOURCE_PICKLE_PATH.format(experts=experts)}/expert_usage_{task}.json",
+        lambda: command("tools/count_expert_usage.py", c, task_type=task, num_expert=experts),
+    )
 
 
 def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:

@@ -48,8 +48,10 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
 
 def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
     """The history that `single_task_finetune.py` left for `task`."""
-    remedy = command("single_task_finetune.py", c, task_type=task, num_expert=experts)
-    return results.load(f"{folder}/single_task_{task}.json", remedy)
+    return results.load(
+        f"{folder}/single_task_{task}.json",
+        lambda: command("single_task_finetune.py", c, task_type=task, num_expert=experts),
+    )
 
 
 def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:

@@ -162,7 +162,7 @@ def test_texts_that_cannot_be_counted(tmp_path):
         (tmp_path / "bad.jsonl").write_text(content)
         refused(said, folder, tmp_path / "bad.jsonl", out)
     refused("at least 1", folder, texts, out, "--max_tokens", "0")
-    with pytest.raises(UserError, match="is a folder; give the file to write"):
+    with pytest.raises(UserError, match="--out FILE"):
         count(folder, texts, folder)
 
 

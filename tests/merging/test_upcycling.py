@@ -206,7 +206,7 @@ def test_a_split_as_hemoe_writes_it(tmp_path):
         ([[0] * 17 + [1] * 15, [0, 1] * 16], "experts have 15 to 17 neurons; in a Mixtral all have one size"),
         ([[0, 1] * 16, [0, 0, 0, 1] * 8], "experts have 8 to 24 neurons"),
         ([[""] * 32, [""] * 32], "experts have 0 to 0 neurons"),
-        ([[0, 1] * 16], r"cannot read .*1\.part\.2; of layer 1 there is none"),
+        ([[0, 1] * 16], r"has no 1\.part\.2; .* with --moe_layers 0 1"),
         ([[0, 1] * 15, [0, 1] * 16], r"0\.part\.2 has 30 lines; the model has 32 neurons a layer"),
         ([[0, 1] * 16, [0, 2] * 16], r"1\.part\.2, line 2: '2' is not an expert of 0 to 1"),
     ],
