@@ -66,7 +66,7 @@ def main() -> None:
     rows = [row(base, histories) for base, histories in records.items()]
     names = list(dict.fromkeys(name for one in rows for name in one))  # a base may lack a task
     table.rows = [{name: one.get(name, "") for name in names} for one in rows]
-    kept = ("command", "versions", "identity", "tasks", "usage", "entropy")
+    kept = ("versions", "identity", "tasks", "usage", "entropy")
     noted = {
         base: [
             {name: history[name] for name in kept}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from expert_merging.core.bars import bar as progress_bar
-from expert_merging.core.errors import UserError
+from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.run import results
 
@@ -34,9 +34,7 @@ def check_constants(c: SimpleNamespace) -> None:
     """Raises UserError for a measure that does not exist, and for numbers below 0."""
     if unknown := [measure for measure in c.measures if measure not in MEASURES]:
         raise UserError(f"measures has {unknown[0]!r}; it may have soup, line and cka")
-    for name in ("line_points", "cka_examples"):
-        if getattr(c, name) < 0:
-            raise UserError(f"{name} is {getattr(c, name)}; it must be 0 or more")
+    at_least(c, 0, "line_points", "cka_examples")
 
 
 def history_of(c: SimpleNamespace, name: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ twice, and a bootstrap that draws only one of the two is too sure of itself (Owe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 Scores = Mapping[str, np.ndarray]  # task: the main score of each test example, [seeds, examples]
 Statistic = Callable[..., np.ndarray]  # of the mean scores by task, each [draws, seeds]: its value, [draws, seeds]
+Key = TypeVar("Key")  # of a contrast in its family
 _AT_ONCE = 500  # draws whose weights are in memory together
 HELD, NOT, EQUIVALENT, UNKNOWN = "held", "did not hold", "equivalent within the margin", "cannot tell"
 SAME = f"{UNKNOWN} (the same in every seed)"  # of a difference that is exactly 0 wherever it was taken
@@ -307,15 +309,23 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def verdict(found: Contrast, p: float, margin: float, alpha: float = 0.05) -> str:
+def adjusted(ps: Mapping[Key, float]) -> dict[Key, float]:
+    """`holm` of a family of p values under their names."""
+    return dict(zip(ps, holm(list(ps.values())), strict=True))
+
+
+def verdict(found: Contrast, p: float, margin: float, alpha: float = 0.05, alike: float | None = None) -> str:
     """
     What the test says of "the first is above the second".
 
     Held or not: p (adjusted for its family) below alpha and the interval on one side of 0. Equivalent: two one-sided tests
-    at alpha, that is the interval of level 1 - 2 alpha within the margin; a difference that is told keeps its verdict.
+    at alpha, by their p `alike` (adjusted) or, without it, by the interval of level 1 - 2 alpha within the margin; a
+    difference that is told keeps its verdict.
     """
     low, high = interval(found, 1 - alpha)
     if p < alpha and (low > 0 or high < 0):
         return HELD if low > 0 else NOT
+    if alike is not None:
+        return EQUIVALENT if alike < alpha else UNKNOWN
     low, high = interval(found, 1 - 2 * alpha)
     return EQUIVALENT if -margin < low and high < margin else UNKNOWN

@@ -1,5 +1,6 @@
 """The one exception that means: the user can mend this, and here is how."""
 
+import math
 from types import SimpleNamespace
 
 
@@ -11,8 +12,8 @@ class UserError(Exception):
 
 
 def at_least(constants: SimpleNamespace, least: int, *names: str) -> None:
-    """Raises UserError where one of the constants `names`, or a number of it, is below `least`."""
+    """Raises UserError where one of the constants `names`, or a number of it, is below `least` or no finite number."""
     for name in names:
         value = getattr(constants, name)
-        if any(number < least for number in (value if isinstance(value, tuple) else (value,))):
+        if not all(least <= number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
             raise UserError(f"{name} is {value}; it must be {least} or more")

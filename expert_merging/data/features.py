@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from expert_merging.core import interrupts
-from expert_merging.core.errors import UserError
+from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import new_folder, read_json
 from expert_merging.core.hub import first_line
 from expert_merging.data.tasks import get_task
@@ -151,9 +151,7 @@ def check_constants(constants: SimpleNamespace) -> None:
     for name in ("max_input_length", "max_decoder_length"):
         if getattr(constants, name) < 2:
             raise UserError(f"{name} is {getattr(constants, name)}; it must be at least 2, for one token and </s>")
-    for split in SPLITS:
-        if (limit := getattr(constants, f"{split}_examples")) < 0:
-            raise UserError(f"{split}_examples is {limit}; it must be 0 (all) or more")
+    at_least(constants, 0, *(f"{split}_examples" for split in SPLITS))
     folder = Path(constants.DATA_DIR).absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     try:

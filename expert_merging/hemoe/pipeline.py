@@ -117,8 +117,6 @@ def check(c: SimpleNamespace) -> None:
         raise UserError("lora_dropout and tune_warmup are shares, from 0 to below 1")
     if not c.tune_lr > 0:
         raise UserError(f"tune_lr is {c.tune_lr}; it must be above 0")
-    if min(c.moe_layers, default=0) < 0:
-        raise UserError(f"moe_layers holds {min(c.moe_layers)}; layers are counted from 0")
     if c.max_tokens < 8:
         raise UserError(f"max_tokens is {c.max_tokens}; an instruction and its output need 8 or more")
     if "MoEBERT_domains" in c.methods and c.num_experts != c.num_domains and c.domains_from == "clusters":
@@ -126,8 +124,8 @@ def check(c: SimpleNamespace) -> None:
             f"MoEBERT_domains makes an expert a domain: num_experts is {c.num_experts} and num_domains {c.num_domains}; "
             "make them equal or leave that method out"
         )
-    if not c.moe_layers or len(set(c.moe_layers)) != len(c.moe_layers):
-        raise UserError("moe_layers must name one layer or more, none of them twice")
+    if not c.moe_layers or len(set(c.moe_layers)) != len(c.moe_layers) or min(c.moe_layers) < 0:
+        raise UserError("moe_layers must name one layer or more, from 0, none of them twice")
 
 
 def seed_folder(c: SimpleNamespace) -> Path:

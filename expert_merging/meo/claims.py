@@ -96,12 +96,9 @@ def judged(runs: Runs, claims: Sequence[Claim]) -> list[dict[str, Any]]:
     """A row a claim: difference with interval, p by Holm over all claims, verdict; of one seed no p."""
     several = [claim for claim in claims if len(runs.shared(claim.first, claim.second)) > 1]
     found = {claim: bootstrap.contrast(_difference, runs.arms(claim.first, claim.second)) for claim in several}
-    ps = [_p(claim, contrast) for claim, contrast in found.items()]
-    adjusted = dict(zip(found, bootstrap.holm(ps), strict=True)) if ps else {}
-    others = [claim for claim in found if claim.claim != EQUAL]
-    alike = dict(
-        zip(others, bootstrap.holm([bootstrap.equivalence_p(found[claim], MARGIN) for claim in others]), strict=True)
-    )
+    adjusted = bootstrap.adjusted({claim: _p(claim, contrast) for claim, contrast in found.items()})
+    others = {claim: contrast for claim, contrast in found.items() if claim.claim != EQUAL}
+    alike = bootstrap.adjusted({claim: bootstrap.equivalence_p(one, MARGIN) for claim, one in others.items()})
     rows = []
     for claim in claims:
         if not (seeds := runs.shared(claim.first, claim.second)):
@@ -129,11 +126,9 @@ def _p(claim: Claim, found: bootstrap.Contrast) -> float:
 def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, alike: float, family: int) -> str:
     """`p` is adjusted for so many claims; `alike` is that of being equivalent, of a claim that is another one."""
     if claim.claim != EQUAL:
-        if (said := bootstrap.verdict(found, p, margin=0)) != bootstrap.UNKNOWN:
-            return said
-        if alike < 0.05:
-            return bootstrap.EQUIVALENT
-        return bootstrap.undecided(bootstrap.seeds_needed(found, family, flips=False), len(found.by_seed))
+        said = bootstrap.verdict(found, p, MARGIN, alike=alike)
+        seeds = bootstrap.seeds_needed(found, family, flips=False)
+        return bootstrap.undecided(seeds, len(found.by_seed)) if said == bootstrap.UNKNOWN else said
     if p < 0.05:
         return bootstrap.EQUIVALENT
     low, high = bootstrap.interval(found)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.meo import recipes
 from expert_merging.meo.recipes import Recipe
-from expert_merging.meo.run_records import records_of, run_file
+from expert_merging.meo.run_records import is_of_several, records_of, run_file
 from expert_merging.report.records import Groups
 from expert_merging.run import results
 
@@ -91,7 +91,7 @@ def run_job(c: SimpleNamespace, accelerator, job: Job, base: str, raw: Mapping[s
     alike = {**about, "recipe": recipes.as_json(first)}
     learning_rates = [recipe.lr for recipe in job.recipes]
     apart = ("seed", "variant", *(["recipe.lr"] if len(learning_rates) > 1 else []))
-    beside = [path for path in folder.glob("seed*/*.json") if ("_lr" in path.stem) == (len(learning_rates) > 1)]
+    beside = [path for path in folder.glob("seed*/*.json") if is_of_several(path.stem) == (len(learning_rates) > 1)]
     results.refuse_others(beside, alike, elsewhere="MEO_DIR", but=apart)
     for seed in c.seeds:
         of_seed = {**rows, "train": recipes.drawn(rows["train"], number, seed)}

@@ -53,15 +53,11 @@ _GLUE_TASKS = {
     "mrpc": (("sentence1", "sentence2"), "accuracy", "Do the two sentences say the same?"),
     "stsb": (("sentence1", "sentence2"), "pearson", "How similar are the two sentences?"),
     "qqp": (("question1", "question2"), "accuracy", "Do the two questions ask the same?"),
-    "mnli": (("premise", "hypothesis"), "accuracy", "Does the premise entail or contradict the hypothesis?"),
+    "mnli": (("premise", "hypothesis"), "accuracy", "Does the premise entail or contradict the hypothesis, or neither?"),
     "qnli": (("question", "sentence"), "accuracy", "Does the sentence answer the question?"),
     "rte": (("sentence1", "sentence2"), "accuracy", "Does the first sentence entail the second?"),
-    "wnli": (
-        ("sentence1", "sentence2"),
-        "accuracy",
-        "Does the first sentence entail the second, its pronoun resolved?",
-    ),
-}
+    "wnli": (("sentence1", "sentence2"), "accuracy", "Does the first sentence entail the second, its pronoun resolved?"),
+}  # fmt: skip
 RECIPES = {
     **{
         name: replace(_GLUE, columns=columns, main_score=score, description=description)

@@ -1,6 +1,7 @@
 """Records of fine-tuning runs: read, listed, and found by what was trained."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def run_file(variant: str, rates: Sequence[float], rate: float) -> str:
     return variant if len(rates) == 1 else f"{variant}_lr{rate:g}"
 
 
+def is_of_several(run: str) -> bool:
+    """Whether the file of that name is of a command with several rates."""
+    return "_lr" in run
+
+
 def records_of(folder: Path, rates: Sequence[float] = ()) -> Groups:
     """What neighbours/MEO_finetune.py has left in the `folder` of a family and task; of several learning rates, for each run
     the one with the best validation score.
@@ -33,13 +39,13 @@ def records_of(folder: Path, rates: Sequence[float] = ()) -> Groups:
             there is, runs of several rates before those of one.
     """
     found = records_in(folder, "seed*/*.json", -2)
-    several = len(rates) > 1 if rates else any("_lr" in name for runs in found.values() for name in runs)
+    several = len(rates) > 1 if rates else any(map(is_of_several, chain(*found.values())))
     groups: Groups = {}
     for group, runs in found.items():
         tried: dict[str, list[dict[str, Any]]] = {}
         for name, record in runs.items():
-            variant, of_several, rate = name.partition("_lr")
-            if bool(of_several) == several and (not several or not rates or rate in [f"{one:g}" for one in rates]):
+            variant, _, rate = name.partition("_lr")
+            if is_of_several(name) == several and (not several or not rates or rate in [f"{one:g}" for one in rates]):
                 tried.setdefault(variant, []).append(record)
         groups[group] = {name: max(own, key=_validated) for name, own in tried.items() if len(own) >= len(rates)}
     return groups

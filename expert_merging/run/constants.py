@@ -88,9 +88,9 @@ def read_constants(
     values = {name: getattr(value, scale) if isinstance(value, ByScale) else value for name, value in lines.items()}
     for name, value in given.items():
         values[name] = tuple(value) if isinstance(value, list) else value
-    values = _filled(values)
-    ranges.check(values)
-    return SimpleNamespace(**values)
+    constants = SimpleNamespace(**_filled(values))
+    ranges.check(constants)
+    return constants
 
 
 def shared_arguments(constants: SimpleNamespace) -> list[str]:

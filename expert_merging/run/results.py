@@ -97,16 +97,15 @@ def made_with(record: dict[str, Any]) -> dict[str, Any]:
 def changes(was: dict[str, Any], now: dict[str, Any]) -> str:
     """The entries in which two identities differ, in words; empty when they are the same."""
     was, now = _BEFORE | was, _BEFORE | now
-    both = [name for name in was.keys() & now.keys() if isinstance(was[name], dict) and isinstance(now[name], dict)]
-    was, now = _opened(was, both), _opened(now, both)
-    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-    return ", ".join(f"{name} was {_short(was.get(name))}, is now {_short(now.get(name))}" for name in names)
-
-
-def _opened(identity: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """With the entries of the entries `names` in their place, as "recipe.lr"."""
-    rest = {name: value for name, value in identity.items() if name not in names}
-    return rest | {f"{name}.{inner}": value for name in names for inner, value in identity[name].items()}
+    said = []
+    for name in sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
+        before, after = was.get(name), now.get(name)
+        pairs = {name: (before, after)}
+        if isinstance(before, dict) and isinstance(after, dict):  # say which of its entries, as "recipe.lr"
+            inner = sorted(key for key in before.keys() | after.keys() if before.get(key, ...) != after.get(key, ...))
+            pairs = {f"{name}.{key}": (before.get(key), after.get(key)) for key in inner}
+        said += [f"{place} was {_short(old)}, is now {_short(new)}" for place, (old, new) in pairs.items()]
+    return ", ".join(said)
 
 
 def refuse(place: str | Path, was: dict[str, Any], now: dict[str, Any], remedy: str) -> None:

@@ -47,7 +47,7 @@ TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def check_constants(c: SimpleNamespace) -> None:
     """Raises UserError for constants that cannot be."""
     check_adaptation(c)
-    at_least(c, 0, "pretrain_steps", "finetune_steps", "seeds")
+    at_least(c, 0, "pretrain_steps", "finetune_steps")
     if not 1 <= c.pretrain_examples <= TRAIN:
         raise UserError(
             f"pretrain_examples is {c.pretrain_examples}; give 1 to {TRAIN}: the other {IMAGES - TRAIN} of the {IMAGES} images "

@@ -33,17 +33,13 @@ def claims(groups: Groups, labels: Mapping[str, str]) -> Table:
     seeds = {pair: _seeds(groups, *two) for pair, two in runs.items()}
     arms = {pair: _arms(groups, those, *runs[pair]) for pair, those in seeds.items() if those}
     told = {pair: bootstrap.contrast(_difference, two) for pair, two in arms.items() if len(seeds[pair]) > 1}
-    above = [pair for pair in told if pair != EQUAL]
-    p = dict(zip(above, bootstrap.holm([bootstrap.difference_p(told[pair]) for pair in above]), strict=True))
-    alike = dict(
-        zip(above, bootstrap.holm([bootstrap.equivalence_p(told[pair], MARGIN) for pair in above]), strict=True)
-    )
+    above = {pair: one for pair, one in told.items() if pair != EQUAL}
+    p = bootstrap.adjusted({pair: bootstrap.difference_p(one) for pair, one in above.items()})
+    alike = bootstrap.adjusted({pair: bootstrap.equivalence_p(one, MARGIN) for pair, one in above.items()})
     for pair, two in arms.items():
         first, second = (labels.get(name, name) for name in pair)
         said = f"{first} within {MARGIN:g} of {second}" if pair == EQUAL else f"{first} > {second}"
-        mean, low, high = bootstrap.estimate(_difference, two)
-        row: dict[str, Any] = {"claim": said, "seeds": len(seeds[pair])}
-        row["difference"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        row: dict[str, Any] = {"claim": said, "seeds": len(seeds[pair]), "difference": _estimated(two)}
         row["p"] = f"{p[pair]:.3f}" if pair in p else ""
         row["sign flips"] = f"{bootstrap.sign_flip_p(told[pair].by_seed):.3f}" if pair in p else ""
         row["verdict"] = _verdict(told[pair], p.get(pair), alike.get(pair)) if pair in told else bootstrap.ONE_SEED
@@ -55,9 +51,11 @@ def difference(groups: Groups, first: str, second: str) -> str:
     """Mean test accuracy (points) of run `first` less that of `second` with its 95% interval, over the seeds that have both;
     "" where none has."""
     seeds = _seeds(groups, first, second)
-    if not seeds:
-        return ""
-    mean, low, high = bootstrap.estimate(_difference, _arms(groups, seeds, first, second))
+    return _estimated(_arms(groups, seeds, first, second)) if seeds else ""
+
+
+def _estimated(arms: list[bootstrap.Means]) -> str:
+    mean, low, high = bootstrap.estimate(_difference, arms)
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
@@ -78,10 +76,8 @@ def _verdict(one: bootstrap.Contrast, p: float | None, alike: float | None) -> s
     """`p`, and `alike`, that of being equivalent, are None for the claim of two being equal."""
     if p is None or alike is None:
         return equal(one)
-    if (said := bootstrap.verdict(one, p, margin=0)) != bootstrap.UNKNOWN:
+    if (said := bootstrap.verdict(one, p, MARGIN, alike=alike)) != bootstrap.UNKNOWN:
         return said
-    if alike < 0.05:
-        return bootstrap.EQUIVALENT
     return bootstrap.undecided(bootstrap.seeds_needed(one, len(CHAIN) - 1, flips=False), len(one.by_seed))
 
 

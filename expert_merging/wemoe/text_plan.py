@@ -113,7 +113,7 @@ def check(c: SimpleNamespace) -> None:
         c, 1, "finetune_epochs", "finetune_batch", "adapt_steps", "adapt_batch_size", "guard_window", "statistics_examples",
         "scoring_batch", "select_texts",
     )  # fmt: skip
-    at_least(c, 0, "ablation_seeds", "train_texts", "validation_texts", "test_texts", "robust_texts", "seeds")
+    at_least(c, 0, "ablation_seeds", "train_texts", "validation_texts", "test_texts", "robust_texts")
     at_least(c, 2, "general_tasks")
     if c.max_tokens < 4:
         raise UserError(f"max_tokens is {c.max_tokens}; a pair of texts with its marks needs 4 or more")

@@ -92,6 +92,14 @@ def test_a_part_of_another_is_made_again_and_says_nothing_of_its_making(tmp_path
     assert results.part(tmp_path / "test.json", other) is None
 
 
+def test_a_dict_that_has_changed_is_named_by_its_entries_and_none_is_no_absence():
+    was = {"recipe": {"lr": 4, "epochs": 2}, "data": {"squad": None}}
+    now = {"recipe": {"lr": 5, "epochs": 2}, "data": {}}
+    said = results.changes(was, now)
+    assert said == "data.squad was None, is now None, recipe.lr was 4, is now 5"
+    assert not results.changes(was, was) and results.changes({"recipe": {"lr": 4}}, {"recipe": 4})
+
+
 def test_no_table_shows_rows_of_several_constants(tmp_path):
     now = results.identity(constants(seed=1))
     results.save(tmp_path / "a.json", results.identity(constants(seed=0)), {})
