@@ -81,9 +81,7 @@ def load_dense(c: SimpleNamespace):
         raise UserError(f"prompts is chat, but the tokenizer of {c.base_model} has no chat template; make it plain")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    layers = model.config.num_hidden_layers
-    if bad := [layer for layer in c.moe_layers if not 0 <= layer < layers]:
-        raise UserError(f"moe_layers names layer {bad[0]}; {c.base_model} has layers 0 to {layers - 1}")
+    pipeline.check_layers(c, model.config.num_hidden_layers)
     return cpu_kernels.use_in(model), tokenizer
 
 

@@ -52,8 +52,13 @@ def _domains(c: SimpleNamespace, end: str) -> None:
         return
     started = time.perf_counter()
     examples = read_examples(Path(c.INSTRUCTIONS_PATH))
+    known = {one["task"] for one in examples}
+    if strangers := [task for task in c.tune_tasks if task not in ("all", *known)]:
+        raise UserError(
+            f"tune_tasks: {c.INSTRUCTIONS_PATH} has no examples of {strangers[0]}; there are {', '.join(sorted(known))}"
+        )
     order = random.Random(c.seed).sample(range(len(examples)), len(examples))
-    held: dict[str, list[int]] = {task: [] for task in sorted({one["task"] for one in examples})}
+    held: dict[str, list[int]] = {task: [] for task in sorted(known)}
     used: list[int] = []
     left = dict.fromkeys(held, c.task_examples or len(examples))
     seen: set[tuple[str, int]] = set()  # rows of raw data that are held out, in whichever template

@@ -126,6 +126,22 @@ def check(c: SimpleNamespace) -> None:
         )
     if not c.moe_layers or len(set(c.moe_layers)) != len(c.moe_layers) or min(c.moe_layers) < 0:
         raise UserError("moe_layers must name one layer or more, from 0, none of them twice")
+    if layers := _layers(c):
+        check_layers(c, layers)
+
+
+def _layers(c: SimpleNamespace) -> int | None:
+    """Layers of the dense model; None of one on the hub, whose configuration is not here yet."""
+    if makes_base(c) and Path(c.base_model) == seed_folder(c) / "base":
+        return c.base_layers
+    config = Path(c.base_model).expanduser() / "config.json"
+    return read_json(config).get("num_hidden_layers") if config.is_file() else None
+
+
+def check_layers(c: SimpleNamespace, layers: int) -> None:
+    """Raises UserError where `moe_layers` names one that a dense model of so many layers has not."""
+    if bad := [layer for layer in c.moe_layers if layer >= layers]:
+        raise UserError(f"moe_layers names layer {bad[0]}; {c.base_model} has layers 0 to {layers - 1}")
 
 
 def seed_folder(c: SimpleNamespace) -> Path:

@@ -61,7 +61,6 @@ def finetune(
         )
     family = families.family_of(model)
     family.check_tokenizer(tokenizer)
-    checkpoints.claim(work, identity)
     model = sharding.place(accelerator, model)
     family.count_usage(model, c)
     if c.gradient_checkpointing:
@@ -72,6 +71,7 @@ def finetune(
     )
     if not sharded:
         family.pass_over_idle(model, optimizer)
+    checkpoints.claim(work, identity)  # by what can be begun: a claim refuses other constants from then on
     lengths = {task: _lengths(features["train"]) for task, features in data.items()}
     per_epoch = min(len(features["train"]) for features in data.values())
 

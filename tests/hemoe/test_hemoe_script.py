@@ -233,7 +233,12 @@ def test_curves_are_compared_at_equal_shares():
         ({"num_domains": 3}, "num_domains is 3, but .* has 2 tasks"),
         ({"held_out": 54}, "has no examples beside the 54 held out"),
         ({"base_model": "/nowhere"}, "base_model: there is no folder '/nowhere'"),
-        ({"moe_layers": (0, 3)}, "moe_layers names layer 3; .* has layers 0 to 2"),
+        ({"moe_layers": (0, 3), "steps": ("domains",)}, "moe_layers names layer 3; .* has layers 0 to 2"),
+        (
+            {"scale": "tiny", "moe_layers": (0, 4), "steps": ("data",), "base_model": "{HEMOE_DIR}/seed{seed}/base"},
+            "moe_layers names layer 4; .*/base has layers 0 to 3",
+        ),
+        ({"tune_tasks": ("copy", "fly")}, "tune_tasks: .* has no examples of fly; there are copy, turn"),
         ({"steps": ("measure",)}, "domains.json does not exist; run the step domains first"),
         ({"steps": ("report",)}, "has no records: run the steps measure and evaluation first"),
     ],
