@@ -87,7 +87,7 @@ def test_killed_reproduction_ends_with_the_same_tables(world, done, tmp_path):
         process.communicate()
     result = run_script("reproduce_tables.py", words)
     assert result.returncode == 0, result.stderr
-    for name in ("scores", "allocation", "entropies_after", "merged_only"):
+    for name in ("scores", "allocation", "entropies", "merged_only"):
         mine, theirs = (
             (folder / "report" / "tables" / f"{name}.csv").read_text() for folder in (tmp_path, done[0].parent)
         )

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from statistics import fmean
 
 from expert_merging.report import claims
+from expert_merging.report.caem_contrasts import seeds_of
 from expert_merging.report.caem_usage import task_distance
 from expert_merging.report.evidence import Evidence, entropy, kept_share
 from expert_merging.report.tables import Stat, Table
 
 
 def claimed(e: Evidence) -> Table:
-    """The paper's claims with a verdict each."""
+    """The paper's claims with a verdict each; differences of Overall as far as no record has each example's score."""
     n, m = e.n, e.m
     table = Table("claims", "The paper's claims at this scale", claims.RULE)
 
@@ -19,7 +20,9 @@ def claimed(e: Evidence) -> Table:
 
     def overall_above(better: str, worse: str, claim: str) -> None:
         differences = [a["overall"]["test"] - b["overall"]["test"] for a, b in e.get(better, worse)]
-        if differences:
+        if differences and not seeds_of(
+            e, better, worse
+        ):  # else it stands in contrasts or secondary, and better judged
             add(claim, claims.above(differences), f"{better} - {worse}: {claims.shown(differences)}", better, worse)
 
     overall_above(f"CAEM-{n}", f"Baseline-{n}", "CAEM above Baseline on Overall")

@@ -12,7 +12,7 @@ from expert_merging.report.caem_pairs import similarity, soups
 from expert_merging.report.caem_response import response
 from expert_merging.report.caem_scores import cost, merged_only, merging, scores
 from expert_merging.report.caem_secondary import secondary
-from expert_merging.report.caem_usage import allocation, entropies_after, entropies_by_task, entropy_by_length
+from expert_merging.report.caem_usage import allocation, entropies, entropy_by_length
 from expert_merging.report.evidence import Evidence, read
 from expert_merging.report.folders import Wing
 from expert_merging.report.tables import Table
@@ -21,7 +21,7 @@ from expert_merging.report.tables import Table
 def all_tables(e: Evidence) -> list[Table]:
     """Every table that the records allow."""
     makers: list[Callable[[Evidence], Table]] = [
-        scores, intervals, contrasts, secondary, response, claimed, merging, entropies_after, entropies_by_task, allocation,
+        scores, intervals, contrasts, secondary, response, claimed, merging, entropies, allocation,
         soups, similarity, merged_only, calibration, deviations, best_on_test, entropy_by_length, cost,
     ]  # fmt: skip
     return [table for table in (make(e) for make in makers) if table.rows]

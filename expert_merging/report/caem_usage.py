@@ -13,20 +13,23 @@ from expert_merging.report.tables import Table, stat
 PAPER_ENTROPIES = {"CAEM-8": (0.4524, 0.5923), "CAEM-8-to-16": (0.3345, 0.5312), "CAEM-16": (0.3966, 0.4677)}
 
 
-def entropies_after(e: Evidence) -> Table:
-    """Table 3, for all configurations."""
+def entropies(e: Evidence) -> Table:
+    """Of the single-task models, by which CAEM shares experts, and table 3 for all configurations."""
     table = Table(
-        "entropies_after", "Expert-usage entropy after multi-task training (table 3)",
+        "entropies", "Expert-usage entropy: the tasks' complexity, and after multi-task training (table 3)",
         "Normalised entropy on validation, mean over tasks and sparse layers: 1 is even use, 0 is one expert for all. Pooled: "
         "of the tasks' uses added up. Distance: Jensen-Shannon's between the uses of two tasks, mean over pairs and layers: 0 "
         "is the same use, 1 no expert in common.",
     )  # fmt: skip
-    for name in e.multi_task():
+    alone = [f"single-task-{experts} {task}" for experts in (e.n, e.m) for task in e.tasks]
+    for name in [*(name for name in alone if e.get(name)), *e.multi_task()]:
         row: dict[str, Any] = {"configuration": name}
+        found = [one for (one,) in e.get(name)]
         for stack in e.stacks:
-            row[stack] = stat([fmean(entropy(one, stack, task) for task in e.tasks) for (one,) in e.get(name)], 4)
-            row[f"{stack}, pooled"] = stat([pooled_entropy(one, stack) for (one,) in e.get(name)], 4)
-            row[f"{stack}, distance"] = stat([task_distance([one["usage"][stack]]) for (one,) in e.get(name)], 3)
+            row[stack] = stat([fmean(entropy(one, stack, task) for task in one["usage"][stack]) for one in found], 4)
+            together = found if name not in alone else []
+            row[f"{stack}, pooled"] = stat([pooled_entropy(one, stack) for one in together], 4)
+            row[f"{stack}, distance"] = stat([task_distance([one["usage"][stack]]) for one in together], 3)
         if e.scale == "paper":
             paper = PAPER_ENTROPIES.get(name, (None, None))
             row |= {"paper: encoder": paper[0], "paper: decoder": paper[1]}
@@ -56,22 +59,6 @@ def task_distance(uses: Sequence[dict[str, Any]]) -> float:
 def _shares(grid: Sequence[Sequence[int]]) -> np.ndarray:
     counts = np.asarray(grid, dtype=float)
     return counts / counts.sum(1, keepdims=True).clip(min=1)
-
-
-def entropies_by_task(e: Evidence) -> Table:
-    """The complexity by which CAEM shares experts."""
-    table = Table(
-        "entropies_by_task", "Expert-usage entropy of the single-task models: the tasks' complexity",
-        "Normalised entropy on validation, mean over sparse layers.",
-    )  # fmt: skip
-    for experts in (e.n, e.m):
-        for task in e.tasks:
-            name = f"single-task-{experts} {task}"
-            if found := e.get(name):
-                row: dict[str, Any] = {"experts": str(experts), "task": task}
-                row |= {stack: stat([entropy(one, stack, task) for (one,) in found], 4) for stack in e.stacks}
-                table.rows.append(row | {"from": e.source(name)})
-    return table
 
 
 def allocation(e: Evidence) -> Table:

@@ -7,11 +7,13 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
+from expert_merging.data.scores import pack
 from expert_merging.report import claims, evidence, folders, publish
 from expert_merging.report.caem_tables import WING
 from expert_merging.report.tables import Stat, Table, stat
@@ -143,7 +145,7 @@ def rows_of(folder, name):
 def test_every_table_and_figure(folder):
     tables = write(folder)
     assert {table.name for table in tables} == {
-        "scores", "claims", "entropies_after", "entropies_by_task", "allocation", "soups", "similarity", "merged_only",
+        "scores", "claims", "entropies", "allocation", "soups", "similarity", "merged_only",
         "deviations", "best_on_test", "entropy_by_length", "cost", "merging",
     }  # fmt: skip
     assert check(folder) == []
@@ -200,6 +202,22 @@ def test_claims(without_figures, folder):
     assert next(row for claim, row in by_claim.items() if "CKA > 0.999" in claim)["verdict"] == "held"
 
 
+def test_a_contrast_with_scores_of_examples_has_one_verdict(without_figures, folder):
+    """By the interval that has the chance in the test examples; not a second one in the claims."""
+    runs = ["CAEM-4", "Baseline-4", *(f"single-task-4 {task}" for task in TASKS)]
+    for path in folder.glob("seed*.json"):
+        content = json.loads(path.read_text())
+        for run in runs:
+            for task in TASKS if run in runs[:2] else (run.split()[1],):
+                content[run][f"{task}_data"]["test_each"] = pack(np.full(20, 50.0))
+        path.write_text(json.dumps(content))
+    write(folder)
+    claimed = [row["numbers"].split(":")[0] for row in rows_of(folder, "claims")]
+    contrasts = [row["contrast"] for row in rows_of(folder, "contrasts")]
+    assert "CAEM-4 - Baseline-4" in contrasts and "CAEM-4 - Baseline-4" not in claimed
+    assert "CAEM-4 - CAEM-4-to-6" in claimed  # the other has none
+
+
 def test_what_the_paper_reads_off_its_figures_is_tested(without_figures, folder):
     """CKA rises from `before` to `after` but for 8-to-16; a joint model's tasks share experts more than their own models."""
     for number, path in enumerate(sorted(folder.glob("seed*.json"))):
@@ -243,7 +261,7 @@ def test_entropy_pooled_and_distance_between_tasks_by_hand():
 
 def test_table_3_has_pooled_entropy_and_distance(without_figures, folder):
     write(folder)
-    row = next(row for row in rows_of(folder, "entropies_after") if row["configuration"] == "CAEM-4")
+    row = next(row for row in rows_of(folder, "entropies") if row["configuration"] == "CAEM-4")
     assert 0 < float(row["encoder, pooled"]) < 1 and float(row["decoder, distance"]) == 0  # both tasks use alike
 
 
