@@ -55,8 +55,10 @@ def base(c: SimpleNamespace) -> None:
 
 def load_dense(c: SimpleNamespace):
     """(dense model in float32, tokenizer)."""
+    from expert_merging.core.host_memory import begin_anew
     from expert_merging.core.hub import first_line, local_folder, offline_if_unreachable
 
+    begin_anew()
     folder = local_folder(c.base_model, "base_model")
     if folder is None:
         offline_if_unreachable()

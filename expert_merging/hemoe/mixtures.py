@@ -126,8 +126,10 @@ def load_tuned(folder: Path):
     import torch
 
     from caem_files import cpu_kernels
+    from expert_merging.core.host_memory import begin_anew
     from expert_merging.hemoe.modeling import HEMoEForCausalLM
 
+    begin_anew()
     if not folder.exists():
         raise UserError(f"{folder} does not exist; run the step tuning first")
     try:
