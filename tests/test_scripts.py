@@ -340,6 +340,8 @@ def test_other_shares_than_by_entropy(world, done, shares):
     assert all(sum(layer) == 8 and min(layer) >= 1 for layer in counts)
     if shares == "squad":
         assert all(layer[1] == 4 for layer in counts)  # all that it has
+    if shares == "random":
+        assert record["allocation"]["encoder"] != record["allocation"]["decoder"]  # drawn anew for each layer
     if shares == "tokens":
         tokens = [
             history(done[0], f"single_task_[4]/single_task_{task}")["usage"]["encoder"][task][0] for task in TASKS
@@ -348,20 +350,23 @@ def test_other_shares_than_by_entropy(world, done, shares):
         assert record["allocation"]["encoder"][0][totals.index(max(totals))] == max(record["allocation"]["encoder"][0])
 
 
-def test_scores_before_fine_tuning_are_not_those_of_another_decoding(world, done, monkeypatch):
+def test_scores_before_fine_tuning_are_not_those_of_another_decoding(copied, monkeypatch):
     """Taken up by the same command; made again where the constants that scores depend on are others."""
     from expert_merging.training import finetuning
 
     seen = []
     monkeypatch.setattr(finetuning, "finetune", lambda *_, more, **__: seen.append(more["before"]))
-    words = ["--source_experts_num", "4", "--target_experts_num", "4"]
-    call_main("CAEM_multi_task_finetune.py", [*world.words(current_case_name="Beams"), *words])
-    path = done[0] / "models" / "Beams_[4|4]_merged" / "test.json"
+    folder, words = copied
+    call_main("CAEM_multi_task_finetune.py", words)
+    path = folder / "seed0" / "models" / "CAEM_[4|4]_merged" / "test.json"
     content = json.loads(path.read_text())
     content["test"]["squad"]["exact_match"] = 77.0
     path.write_text(json.dumps(content))
-    for constants in ({}, {"lr": 0.5}, {"num_beams": 1}):
-        call_main("CAEM_multi_task_finetune.py", [*world.words(current_case_name="Beams", **constants), *words])
+    for constants in ([], ["--lr", "0.5"], ["--num_beams", "1"]):
+        if "--num_beams" in constants:
+            for task in TASKS:
+                spoil(folder, lambda content: content["identity"].update(num_beams=1), task)
+        call_main("CAEM_multi_task_finetune.py", [*words, *constants])
     scores = [before["test"]["squad"]["exact_match"] for before in seen]
     assert scores[1:3] == [77.0, 77.0] and 77.0 not in (scores[0], scores[3])
     assert json.loads(path.read_text())["identity"]["num_beams"] == 1
@@ -448,8 +453,8 @@ def copied(world, done, tmp_path):
     return tmp_path, [*world.words(tmp_path), "--source_experts_num", "4", "--target_experts_num", "4"]
 
 
-def spoil(folder, change):
-    path = folder / "seed0" / "histories" / "single_task_[4]" / "single_task_xsum.json"
+def spoil(folder, change, task="xsum"):
+    path = folder / "seed0" / "histories" / "single_task_[4]" / f"single_task_{task}.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -462,6 +467,14 @@ def spoil(folder, change):
         (lambda h: h.pop("usage"), "lacks expert usage"),
         (lambda h: h["usage"]["encoder"].update(xsum=[[0] * 4] * 2), "or of no token"),
         (lambda h: h["usage"]["encoder"].update(xsum=[[1] * 3] * 2), r"usage of shape \(2, 3\)"),
+        (
+            lambda h: h["identity"].update(num_beams=7),
+            "xsum.json .*num_beams was 7, is now 3.*single_task_finetune.py .*xsum",
+        ),
+        (
+            lambda h: h["identity"]["data"].update(xsum="0" * 64),
+            "xsum.json is of other data than .*single_task_finetune.py",
+        ),
     ],
 )
 def test_sources_that_do_not_fit(copied, change, said):
@@ -469,6 +482,29 @@ def test_sources_that_do_not_fit(copied, change, said):
     with pytest.raises(UserError, match=said):
         call_main("CAEM_multi_task_finetune.py", copied[1])
     assert not list(copied[0].rglob("*_merged"))
+
+
+def test_a_merge_by_other_usage_is_not_taken_for_this_one(copied):
+    """The same weights, whose experts were counted on other examples, say."""
+    call_main("CAEM_multi_task_finetune.py", [*copied[1], "--merge_only"])
+    record = copied[0] / "seed0" / "models" / "CAEM_[4|4]_merged" / "merging.json"
+    before = json.loads(record.read_text())
+    spoil(copied[0], lambda h: h["usage"]["encoder"].update(xsum=[[9, 9, 9, 9], [9, 0, 0, 0]]))
+    call_main("CAEM_multi_task_finetune.py", [*copied[1], "--merge_only"])
+    after = json.loads(record.read_text())
+    assert after["entropies"]["encoder"][2] == pytest.approx([1, 0]) != before["entropies"]["encoder"][2]
+
+
+@pytest.mark.parametrize("merging", ["caem", "m_smoe"])
+def test_training_after_a_merge_does_not_depend_on_who_made_it(copied, merging, monkeypatch):
+    """Models loaded for a merge draw random numbers; a run that finds the merge done has the same noise."""
+    from expert_merging.training import finetuning
+
+    states = []
+    monkeypatch.setattr(finetuning, "finetune", lambda *_, **__: states.append(torch.get_rng_state()))
+    for _ in range(2):
+        call_main("CAEM_multi_task_finetune.py", [*copied[1], "--merging", merging, "--pool_inputs", "5"])
+    assert torch.equal(*states)
 
 
 def test_source_cut_short(copied):

@@ -16,7 +16,7 @@ from expert_merging.data.tasks import get_task
 from expert_merging.merging.average import average
 from expert_merging.run import results
 from expert_merging.training import families, overall
-from expert_merging.training.evaluate import SCORED_WITH
+from expert_merging.training.overall import SCORED_WITH
 
 
 @dataclass(frozen=True)

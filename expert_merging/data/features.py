@@ -107,6 +107,11 @@ def load(task_name: str, constants: SimpleNamespace, tokenizer):
     return features
 
 
+def noted_sha256(task_name: str, constants: SimpleNamespace) -> str:
+    """SHA-256 of all features of a task, as `prepare` noted it. Raises UserError where there are none."""
+    return results.load(folder_of(task_name, constants) / _MANIFEST, lambda: command(task_name, constants))["sha256"]
+
+
 def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str, Any] | None:
     """The manifest, where `prepare` with the same arguments would write what is there already; else None.
 

@@ -18,8 +18,8 @@ _NOTE = (
     f"Differences within seeds: mean [95% interval, bootstrap crossed over seeds and test examples, {bootstrap.METHOD}; of one "
     "seed over examples alone]. p: sign flips over seeds, by Holm over the contrasts of the same measure. Equivalent: two "
     "one-sided tests at 5%, margin 2% of the single-task score. Told: the smallest true difference that this experiment tells "
-    "in 80% of repeats, at the spread found. Pooled: single-task scores averaged over seeds before dividing. See "
-    "docs/protocol.md."
+    "in 80% of repeats, at the spread found. Pooled: single-task scores averaged over seeds before dividing, their "
+    "chance over seeds left out. See docs/protocol.md."
 )
 
 

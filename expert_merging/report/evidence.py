@@ -14,6 +14,10 @@ from expert_merging.core.files import read_json, write_atomic, write_json
 from expert_merging.experiment.grid import CALIBRATED, POOLED_CASES
 from expert_merging.report import records
 from expert_merging.report.records import Groups
+from expert_merging.run import results
+
+# In the identity of a run what differs from seed to seed, and the base, of which there is a line of its own.
+_OF_SEED = ("seed", "goals", "sources", "usage", "weights", "starts", "ancestor")
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,24 @@ def read(folder: Path) -> Evidence:
 
 
 def _refuse_mixed(folder: Path, of_seeds: dict[int, dict[str, Any]]) -> None:
-    """Raises UserError where records were made under different protocols, or runs of one name from different bases: one
-    table would show both."""
+    """Raises UserError where records were made under different protocols, or runs of one name from different bases, with
+    different constants or of different data: one table would show both."""
     protocols: dict[Any, str] = {}
+    first_of: dict[str, tuple[int, dict[str, Any]]] = {}
     bases: dict[str, dict[Any, str]] = {}
     for seed, of_seed in of_seeds.items():
         for name, record in of_seed.items():
             where = f"{name} of seed {seed}"
             protocols.setdefault(record.get("versions", {}).get("protocol"), where)
-            if (base := record.get("identity", {}).get("ancestor")) is not None:
+            made = results.made_with(record)
+            if (base := made.get("ancestor")) is not None:
                 bases.setdefault(name, {}).setdefault(base, where)
+            other, alike = first_of.setdefault(name, (seed, made))
+            if difference := results.changes(results.without(alike, _OF_SEED), results.without(made, _OF_SEED)):
+                raise UserError(
+                    f"{folder}: {where} was made with other constants or data than that of seed {other} ({difference}); one "
+                    "table would show both: make one of them again"
+                )
     mixed = [("under different versions of docs/protocol.md", protocols)] if len(protocols) > 1 else []
     mixed += [("from different bases", of_run) for of_run in bases.values() if len(of_run) > 1]
     for how, found in mixed:

@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = (
     "BASE_MODEL_PATH", "AG_NEWS_PATH", "SQUAD_PATH", "XSUM_PATH", "checkpoint_minutes", "eval_batch_size", "device",
     "gradient_checkpointing", "merge_only", "test_each_epoch",
 )  # fmt: skip
+BEGUN = "run.json"  # what a run depends on, in the working folder in which it was begun
 _KEYS = ("identity", "asked", "constants")  # under which an identity stands; the second and third in older records
 _BEFORE = {
     "precision": "fp32",
@@ -119,17 +120,18 @@ def refuse_others(paths: Iterable[Path], wanted: dict[str, Any], elsewhere: str,
     another identity, the entries `but` aside ("recipe.lr" is the entry lr of the entry recipe). `elsewhere` names the constant
     that says where the records lie."""
     for path in paths:
-        was, now = (_without(one, but) for one in (made_with(read_json(path)), wanted))
+        was, now = (without(one, but) for one in (made_with(read_json(path)), wanted))
         refuse(path, was, now, f"one table would show both: restore them, or choose another {elsewhere}")
 
 
-def _without(identity: dict[str, Any], but: Iterable[str]) -> dict[str, Any]:
+def without(identity: dict[str, Any], but: Iterable[str]) -> dict[str, Any]:
+    """An identity less the entries `but`."""
     kept = dict(identity)
     for name, _, inner in (one.partition(".") for one in but):
         if not inner:
             kept.pop(name, None)
         elif isinstance(kept.get(name), dict):
-            kept[name] = _without(kept[name], (inner,))
+            kept[name] = without(kept[name], (inner,))
     return kept
 
 
@@ -149,12 +151,14 @@ def is_done(
         elsewhere: the constants that would put another result beside it.
         again: a verb; where the result is there, say so, and that its removal lets one do that again.
 
-    Raises UserError where it was made with another identity, or another process is at it.
+    Raises UserError where it was made, or begun in `work`, with another identity, or another process is at it.
     """
     path = Path(path)
     if not path.exists():
         hold(claim or path)
     if not path.exists():
+        if work is not None:
+            refuse_begun(work, wanted)
         return False
     refuse(path, made_with(read_json(path)), wanted, f"restore them, remove it, or choose another {elsewhere}")
     if work is not None and work.exists():
@@ -163,6 +167,12 @@ def is_done(
     if again and int(os.environ.get("RANK", 0)) == 0:
         print(f"{path} is there already; remove it to {again} again")
     return True
+
+
+def refuse_begun(work: Path, wanted: dict[str, Any]) -> None:
+    """Raises UserError where the working folder `work` holds a run that was begun with another identity."""
+    if (described := work / BEGUN).exists():
+        refuse(work, read_json(described), wanted, "it holds a run that was begun: restore them or remove it")
 
 
 def part(path: str | Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

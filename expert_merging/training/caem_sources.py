@@ -18,6 +18,7 @@ from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.data.docstring_reader import corpus_hash
+from expert_merging.data.features import noted_sha256
 from expert_merging.merging.average import average_lazily
 from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
@@ -154,31 +155,37 @@ def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder
     """
     identity, path = merging_identity(c, sources), folder / "merging.json"
     if accelerator.is_main_process and results.part(path, identity) is None:
-        try:
-            if c.merging == "average":
-                tensors = average_lazily([SafetensorsFolder(source.folder) for source in sources])
-                record: dict[str, Any] = {}
-                config = sources[0].config
-            else:
-                by = None if c.shares == "entropy" else other_shares(c, sources)
-                record, tensors, config = family_of(sources[0].config).merge(c, sources, by, accelerator.device)
-                _warn_of_no_entropy(record)
-            with new_folder(folder) as temporary:
-                write_tensors(tensors, temporary)
-                config.save_pretrained(temporary)
-                if c.calibration != "none":
-                    family = family_of(sources[0].config)
-                    record["calibration"] = family.calibrate(c, sources, temporary, record, accelerator.device)
-                sources[0].tokenizer.save_pretrained(temporary)
-                results.save(temporary / "merging.json", identity, record)
-        except ValueError as error:
-            raise UserError(f"these models cannot be merged: {error}") from error
+        # Models that are loaded on the way draw random numbers, and what follows must not depend on whether this was done.
+        with torch.random.fork_rng(devices=[]):
+            _merge(c, accelerator, sources, folder, identity)
     accelerator.wait_for_everyone()
     written = results.part(path, identity)
     assert written is not None  # above, where it was not there
     if c.merging == "caem":
         accelerator.print(allocation_lines(written, tuple(source.task for source in sources)))
     return written
+
+
+def _merge(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path, identity: dict[str, Any]) -> None:
+    try:
+        if c.merging == "average":
+            tensors = average_lazily([SafetensorsFolder(source.folder) for source in sources])
+            record: dict[str, Any] = {}
+            config = sources[0].config
+        else:
+            by = None if c.shares == "entropy" else other_shares(c, sources)
+            record, tensors, config = family_of(sources[0].config).merge(c, sources, by, accelerator.device)
+            _warn_of_no_entropy(record)
+        with new_folder(folder) as temporary:
+            write_tensors(tensors, temporary)
+            config.save_pretrained(temporary)
+            if c.calibration != "none":
+                family = family_of(sources[0].config)
+                record["calibration"] = family.calibrate(c, sources, temporary, record, accelerator.device)
+            sources[0].tokenizer.save_pretrained(temporary)
+            results.save(temporary / "merging.json", identity, record)
+    except ValueError as error:
+        raise UserError(f"these models cannot be merged: {error}") from error
 
 
 def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any]:
@@ -188,9 +195,12 @@ def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any
     }  # fmt: skip
     if c.calibration != "none":
         identity |= {"calibration": c.calibration}
+    if c.merging == "caem":
+        identity |= {"usage": _usage_hashes(sources)}
     if c.merging in POOLED or c.calibration != "none":
-        identity |= {
-            name: getattr(c, name) for name in ("pool_inputs", "validation_examples", "max_decoder_length", "seed")
+        inputs = ("pool_inputs", "validation_examples", "max_input_length", "max_decoder_length", "seed")
+        identity |= {name: getattr(c, name) for name in inputs} | {
+            "data": {one.task: noted_sha256(one.task, c) for one in sources}
         }
     return identity if c.shares == "entropy" else identity | {"shares": c.shares, "seed": c.seed}
 
@@ -201,9 +211,13 @@ def sources_identity(sources: list[Source]) -> dict[str, Any]:
     if lines := config_lines(sources[0].config):  # those of all
         noted["config"] = corpus_hash(lines)
     if "usage" in family_of(sources[0].config).KNOWN_BY:
-        grids = {source.task: {stack: grid.tolist() for stack, grid in source.usage.items()} for source in sources}
-        noted["usage"] = {task: corpus_hash(usage) for task, usage in grids.items()}
+        noted["usage"] = _usage_hashes(sources)
     return noted
+
+
+def _usage_hashes(sources: list[Source]) -> dict[str, str]:
+    grids = {source.task: {stack: grid.tolist() for stack, grid in source.usage.items()} for source in sources}
+    return {task: corpus_hash(usage) for task, usage in grids.items()}
 
 
 def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, list[float]]]:
@@ -211,13 +225,14 @@ def other_shares(c: SimpleNamespace, sources: list[Source]) -> list[dict[str, li
     shares: list[dict[str, list[float]]] = []
     for number, source in enumerate(sources):
         shares.append({})
+        random = torch.Generator().manual_seed(1000 * c.seed + number)
         for stack, usage in source.usage.items():
             if c.shares == "inverse":
                 values = 1 / normalized_entropy(usage).clamp_min(1e-6)
             elif c.shares == "tokens":
                 values = usage.sum(-1)
             elif c.shares == "random":
-                values = torch.rand(len(usage), generator=torch.Generator().manual_seed(1000 * c.seed + number))
+                values = torch.rand(len(usage), generator=random)
             else:  # a task's name: all but the least go to it
                 values = torch.full((len(usage),), float(source.task == c.shares))
             shares[-1][stack] = values.tolist()

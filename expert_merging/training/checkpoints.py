@@ -21,7 +21,6 @@ from expert_merging.core.files import hold, new_folder, read_json, sha256, write
 from expert_merging.core.hub import first_line
 from expert_merging.run import provenance, results, sharding
 
-_DESCRIBED = "run.json"  # what the run depends on, in its working folder
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"  # accelerate's name
 
@@ -32,12 +31,9 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     Raises UserError when the folder holds a run with other constants (says which), or another process is at it.
     """
     hold(folder)
-    described = folder / _DESCRIBED
-    if not described.exists():
-        if int(os.environ.get("RANK", 0)) == 0:  # one process writes
-            write_json(described, identity)
-        return
-    results.refuse(folder, read_json(described), identity, "it holds a run that was begun: restore them or remove it")
+    results.refuse_begun(folder, identity)
+    if not (folder / results.BEGUN).exists() and int(os.environ.get("RANK", 0)) == 0:  # one process writes
+        write_json(folder / results.BEGUN, identity)
 
 
 def release(folder: Path) -> None:
@@ -98,7 +94,7 @@ def save(accelerator: Accelerator, model, optimizer, folder: Path, progress: dic
 
 def _manifest(accelerator: Accelerator, model, folder: Path, files: Path) -> dict[str, Any]:
     """What a checkpoint must be, to go on from: its files' hashes, and what it was made with."""
-    described = folder / _DESCRIBED
+    described = folder / results.BEGUN
     return {
         "sha256": {str(file.relative_to(files)): sha256(file) for file in sorted(files.rglob("*")) if file.is_file()},
         "identity": read_json(described) if described.exists() else {},
@@ -182,7 +178,7 @@ def _checked(path: Path, shards: int) -> dict[str, Any]:
         if sha256(path / name) != digest:
             raise ValueError(f"{name} has changed")
     _read_back(path)  # accelerate passes over random states that it cannot read
-    described = path.parent / _DESCRIBED
+    described = path.parent / results.BEGUN
     wanted = read_json(described) if described.exists() else {}
     if difference := results.changes(manifest["identity"], wanted):
         raise _Unfit(f"{path} is a checkpoint of another run ({difference}); remove it, or restore those constants")

@@ -8,12 +8,7 @@ from expert_merging.data.scores import pack
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
 from expert_merging.training.families import family_of
-from expert_merging.training.overall import overall
-
-SCORED_WITH = (
-    "max_input_length", "max_decoder_length", "validation_examples", "test_examples", "num_beams", "repetition_penalty",
-    "no_repeat_ngram_size", "length_penalty", "precision",
-)  # fmt: skip
+from expert_merging.training.overall import SCORED_WITH, overall
 
 
 def shown(features, predictions: list[str], tokenizer, number: int = 8) -> list[dict[str, Any]]:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_json
 from expert_merging.data.batches import MicroBatches, Size, epoch_examples, length_grouped
-from expert_merging.data.features import folder_of
+from expert_merging.data.features import noted_sha256
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results, sharding
 from expert_merging.switch.models import save_model, save_state_dict
@@ -147,7 +146,7 @@ def epochs_worth(data: dict[str, Any], num_epochs: int) -> int:
 
 def data_hashes(c: SimpleNamespace, tasks: list[str]) -> dict[str, str]:
     """SHA-256 of each task's features, as datasets_preprocessing.py noted it."""
-    return {task: read_json(folder_of(task, c) / "complete.json")["sha256"] for task in tasks}
+    return {task: noted_sha256(task, c) for task in tasks}
 
 
 def _lengths(features) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from expert_merging.core.errors import UserError
+from expert_merging.data.features import noted_sha256
 from expert_merging.data.tasks import get_task
 from expert_merging.run import results
 from expert_merging.run.constants import command
 from expert_merging.run.deviations import deviates
+
+SCORED_WITH = (
+    "max_input_length", "max_decoder_length", "validation_examples", "test_examples", "num_beams", "repetition_penalty",
+    "no_repeat_ngram_size", "length_penalty", "precision",
+)  # fmt: skip
 
 
 def selection_split(reading: str) -> str:
@@ -32,11 +39,17 @@ def overall(scores: dict[str, dict[str, float]], goals: dict[str, float] | None)
 def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleNamespace) -> dict[str, dict[str, float]]:
     """What Overall divides by: validation and test scores of the single-task models with `experts` experts.
 
-    Raises UserError, naming the command to run, where one has not been trained.
+    Raises UserError, naming the command to run, where one has not been trained, or on other data.
     """
     goals: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
     for task in tasks:
         history = single_task_history(folder, task, experts, c)
+        was = results.made_with(history).get("data", {}).get(task)
+        if was not in (None, noted_sha256(task, c)):
+            raise UserError(
+                f"{folder}/single_task_{task}.json is of other data than {c.DATA_DIR}/{task}; bring those, or remove it and "
+                f"run: {command('single_task_finetune.py', c, task_type=task, num_expert=experts)}"
+            )
         score, best = get_task(task).main_score, history["best_epoch"] - 1
         goals["validation"][task] = history[f"{task}_data"]["validation"][best][score]
         goals["test"][task] = history[f"{task}_data"]["test"][score]
@@ -47,11 +60,20 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
 
 
 def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
-    """The history that `single_task_finetune.py` left for `task`."""
-    return results.load(
+    """The history that `single_task_finetune.py` left for `task`.
+
+    Raises UserError where there is none, or its scores are of other examples or another decoding than `c` asks for.
+    """
+    path, again = (
         f"{folder}/single_task_{task}.json",
-        lambda: command("single_task_finetune.py", c, task_type=task, num_expert=experts),
+        command("single_task_finetune.py", c, task_type=task, num_expert=experts),
     )
+    history = results.load(path, again)
+    noted = results.made_with(history)
+    asked = results.identity(c, [name for name in SCORED_WITH if name in noted and name != "precision"])
+    was = {name: noted[name] for name in asked}
+    results.refuse(path, was, asked, f"restore them, or remove it and run: {again}")
+    return history
 
 
 def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:

@@ -14,6 +14,7 @@ from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json, write_json
 from expert_merging.experiment.steps import Step
 from expert_merging.run import results
+from expert_merging.training import checkpoints
 
 
 def constants(**more):
@@ -82,6 +83,15 @@ def test_a_result_is_made_once_and_anothers_is_refused(tmp_path, capsys):
     path.write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         results.is_done(path, now)
+
+
+def test_a_run_that_was_begun_with_other_constants_is_refused_before_anything_is_made(tmp_path):
+    path, work = tmp_path / "one.json", tmp_path / "one.run"
+    checkpoints.claim(work, results.identity(constants()))
+    assert not results.is_done(path, results.identity(constants()), work)
+    with pytest.raises(UserError, match=r"one.run was made with other constants \(lr was 0.1, is now 0.2\); .*begun"):
+        results.is_done(path, results.identity(constants(lr=0.2)), work)
+    assert work.exists()
 
 
 def test_a_part_of_another_is_made_again_and_says_nothing_of_its_making(tmp_path):
