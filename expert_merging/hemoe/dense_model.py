@@ -63,13 +63,13 @@ def load_dense(c: SimpleNamespace):
     if folder is None:
         offline_if_unreachable()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from caem_files import cpu_kernels
     from expert_merging.hemoe.gated_ffn import gated_ffns
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or c.base_model)
+        tokenizer = tokenizer_of(c)
         model = AutoModelForCausalLM.from_pretrained(folder or c.base_model, torch_dtype=torch.float32)
     except Exception as error:  # a file cut short surfaces as whatever its reader raises
         raise UserError(
@@ -81,8 +81,6 @@ def load_dense(c: SimpleNamespace):
         raise UserError(f"base_model: {error}") from error
     if c.prompts == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompts is chat, but the tokenizer of {c.base_model} has no chat template; make it plain")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     pipeline.check_layers(c, model.config.num_hidden_layers)
     return cpu_kernels.use_in(model), tokenizer
 
@@ -91,7 +89,9 @@ def tokenizer_of(c: SimpleNamespace):
     """The dense model's tokenizer, with something to pad with."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(c.base_model)
+    from expert_merging.core.hub import local_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(c.base_model, "base_model") or c.base_model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -39,6 +39,7 @@ def read_examples(folder: Path) -> list[dict[str, Any]]:
 
 def domains(c: SimpleNamespace) -> None:
     """Put aside `held_out` examples of each task, and choose `score_sequences` of each domain from `task_examples` others."""
+    pipeline.refuse_beside(c)
     for which, constants in pipeline.by_domains(c).items():
         _domains(constants, pipeline.ending(which))
 
@@ -96,7 +97,8 @@ class Examples:
     def __init__(self, c: SimpleNamespace, tokenizer, domains: str = ""):
         from expert_merging.data.docstring_reader import corpus_hash
 
-        self._record = pipeline.load(seed_folder(c) / f"domains{pipeline.ending(domains)}.json", "domains")
+        path = seed_folder(c) / f"domains{pipeline.ending(domains)}.json"
+        self._record = pipeline.load(path, "domains", pipeline.identity(c, "domains"))
         self._examples = read_examples(Path(c.INSTRUCTIONS_PATH))
         if corpus_hash(self._examples) != self._record["examples_sha256"]:
             raise UserError(f"{c.INSTRUCTIONS_PATH} has changed since the step domains; remove {seed_folder(c)}")

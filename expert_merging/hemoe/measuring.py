@@ -15,6 +15,8 @@ from expert_merging.hemoe.examples import Examples
 from expert_merging.hemoe.mixtures import load_converted, load_tuned
 from expert_merging.hemoe.pipeline import BEFORE, seed_folder
 
+_ALSO = {"social_iqa": "siqa"}  # what lm_eval calls a task: what its data set is called, and instructions made of it
+
 
 def measure(c: SimpleNamespace) -> None:
     """On held-out examples, for each k: the share of neurons that is activated, and the loss of the right answers."""
@@ -42,7 +44,7 @@ def evaluation(c: SimpleNamespace) -> None:
             f"EVAL_TASKS_PATH: {c.EVAL_TASKS_PATH} holds no task (*.yaml); the step data makes them of QUESTIONS_PATH"
         )
     # What a model tuned for one task is asked: that task, whose name begins with doc_ where it is made here.
-    own = {task: name for name in names for task in (name, name.removeprefix("doc_"))}
+    own = {task: name for name in names for task in (name, name.removeprefix("doc_"), _ALSO.get(name, name))}
     if strangers := [task for task in c.tune_tasks if task != "all" and task not in own]:
         raise UserError(f"tune_tasks names {strangers[0]}, which is not evaluated; eval_tasks has {', '.join(names)}")
 
@@ -85,7 +87,7 @@ def _for_each_k(c: SimpleNamespace, step: str, follows: str, prepare: Callable[[
             from expert_merging.run.devices import make_accelerator
 
             function = function or prepare()
-            model, tokenizer = _load(c, method, end)
+            model, tokenizer = _load(c, method, end, tasks)
             model = model.to(make_accelerator(c).device)
             for k in progress_bar(left, desc=f"{step}, {method}{end.replace('_', ', ', 1)}", unit="k"):
                 if k:
@@ -107,13 +109,14 @@ def _models(c: SimpleNamespace, method: str) -> list[tuple[str, list[int], tuple
     return before + [(end, ks, tasks) for end, tasks in pipeline.tunings(c).items()]
 
 
-def _load(c: SimpleNamespace, method: str, end: str):
+def _load(c: SimpleNamespace, method: str, end: str, tasks: tuple[str, ...]):
     """(the model of that name, its tokenizer)"""
     if method == "dense":
         return load_dense(c)
     folder = seed_folder(c) / method / f"tuned{end}"
+    if end != BEFORE:
+        tuned_as = pipeline.identity(c, "tuning", method=method, tune_tasks=tasks)
+        pipeline.load(seed_folder(c) / method / f"tuning{end}.json", "tuning", tuned_as)
     if method == "dense_tuned":
-        if not folder.exists():
-            raise UserError(f"{folder} does not exist; run the step tuning first")
         return load_dense(SimpleNamespace(**{**vars(c), "base_model": str(folder)}))
     return (load_converted(c, method) if end == BEFORE else load_tuned(folder)), tokenizer_of(c)

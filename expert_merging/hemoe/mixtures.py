@@ -60,6 +60,7 @@ def load_converted(c: SimpleNamespace, method: str):
     folder = seed_folder(c) / method / "model"
     if not folder.exists():
         raise UserError(f"{folder} does not exist; run the step conversion first")
+    pipeline.load(folder / "hemoe.json", "conversion", pipeline.identity(c, "model", method=method))
     from safetensors.torch import load_file
 
     from expert_merging.hemoe.modeling import HEMoEConfig, HEMoEForCausalLM
@@ -82,6 +83,7 @@ def _routers(model) -> dict:
 
 def tuning(c: SimpleNamespace) -> None:
     """LoRA on attention and the routers in full, experts frozen; the dense model with the same LoRA as a reference."""
+    pipeline.refuse_beside(c)
     for method in (*c.methods, "dense_tuned"):
         for end, tasks in pipeline.tunings(c).items():
             _tune(c, method, end, tasks)

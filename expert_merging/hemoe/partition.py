@@ -119,6 +119,17 @@ def partition(
 # ---------------------------------------------------------------- the methods: each gives the fields of a Split it fills
 
 
+def program(settings: Settings, neurons: int, domains: int) -> tuple[int, int, int, int]:
+    """Of the integer program: items, the least and the most that an expert has of them, and the experts that may serve a
+    domain. Raises UserError where it cannot be solved."""
+    items = settings.modules or neurons
+    if neurons % items:
+        raise UserError(f"{neurons} neurons do not make {items} modules of equal size; choose a divisor")
+    low, high, per_domain = *settings.sizes(items), settings.per_domain(domains)
+    solver.check_feasible(items, domains, settings.experts, low, high, per_domain)
+    return items, low, high, per_domain
+
+
 def hemoe(given: Given) -> dict:
     """HEMoE: sizes and domains chosen by the integer program, over single neurons or over `modules` of equal size.
 
@@ -127,11 +138,7 @@ def hemoe(given: Given) -> dict:
     assert given.scores is not None
     settings, weights = given.settings, processed(given.scores, given.among)
     domains = weights.shape[2]
-    items = settings.modules or given.neurons
-    if given.neurons % items:
-        raise UserError(f"{given.neurons} neurons do not make {items} modules of equal size; choose a divisor")
-    low, high, per_domain = *settings.sizes(items), settings.per_domain(domains)
-    solver.check_feasible(items, domains, settings.experts, low, high, per_domain)
+    items, low, high, per_domain = program(settings, given.neurons, domains)
     found: dict[str, list] = {"experts": []}
     found |= {name: [] for name in ("serves", "objective", "bound", "gap", "seconds", "status")}
     for layer in _progress(given.depth, "HEMoE"):

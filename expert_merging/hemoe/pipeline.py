@@ -11,6 +11,7 @@ Each step reads files, writes files, and is left out where its result is there (
 """
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -94,6 +95,7 @@ def check(c: SimpleNamespace) -> None:
         ("router_start", ("noise", "gate")),
         ("prompts", prompts),
         ("save_dtype", ("float32", "bfloat16")),
+        ("score_sums", ("float64", "bfloat16")),
     ):
         value = getattr(c, name)
         if unknown := [one for one in (value if isinstance(value, tuple) else (value,)) if one not in known]:
@@ -119,23 +121,30 @@ def check(c: SimpleNamespace) -> None:
         raise UserError(f"tune_lr is {c.tune_lr}; it must be above 0")
     if c.max_tokens < 8:
         raise UserError(f"max_tokens is {c.max_tokens}; an instruction and its output need 8 or more")
-    if "MoEBERT_domains" in c.methods and c.num_experts != c.num_domains and c.domains_from == "clusters":
-        raise UserError(
-            f"MoEBERT_domains makes an expert a domain: num_experts is {c.num_experts} and num_domains {c.num_domains}; "
-            "make them equal or leave that method out"
-        )
     if not c.moe_layers or len(set(c.moe_layers)) != len(c.moe_layers) or min(c.moe_layers) < 0:
         raise UserError("moe_layers must name one layer or more, from 0, none of them twice")
-    if layers := _layers(c):
+    layers, neurons = _shape(c)
+    if layers:
         check_layers(c, layers)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this script runs as one process; start it by python alone, without a launcher")
+    if c.QUESTIONS_PATH and c.scale != "real":
+        raise UserError(
+            "QUESTIONS_PATH: questions are made tasks of at --scale real; else name lm_eval's in eval_tasks"
+        )
+    if "partition" in c.steps:
+        from expert_merging.hemoe import splitting
+
+        splitting.check(c, neurons)
 
 
-def _layers(c: SimpleNamespace) -> int | None:
-    """Layers of the dense model; None of one on the hub, whose configuration is not here yet."""
+def _shape(c: SimpleNamespace) -> tuple[int | None, int | None]:
+    """Layers of the dense model and neurons of an FFN; None of one on the hub, whose configuration is not here yet."""
     if makes_base(c) and Path(c.base_model) == seed_folder(c) / "base":
-        return c.base_layers
+        return c.base_layers, c.base_intermediate_size
     config = Path(c.base_model).expanduser() / "config.json"
-    return read_json(config).get("num_hidden_layers") if config.is_file() else None
+    there = read_json(config) if config.is_file() else {}
+    return there.get("num_hidden_layers"), there.get("intermediate_size")
 
 
 def check_layers(c: SimpleNamespace, layers: int) -> None:
@@ -178,6 +187,8 @@ def identity(c: SimpleNamespace, step: str, **more: Any) -> dict[str, Any]:
         if one == step:
             break
     wanted = results.identity(c, names, **more)
+    if more.get("method") == "parts":
+        wanted["parts_sha256"] = _parts_sha256(c.PARTS_PATH)
     if c.scale != "paper" and wanted.pop("base_model", None) and Path(c.base_model) != seed_folder(c) / "base":
         wanted["base_model"] = _weights_sha256(c.base_model)
     return wanted
@@ -196,6 +207,12 @@ def _weights_sha256(path: str) -> list[str]:
     return [sha256(file) for file in files] or [path]
 
 
+@functools.cache
+def _parts_sha256(path: str) -> dict[str, str]:
+    """SHA-256 of each of the released files in a folder."""
+    return {file.name: sha256(file) for file in sorted(Path(path).expanduser().glob("*.part.*"))}
+
+
 def is_done(path: Path, wanted: dict[str, Any], work: Path | None = None, claim: Path | None = None) -> bool:
     """`results.is_done` of a step's result."""
     return results.is_done(path, wanted, work, claim=claim, elsewhere="HEMOE_DIR")
@@ -209,8 +226,19 @@ def save(c: SimpleNamespace, path: Path, wanted: dict[str, Any], record: dict[st
     return results.save(path, wanted, {"versions": provenance.versions() | more, "seed": c.seed, **record})
 
 
-def load(path: Path, step: str) -> dict[str, Any]:
-    """The result of an earlier step. Raises UserError where it is not there."""
+def load(path: Path, step: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The result of an earlier step, by which another goes. Raises UserError where it is not there, or was made with another
+    identity."""
     if not path.exists():
         raise UserError(f"{path} does not exist; run the step {step} first")
-    return read_json(path)
+    record = read_json(path)
+    results.refuse(path, results.made_with(record), wanted, f"restore them, or remove it and run the step {step} again")
+    return record
+
+
+def refuse_beside(c: SimpleNamespace) -> None:
+    """Raises UserError where HEMOE_DIR has models that were tuned with other constants: one table would show both."""
+    paths = sorted(Path(c.HEMOE_DIR).glob("seed*/*/tuning*.json"))
+    results.refuse_others(
+        paths, identity(c, "tuning"), "HEMOE_DIR", but=("seed", "method", "tune_tasks", "parts_sha256")
+    )

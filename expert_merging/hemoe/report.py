@@ -250,7 +250,7 @@ def _questions(records: Groups) -> Table:
 def _points(records: Groups) -> Table:
     table = Table(
         "points", "Every measured point",
-        f"k experts fire; share of the experts' neurons and of all parameters that is activated; {_seeds(records)}.",
+        f"k experts fire; share of the experts' neurons that is activated; {_seeds(records)}.",
     )  # fmt: skip
     for method in _MODELS:
         found = [of[method] for of in records.values() if method in of]

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +51,51 @@ def _correlations(values) -> list[float]:
     return result
 
 
+def check(c: SimpleNamespace, neurons: int | None) -> None:
+    """Raises UserError for a partition that cannot be, as far as constants and the `neurons` of an FFN, if known, tell it."""
+    from expert_merging.hemoe.partition import program
+
+    if "MoEBERT_domains" in c.methods and c.num_experts != c.num_domains:
+        raise UserError(
+            f"MoEBERT_domains makes an expert a domain: num_experts is {c.num_experts} and num_domains {c.num_domains}; "
+            "make them equal or leave that method out"
+        )
+    if "parts" in c.methods and not any(Path(c.PARTS_PATH or "/nowhere").expanduser().glob("*.part.*")):
+        raise UserError(
+            f"PARTS_PATH: {c.PARTS_PATH!r} holds no LAYER.part.EXPERTS file, of which the method parts is made"
+        )
+    if "random_heterogeneous" in c.methods and "HEMoE" not in c.methods and not _there(c, "HEMoE"):
+        raise UserError("random_heterogeneous takes HEMoE's sizes; name HEMoE among the methods too")
+    for method in c.methods:
+        made_as, settings = pipeline.METHODS[method], _settings(c, method)
+        settings.check()
+        if made_as.partition == "HEMoE" and not made_as.domains and neurons:
+            program(settings, neurons, c.num_domains)
+
+
+def _settings(c: SimpleNamespace, method: str):
+    from expert_merging.hemoe.partition import Settings
+
+    own = pipeline.METHODS[method].settings
+    return Settings(**{
+        "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
+        "starts": c.solver_starts, "seconds": c.solver_seconds, "solver": c.solver, "rounding": c.rounding,
+        **{key: getattr(c, value) if isinstance(value, str) else value for key, value in own.items()},
+    })  # fmt: skip
+
+
 def partition(c: SimpleNamespace) -> None:
     """Split the neurons of every layer in `moe_layers` by each method; only those by importance need the step scores."""
     from expert_merging.hemoe.importance import Scores
-    from expert_merging.hemoe.partition import METHODS, Settings
+    from expert_merging.hemoe.partition import METHODS
     from expert_merging.hemoe.partition import partition as split_by
 
-    scores_of = functools.cache(lambda end: Scores.load(seed_folder(c) / f"scores{end}.npz"))
+    @functools.cache
+    def scores_of(domains: str) -> Scores:
+        place, constants = seed_folder(c) / f"scores{pipeline.ending(domains)}", pipeline.by_domains(c)[domains]
+        pipeline.load(place.with_suffix(".json"), "scores", pipeline.identity(constants, "scores"))
+        return Scores.load(place.with_suffix(".npz"))
+
     gates = None
     # random_heterogeneous copies HEMoE's sizes, and all are compared with HEMoE.
     order = sorted(c.methods, key=lambda method: (method != "HEMoE", method == "random_heterogeneous"))
@@ -68,17 +107,12 @@ def partition(c: SimpleNamespace) -> None:
         name = made_as.partition
         found = None
         if name in METHODS and "scores" in METHODS[name][1]:
-            found = scores_of(pipeline.ending(made_as.domains))
+            found = scores_of(made_as.domains)
         if gates is None:
             model, _ = load_dense(c)
             layers = list(c.moe_layers)
             gates = [model.model.layers[layer].mlp.gate_proj.weight.detach().float().numpy() for layer in layers]
         started = time.perf_counter()
-        settings = {
-            "experts": c.num_experts, "ratio": c.size_ratio, "experts_per_domain": c.experts_per_domain, "seed": c.seed,
-            "starts": c.solver_starts, "seconds": c.solver_seconds, "solver": c.solver, "rounding": c.rounding,
-            **{key: getattr(c, value) if isinstance(value, str) else value for key, value in made_as.settings.items()},
-        }  # fmt: skip
         if name == "parts":
             split = _imported(c, gates[0].shape[0])
         else:
@@ -86,7 +120,7 @@ def partition(c: SimpleNamespace) -> None:
             scored: dict[str, Any] = {} if found is None else {
                 "scores": found.values[layers], "domains": found.domains, "among": found.values,
             }  # fmt: skip
-            split = split_by(name, Settings(**settings), gates=gates, like=like, layers=layers, **scored)
+            split = split_by(name, _settings(c, method), gates=gates, like=like, layers=layers, **scored)
         split.save(folder / "split.npz")
         split.export_parts(folder / "parts")
         seconds = time.perf_counter() - started
@@ -132,10 +166,11 @@ def _imported(c: SimpleNamespace, neurons: int):
 
 
 def split_of(c: SimpleNamespace, method: str):
-    """The split that `partition` left for a method. Raises UserError where there is none."""
+    """The split that `partition` left for a method. Raises UserError where there is none, or it was made otherwise."""
     from expert_merging.hemoe.split import Split
 
     path = seed_folder(c) / method / "split.npz"
     if not path.exists():
         raise UserError(f"{path} does not exist; run the step partition with {method} among the methods first")
+    pipeline.load(path.with_suffix(".json"), "partition", pipeline.identity(c, "split", method=method))
     return Split.load(path)

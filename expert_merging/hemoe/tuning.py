@@ -125,7 +125,7 @@ class _Trainer(Trainer):
 
 def fit(
     model, rows: list[dict[str, list[int]]], pad: int, folder: Path, *, steps: int, batch_size: int, lr: float,
-    accumulation: int = 1, warmup: float = 0.05, last_lr: float = 0.1, save_steps: int = 50, seed: int = 0,
+    accumulation: int = 1, warmup: float = 0.05, last_lr: float = 0.1, save_steps: int = 0, seed: int = 0,
     on_cpu: bool = True, bf16: bool = False, any_k: bool = False, label: str = "training",
 ) -> dict[str, Any]:  # fmt: skip
     """Train `model` in place on `rows` with AdamW, a cosine from `lr` to `last_lr` of it, gradients clipped at 1.
@@ -134,6 +134,7 @@ def fit(
     steps of batch_size * accumulation rows each.
 
     Args:
+        save_steps: between checkpoints; 0 for every fifth of a training, 50 at most.
         any_k: draw the number of experts that fire from 1..n for every step (a mixture only).
 
     Returns:
@@ -146,10 +147,12 @@ def fit(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation, learning_rate=lr, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": last_lr}, warmup_ratio=warmup, weight_decay=0.0, max_grad_norm=1.0,
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, steps // 20), report_to=[], seed=seed,
+        save_steps=save_steps or min(50, max(1, steps // 5)), save_total_limit=1, logging_steps=max(1, steps // 20),
+        report_to=[], seed=seed,
         use_cpu=on_cpu, bf16=bf16, remove_unused_columns=False, logging_nan_inf_filter=False,
         disable_tqdm=False,
     )  # fmt: skip
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one, since `compute_loss` takes a batch as a whole
     logging.get_logger("transformers.trainer").setLevel(logging.ERROR)  # it would say that max_steps is given
     trainer = _Trainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda part: collate(part, pad))
     trainer.any_k = any_k

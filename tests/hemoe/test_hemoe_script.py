@@ -1,5 +1,6 @@
 """neighbours/HEMoE_moe_construction.py from end to end on a model of some thousand weights, and what it says about mistakes."""
 
+import importlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from conftest import call_main, run_script
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.data.scores import unpack
+from expert_merging.run.constants import read_constants
 
 SCRIPT = "neighbours/HEMoE_moe_construction.py"
 METHODS = ("HEMoE", "HEMoE_start", "random_heterogeneous", "EMoE")
@@ -100,9 +102,8 @@ def test_before_tuning_all_experts_are_the_dense_model(place, done):
 
     ids = torch.tensor([[1, 70, 80, 90, 100]])
     dense = AutoModelForCausalLM.from_pretrained(place / "base").eval()
-    c = SimpleNamespace(
-        HEMOE_DIR=place / "runs/hemoe", seed=0, base_model=str(place / "base"), prompts="plain", moe_layers=(0, 2)
-    )
+    module = importlib.import_module(SCRIPT.removesuffix(".py").replace("/", "."))
+    c = read_constants(vars(module), words(place))
     for method in ("HEMoE", "random_heterogeneous", "EMoE"):
         moe = load_converted(c, method).eval()
         moe.config.k = 2
@@ -238,13 +239,21 @@ def test_curves_are_compared_at_equal_shares():
             {"scale": "tiny", "moe_layers": (0, 4), "steps": ("data",), "base_model": "{HEMOE_DIR}/seed{seed}/base"},
             "moe_layers names layer 4; .*/base has layers 0 to 3",
         ),
+        ({"score_sums": "float16"}, "score_sums: there is no 'float16'; there are float64, bfloat16"),
+        ({"solver": "cplex"}, "solver is 'cplex'"),
+        ({"rounding": "up"}, "rounding is 'up'"),
+        ({"num_modules": 7, "methods": ("HEMoE_modules",)}, "24 neurons do not make 7 modules of equal size"),
+        ({"experts_per_domain": 9.0}, "a domain is served by up to 9 experts; that must be 1 to 2"),
+        ({"methods": ("parts",)}, "PARTS_PATH: '' holds no LAYER.part.EXPERTS file"),
+        ({"num_experts": 3, "methods": ("MoEBERT_domains",)}, "MoEBERT_domains makes an expert a domain"),
+        ({"QUESTIONS_PATH": "/nowhere"}, "QUESTIONS_PATH: .*scale real"),
         ({"tune_tasks": ("copy", "fly")}, "tune_tasks: .* has no examples of fly; there are copy, turn"),
         ({"steps": ("measure",)}, "domains.json does not exist; run the step domains first"),
         ({"steps": ("report",)}, "has no records: run the steps measure and evaluation first"),
     ],
 )
 def test_mistakes_are_one_line(place, tmp_path, constants, said):
-    shared = {"steps": ("domains", "scores")} | constants
+    shared = {"steps": ("domains", "scores", "partition")} | constants
     with pytest.raises(UserError, match=said) as error:
         call_main(SCRIPT, [*words(place, **shared), "--RUN_DIR", str(tmp_path / "runs")])
     assert "\n" not in str(error.value)
@@ -436,16 +445,70 @@ torch.save(model(torch.tensor([[1, 70, 80]])).logits, {str(tmp_path / "logits.pt
     assert torch.equal(torch.load(tmp_path / "logits.pt"), own)
 
 
+@pytest.mark.parametrize(
+    ("step", "constants", "said"),
+    [
+        (
+            "scores",
+            {"held_out": 5},
+            "domains.json was made with other constants .held_out was 4, is now 5.*step domains",
+        ),
+        (
+            "partition",
+            {"max_tokens": 16},
+            "scores.json was made with other .*max_tokens was 32, is now 16.*step scores",
+        ),
+        ("conversion", {"size_ratio": 1.0}, "HEMoE/split.json was made with other .*size_ratio was 4.0, is now 1.0"),
+        ("tuning", {"router_k": 2}, "tuning.*router_k was 1, is now 2"),
+        ("measure", {"tune_lr": 1.0}, "tuning.json was made with other constants .*tune_lr was 0.0003, is now 1.0"),
+    ],
+)
+def test_a_step_goes_by_nothing_that_was_made_otherwise(place, done, tmp_path, step, constants, said):
+    """A record would say that it was made with constants with which it was not."""
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed = tmp_path / "runs/hemoe/seed0"
+    for name in {
+        "scores": ["scores.json"],
+        "partition": ["*/split.json"],
+        "conversion": ["*/model"],
+        "measure": ["*/measure*"],
+    }.get(step, []):
+        for path in seed.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    given = words(place, steps=(step,), methods=("HEMoE",), **constants)
+    with pytest.raises(UserError, match=said):
+        call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+
+
+def test_other_released_parts_are_another_split(place, done, tmp_path):
+    shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
+    seed, given = tmp_path / "runs/hemoe/seed0", ["--RUN_DIR", str(tmp_path / "runs")]
+    made = {
+        name: words(place, steps=("partition",), methods=("parts",), PARTS_PATH=seed / name / "parts")
+        for name in ("EMoE", "HEMoE")
+    }
+    call_main(SCRIPT, [*made["EMoE"], *given])
+    call_main(SCRIPT, [*made["EMoE"], *given])
+    with pytest.raises(UserError, match="parts/split.json was made with other constants .parts_sha256"):
+        call_main(SCRIPT, [*made["HEMoE"], *given])
+
+
 def test_half_the_bytes_in_bfloat16(place, done, tmp_path):
     shutil.copytree(place / "runs/hemoe", tmp_path / "runs/hemoe")
     seed = tmp_path / "runs/hemoe/seed0/HEMoE"
     whole = (seed / "tuned/model.safetensors").stat().st_size
+    given = [
+        *words(place, methods=("HEMoE",), save_dtype="bfloat16", steps=("tuning", "measure")),
+        "--RUN_DIR",
+        tmp_path / "runs",
+    ]
+    with pytest.raises(UserError, match="save_dtype was 'float32', is now 'bfloat16'.*another HEMOE_DIR"):
+        call_main(SCRIPT, list(map(str, given)))
     for name in ("tuning.json", "measure.json", "evaluation.json"):
-        (seed / name).unlink()
+        for path in seed.parent.glob(f"*/{name}"):
+            path.unlink()
     shutil.rmtree(seed / "tuned")
-    given = words(place, methods=("HEMoE",), save_dtype="bfloat16", steps=("tuning", "measure"))
-    with pytest.raises(UserError, match="save_dtype was 'float32', is now 'bfloat16'"):  # the dense reference's
-        call_main(SCRIPT, [*given, "--RUN_DIR", str(tmp_path / "runs")])
+    call_main(SCRIPT, list(map(str, given)))
     assert (seed / "tuned/model.safetensors").stat().st_size < 0.6 * whole
 
 
