@@ -46,6 +46,11 @@ save_models = False  # write merged WEMoE models too, not only their routers
 WEMOE_CLIP_DIR = "{RUN_DIR}/wemoe_clip/{clip_size}/{experiment}"
 tables_only = False  # make the tables and figures in WEMOE_CLIP_DIR again from its records, and stop
 
+_instead = {  # of global_config.py, which have no say here
+    "lr": "adapt_lr and adamerging_lr", "num_epochs": "adapt_steps", "batch_size": "adapt_batch_size",
+    "test_examples": "images_per_task", "eval_batch_size": "images_per_batch",
+}  # fmt: skip
+
 
 def main(c):
     from pathlib import Path

@@ -3,7 +3,7 @@
 Reads   DATA_DIR/{task} (datasets_preprocessing.py); the pre-trained BASE_MODEL_PATH and the single-task models in
         SOURCE_MODEL_WEIGHT_PATH (single_task_finetune.py), or any T5 or Switch folders of one shape in their places; the
         histories in SOURCE_PICKLE_PATH, by which Overall is measured, if there are any.
-Writes  for each method PICKLE_PATH/{name}.pkl and .json, the model as the folder MODEL_SAVE_PATH/{name}, and of WEMoE
+Writes  for each method PICKLE_PATH/{name}.json, the model as the folder MODEL_SAVE_PATH/{name}, and of WEMoE
         {name}_routing.png, a heat map of the routing weights; {name} is {current_case_name}-{method}_[{experts_num}].
 Takes   at tiny some minutes on 2 CPU cores, most of it for decoding the test examples. Interrupted, it goes on.
 

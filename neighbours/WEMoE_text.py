@@ -85,7 +85,8 @@ check = False  # recompute the tables of results/wemoe from their records, and s
 
 _instead = {  # of global_config.py, which have no say here
     "seed": "seeds", "lr": "finetune_lr", "num_epochs": "finetune_epochs", "batch_size": "finetune_batch",
-    "train_sample": "train_texts",
+    "train_sample": "train_texts", "weight_decay": "nothing, it is 0.01", "max_grad_norm": "nothing, it is 1",
+    "adam_betas": "nothing, they are torch's", "adam_eps": "nothing, it is torch's",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ SEEDS = 2**32  # numpy takes no more
 
 def check(c: SimpleNamespace) -> None:
     """Raises UserError for the first of the shared constants that no run can take, and of those that several scripts have
-    under one name: seeds, current_case_name."""
+    under one name: seeds, current_case_name, rates, the constants of merging methods."""
     at_least(
         c, 1, "max_input_length", "max_decoder_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "num_beams",
         "eval_batch_size",
@@ -23,8 +23,18 @@ def check(c: SimpleNamespace) -> None:
     for name in ("lr", "adam_eps", "repetition_penalty"):
         if not 0 < getattr(c, name) < math.inf:
             raise UserError(f"{name} is {getattr(c, name)}; it must be above 0")
-    if not math.isfinite(c.length_penalty):
-        raise UserError(f"length_penalty is {c.length_penalty}; it must be a number")
+    for name in ("length_penalty", "lam", "ties_lam", "iso_lam", "tsv_lam"):
+        if not math.isfinite(getattr(c, name, 0)):
+            raise UserError(f"{name} is {getattr(c, name)}; it must be a number")
+    for name in [name for name in vars(c) if name.endswith("_lr")]:
+        if not 0 <= getattr(c, name) < math.inf:
+            raise UserError(f"{name} is {getattr(c, name)}; a rate is 0 or more")
+    if not 0 < getattr(c, "ties_keep", 1) <= 1:
+        raise UserError(f"ties_keep is {c.ties_keep}; it is the share that is kept, above 0 and up to 1")
+    if not 0 <= getattr(c, "dare_drop", 0) < 1:
+        raise UserError(f"dare_drop is {c.dare_drop}; it is the share that is dropped, from 0 to below 1")
+    if not 0 <= getattr(c, "prune_ratio", 0) <= 1:
+        raise UserError(f"prune_ratio is {c.prune_ratio}; it is the share that is dropped, from 0 to 1")
     if not all(0 <= beta < 1 for beta in c.adam_betas):
         raise UserError(f"adam_betas is {_shown(c.adam_betas)}; its numbers must be from 0 to below 1")
     if len(c.adam_betas) != 2:

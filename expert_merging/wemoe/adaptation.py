@@ -94,8 +94,8 @@ def adapt(
         A record: losses by task and step, entropy of the mean prediction by task and window (share of log C), what the
         guard saw, seconds.
 
-    Raises UserError for an unknown guard or floor and another's checkpoint, ValueError where there is nothing to train or a
-    loss is no number.
+    Raises UserError for an unknown guard or floor, another's checkpoint and a loss that is no number, ValueError where there is
+    nothing to train.
     """
     parameters = list(parameters)
     check_guard(guard, floor)
@@ -111,10 +111,11 @@ def adapt(
     predictions: dict[str, list[torch.Tensor]] = {task: [] for task in tasks}
     healthy = _copies(parameters)
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=parameters[0].device)
         remedy = "it holds an adaptation that was begun: restore them or remove it"
         results.refuse(checkpoint, results.made_with(saved), identity, remedy)
-        record, predictions, healthy = saved["record"], saved["predictions"], saved["healthy"]
+        record, healthy = saved["record"], saved["healthy"]
+        predictions = {task: [one.cpu() for one in of_task] for task, of_task in saved["predictions"].items()}
         optimizer.load_state_dict(saved["optimizer"])
         _restore(parameters, saved["parameters"])
     started = time.monotonic() - record["seconds"]
@@ -124,7 +125,7 @@ def adapt(
         for task in tasks:
             value, prediction = loss(task, step)
             if not torch.isfinite(value):
-                raise ValueError(f"the loss of {task} is {value.item()} at step {step}")
+                raise UserError(f"adapting: the loss of {task} is {value.item()} at step {step}; lower the rate")
             value.backward()
             record["loss"][task].append(round(value.item(), 6))
             if prediction is not None:

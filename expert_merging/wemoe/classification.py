@@ -122,11 +122,11 @@ def expanded(methods: Sequence[str], prune_ratios: Sequence[float]) -> tuple[str
 
 
 def sweep_of(methods: Iterable[str]) -> dict[str, dict[str, float]]:
-    """{how else the E-WEMoEs among the methods are made ("", "_batch", "_depth1" ..): {method: percent pruned}}, ascending."""
+    """{how else the E-WEMoEs among the methods are made ("", "_batch", "_both" ..): {method: percent pruned}}, ascending."""
     found: dict[str, dict[str, float]] = {}
     for method in methods:
         if (match := _WEMOE.match(method)) and match["pruned"] and match["percent"]:
-            kind = f"{match['depth'] or ''}{match['batch'] or ''}"
+            kind = f"{match['modules'] or ''}{match['depth'] or ''}{match['batch'] or ''}"
             found.setdefault(kind, {})[method] = float(match["percent"][1:])
     return {kind: dict(sorted(own.items(), key=lambda item: item[1])) for kind, own in found.items()}
 
@@ -148,9 +148,12 @@ def build(
         pruned = float(found["percent"][1:]) / 100 if found["pruned"] else 0.0
         depth = int((found["depth"] or "_depth2")[-1])
         select = {"": s.modules, "_attention": s.attention}.get(found["modules"] or "", f"{s.modules}|{s.attention}")
+        layers = s.layers
+        if layers is not None and found["modules"] == "_both":  # of which each layer has two
+            layers = [2 * layer + half for layer in layers for half in (0, 1)]
         # E-WEMoE is both: pruned, and one router for all layers.
         return upscale(
-            base, experts, select, layers=s.layers, lam=s.lam, depth=depth, share_router=bool(found["pruned"]), prune=pruned,
+            base, experts, select, layers=layers, lam=s.lam, depth=depth, share_router=bool(found["pruned"]), prune=pruned,
             routing="batch" if found["batch"] else "sample", seed=s.seed,
         )  # fmt: skip
     model = copy.deepcopy(base).requires_grad_(False)

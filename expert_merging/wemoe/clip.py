@@ -16,6 +16,7 @@ from torch import nn
 from expert_merging.core import interrupts
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
+from expert_merging.core.files import read_json
 from expert_merging.core.hub import first_line, local_folder, weights_folder
 from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.wemoe.scoring import Task
@@ -107,6 +108,11 @@ class Expert(Mapping[str, torch.Tensor]):
         self.tensors, self.base, self.folder = SafetensorsFolder(folder), base, folder
         if not any(name in self.tensors for name in base):
             raise UserError(f"{constant}: {path} holds no vision model of CLIP")
+        for name, kind in self.tensors.kinds().items():
+            if name in base and tuple(kind.shape) != (own := tuple(base[name].shape)):
+                raise UserError(
+                    f"{constant}: {path} is not of CLIP_PATH's size: {name} is {tuple(kind.shape)}, there {own}"
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name] if name in self.tensors else self.base[name]
@@ -202,7 +208,7 @@ def class_names(task: str, images: Images, folder: str) -> list[str]:
     """
     path = Path(folder) / f"{task}.json" if folder else None
     if path is not None and path.exists():
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = read_json(path)
     else:
         names = _clips_names(task, images) or images.names
     if len(names) <= max(images.labels):

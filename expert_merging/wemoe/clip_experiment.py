@@ -1,6 +1,6 @@
 """What neighbours/WEMoE_clip.py compares: which tasks and groups an experiment has, and the models that it merges."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from expert_merging.core.errors import UserError, at_least
+from expert_merging.core.files import sha256
+from expert_merging.core.hub import local_folder
+from expert_merging.core.safetensors_folder import SafetensorsFolder
 from expert_merging.run import results
 from expert_merging.wemoe import checkpoints, clip, report
 from expert_merging.wemoe.classification import Settings, changed, check_adaptation, expanded
@@ -78,14 +81,34 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
     robust = c.experiment == "robustness"
     if wrong := [group for group in c.corruptions if robust and group != "clean" and group not in CORRUPTIONS]:
         raise UserError(f"there is no corruption {wrong[0]!r}; there are: clean, {', '.join(CORRUPTIONS)}")
+    tasks = c.robust_tasks if robust else c.clip_tasks
+    unseen = c.unseen_tasks if c.experiment == "generalization" else ()
+    merged = [task for task in tasks if task not in unseen]
+    if not merged:
+        raise UserError(f"unseen_tasks leaves none of {', '.join(tasks)} to merge")
     return Experiment(
         methods=methods,
-        tasks=c.robust_tasks if robust else c.clip_tasks,
-        unseen=c.unseen_tasks if c.experiment == "generalization" else (),
+        tasks=tasks,
+        unseen=unseen,
         groups=c.corruptions if robust else (f"seed{c.seed}",),
         apart=() if robust else ("seed",),
-        identity=results.identity(c, (*DEPENDS_ON, *changed(c))),
+        identity=results.identity(c, (*DEPENDS_ON, *changed(c)), **_contents(c, merged)),
     )
+
+
+def _contents(c: SimpleNamespace, merged: Sequence[str]) -> dict[str, Any]:
+    """Of what lies in local folders the hashes, in the place of where it lies."""
+
+    def weights(path: str, constant: str) -> Any:
+        folder = local_folder(path, constant)
+        return SafetensorsFolder(folder).sha256() if folder else path
+
+    experts = {task: weights(c.EXPERT_PATH.replace("*", task), "EXPERT_PATH") for task in merged}
+    found: dict[str, Any] = {"CLIP_PATH": weights(c.CLIP_PATH, "CLIP_PATH"), "EXPERT_PATH": experts}
+    if c.CLASS_NAMES_PATH:
+        names = sorted(Path(c.CLASS_NAMES_PATH).expanduser().glob("*.json"))
+        found["CLASS_NAMES_PATH"] = {path.stem: sha256(path) for path in names}
+    return found
 
 
 def open_pool(c: SimpleNamespace, e: Experiment, device: torch.device) -> Pool:
@@ -132,6 +155,6 @@ def noted(
     `place`.routers.safetensors and, where models are to be kept, the folder `place`."""
     more: dict[str, Any] = report.seen_and_unseen(found, e.tasks, e.unseen) if e.unseen else {}
     if hasattr(model, "wemoe"):
-        checkpoints.save_routers(model, place.with_suffix(".routers.safetensors"))
+        checkpoints.save_routers(model, place.with_name(f"{place.name}.routers.safetensors"))
         more["files"] = checkpoints.save(model, place) if c.save_models else {}
     return more

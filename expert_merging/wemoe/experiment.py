@@ -31,11 +31,12 @@ from expert_merging.training import evaluate, finetuning, overall
 from expert_merging.wemoe import checkpoints, seq2seq
 from expert_merging.wemoe.adaptation import adapt, check_guard
 from expert_merging.wemoe.ffn import ensembles, routers
-from expert_merging.wemoe.seq2seq_losses import AnswerLoss, first_tokens
+from expert_merging.wemoe.seq2seq_losses import KINDS, AnswerLoss, first_tokens
 
 # What the results of methods that adapt depend on besides the constants of their rows.
 _ADAPTATION = (
     "lam", "seed", "adapt_losses", "adapt_tokens", "adapt_steps", "adapt_batch_size", "adapt_guard", "adapt_window",
+    "train_sample", "train_examples",
 )  # fmt: skip
 DEPENDS_ON = {
     "coefficients": (*_ADAPTATION, "coefficient_lr"),
@@ -178,6 +179,10 @@ def check_constants(c: SimpleNamespace) -> None:
         raise UserError(f"task_types names {len(c.task_types)} task; merging needs two or more")
     if len(c.adapt_losses) != len(c.task_types):
         raise UserError(f"adapt_losses names {len(c.adapt_losses)} losses for {len(c.task_types)} tasks; one each")
+    if unknown := [kind for kind in c.adapt_losses if kind not in KINDS]:
+        raise UserError(f"adapt_losses names {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if c.router_depth not in (0, 1, 2):
+        raise UserError(f"router_depth is {c.router_depth}; a router has 0, 1 or 2 linear maps")
     at_least(c, 1, "adapt_steps", "adapt_batch_size", "adapt_tokens", "adapt_window", "statistics_examples")
     check_guard(c.adapt_guard)
 
@@ -363,7 +368,7 @@ def identity_of(sources: Sources, method: Method) -> dict[str, Any]:
         "no_repeat_ngram_size", "length_penalty", "precision", "experts_num",
     )  # fmt: skip
     own = [constant.name for constant in method.constants] + list(DEPENDS_ON.get(method.adapts, ()))
-    own += ["statistics_examples"] if method.statistics else []
+    own += ["statistics_examples", "seed", "train_sample", "train_examples"] if method.statistics else []
     own += ["eval_batch_size"] if method.settings.get("routing") == "batch" else []
     digests = dict(zip(sources.tasks, (one.sha256() for one in sources.tuned), strict=True))
     return results.identity(

@@ -69,8 +69,7 @@ class WeightEnsemblingFFN(nn.Module):
 
     def _ensemble(self) -> None:
         """Let the linear layers inside compute with weights of each sample, where they hold all the parameters."""
-        of_linear = {f"{name}.": module for name, module in self.base.named_modules() if type(module) is not nn.Module}
-        of_linear = {name: module for name, module in of_linear.items() if isinstance(module, nn.Linear)}
+        of_linear = {f"{name}.": one for name, one in self.base.named_modules() if isinstance(one, nn.Linear)}
         owners = {name: next((p for p in of_linear if re.fullmatch(re.escape(p) + r"\w+", name)), None)
                   for name in self.names}  # fmt: skip
         self.linear_only = None not in owners.values()

@@ -288,7 +288,9 @@ def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...],
 
     logging.set_verbosity_error()  # it would say of every encoder that its pooler is new
     tokenizer = text_encoder.load_tokenizer(c.ENCODER)
-    text_encoder.load(c.ENCODER)
+    places = text_encoder.load(c.ENCODER).config.max_position_embeddings
+    if c.max_tokens > places:
+        raise UserError(f"max_tokens is {c.max_tokens}; {c.ENCODER} reads {places} at most")
     c.encoder_sha256 = text_encoder.weights_sha256(c.ENCODER)
     if not folders:
         from expert_merging.wemoe import text_docs

@@ -62,6 +62,8 @@ def runs_of(part: str, methods: Sequence[str], tasks: tuple[str, ...], general_t
         return [Run(part, method, tasks, adapt_to="validation") for method in few if adapts(method)]
     if part == "guard":
         return [Run(part, method, tasks, guard="rollback") for method in adapting]
+    if part in ("mixed", "modules", "depth") and "wemoe" not in methods:
+        return []  # they are variants of it
     if part == "mixed":
         return [Run(part, "wemoe_batch", tasks)]
     if part == "generalization":

@@ -266,9 +266,12 @@ def test_t5_folders(world, merged):
         ({"methods": "average sum"}, "there is no method 'sum'; there are: average, "),
         ({"adapt_losses": "verbalizer"}, "adapt_losses names 1 losses for 3 tasks"),
         ({"task_types": "xsum", "adapt_losses": "first_token"}, "merging needs two or more"),
-        ({"methods": "wemoe", "adapt_losses": "entropy first_token first_token"}, "the loss of ag_news is 'entropy'"),
+        (
+            {"methods": "wemoe", "adapt_losses": "entropy first_token first_token"},
+            "adapt_losses names 'entropy'; there are first_token",
+        ),
         ({"methods": "ties", "ties_keep": 0.0}, "keep is 0.0"),
-        ({"methods": "wemoe", "router_depth": 3}, "depth of a router is 3"),
+        ({"methods": "wemoe", "router_depth": 3}, "router_depth is 3; a router has 0, 1 or 2"),
         ({"BASE_MODEL_PATH": "nowhere/at/all"}, "BASE_MODEL_PATH: there is no folder"),
         ({"experts_num": 6}, "holds no model.safetensors"),
         ({"experts_num": 6, "methods": "average sum"}, "there is no method 'sum'"),  # before any model is looked for

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import call_main
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import CLIP_TASKS as TASKS
 from tiny_models import write_clip_place, write_images
 
@@ -61,6 +62,29 @@ def test_multi_task_with_every_kind_of_method(place, tmp_path):
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "s", methods="wemoe", first_layer=1))
     again = read_json(tmp_path / "s" / "records" / "seed0" / "wemoe.json")
     assert list(again["routing_weights"]) == ["vision_model.encoder.layers.1.mlp"]
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "s", methods="wemoe_both", first_layer=1))
+    both = read_json(tmp_path / "s" / "records" / "seed0" / "wemoe_both.json")
+    assert set(both["routing_weights"]) == {f"vision_model.encoder.layers.1.{part}" for part in ("mlp", "self_attn")}
+
+
+def test_each_ewemoe_keeps_its_own_routers(place, tmp_path):
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="ewemoe", prune_ratios="0.99 0.999"))
+    kept = {path.name for path in (tmp_path / "r" / "models").iterdir()}
+    assert kept == {f"seed0_ewemoe_{percent}.routers.safetensors" for percent in ("99", "99.9")}
+
+
+def test_a_tower_of_another_size_is_named_before_anything_is_tested(place, tmp_path):
+    import shutil
+
+    for task in TASKS:
+        shutil.copytree(place / f"tower_{task}", tmp_path / f"tower_{task}")
+    path = tmp_path / f"tower_{TASKS[1]}" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("patch_embedding.weight"))
+    save_file(tensors | {name: tensors[name][:, :, :2].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"tower_{TASKS[1]} is not of CLIP_PATH's size: .*patch_embedding.weight is "):
+        call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", EXPERT_PATH=f"{tmp_path}/tower_*"))
+    assert not list((tmp_path / "r").rglob("*.json"))
 
 
 def test_generalization_keeps_unseen_tasks_out_of_the_merge(place, tmp_path):
@@ -96,10 +120,14 @@ def test_another_seed_is_another_row_of_the_table_but_another_clip_is_not(place,
     for seed in (0, 1):
         call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", seed=seed, **small))
     assert set(report.read(tmp_path / "r")["average"]) == {"seed0", "seed1"}
-    shutil.copytree(place / "base", tmp_path / "larger")
+    shutil.copytree(place / "base", tmp_path / "copy")
+    given = words(place, tmp_path / "r", seed=2, CLIP_PATH=tmp_path / "copy", **small)
+    call_main("neighbours/WEMoE_clip.py", given)  # the same model, elsewhere
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    tensors["vision_model.embeddings.class_embedding"] += 1
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="CLIP_PATH was .*choose another WEMOE_CLIP_DIR"):
-        words_ = words(place, tmp_path / "r", seed=2, CLIP_PATH=tmp_path / "larger", **small)
-        call_main("neighbours/WEMoE_clip.py", words_)
+        call_main("neighbours/WEMoE_clip.py", given)
 
 
 def test_the_size_of_clip_names_its_models_and_the_folder_of_its_results():
@@ -234,6 +262,15 @@ def test_corruptions_spoil_an_image_a_little_and_the_same_way_each_time(name):
         ({"images_per_batch": 0}, "images_per_batch is 0"),
         ({"statistics_examples": 0}, "statistics_examples is 0"),
         ({"guard": "hope"}, "the guard is 'hope'"),
+        ({"adapt_lr": -1}, "adapt_lr is -1.0; a rate is 0 or more"),
+        ({"ties_keep": 0}, "ties_keep is 0.0; it is the share that is kept"),
+        ({"dare_drop": 1}, "dare_drop is 1.0; it is the share that is dropped"),
+        ({"lam": "nan"}, "lam is nan; it must be a number"),
+        ({"lr": 1}, "lr has no say in this script; what has: adapt_lr and adamerging_lr"),
+        (
+            {"experiment": "generalization", "unseen_tasks": " ".join(TASKS)},
+            "unseen_tasks leaves none of mnist, .* to merge",
+        ),
         ({"tables_only": "true"}, "has no records"),
     ],
 )

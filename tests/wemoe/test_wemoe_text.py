@@ -591,6 +591,8 @@ def test_parts_hold_what_they_say():
         f"generalization.{m}" for m in ("pretrained", "average", "ties", "wemoe", "ewemoe_90")
     ]
     assert {len(run.tasks) for run in text_plan.runs_of("generalization", methods, tasks, 3)} == {3}
+    static = ("individual", "average")
+    assert not any(text_plan.runs_of(part, static, tasks, 3) for part in ("mixed", "modules", "depth", "guard"))
     every = [name for of_part in names.values() for name in of_part]
     assert len(set(every)) == len(every)
 
