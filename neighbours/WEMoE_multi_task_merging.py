@@ -48,13 +48,14 @@ def main(c):
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.wemoe import experiment
+    from expert_merging.wemoe.sources import check_constants, open_sources
 
     if unknown := [method for method in c.methods if method not in METHODS]:
         raise UserError(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
-    experiment.check_constants(c)
+    check_constants(c)
 
     accelerator = make_accelerator(c)
-    sources = experiment.open_sources(c)
+    sources = open_sources(c)
     sources.data = {task: features.load(task, c, sources.tokenizer) for task in c.task_types}
     sources.model.to(accelerator.device)
     models = Path(c.MODEL_SAVE_PATH)

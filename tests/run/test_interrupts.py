@@ -119,13 +119,13 @@ def test_a_model_that_is_being_read_is_not_called_damaged(ended, world, monkeypa
     from transformers import AutoModelForSeq2SeqLM, CLIPModel, SwitchTransformersForConditionalGeneration
 
     from expert_merging.switch import models
-    from expert_merging.wemoe import clip, experiment
+    from expert_merging.wemoe import clip, sources
 
     folder = str(world.folder / "base-4")
     for kind in (AutoModelForSeq2SeqLM, CLIPModel, SwitchTransformersForConditionalGeneration):
         monkeypatch.setattr(kind, "from_pretrained", interrupted_read)
     for reader in (
-        lambda: experiment.load_seq2seq(folder, "SOURCE_MODEL_WEIGHT_PATH"),
+        lambda: sources.load_seq2seq(folder, "SOURCE_MODEL_WEIGHT_PATH"),
         lambda: models.load_model(folder, "MODEL_SAVE_PATH"),
         lambda: clip.load_clip(folder, "CLIP_PATH"),
     ):

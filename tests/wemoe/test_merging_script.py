@@ -10,6 +10,8 @@ from conftest import call_main
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.safetensors_folder import SafetensorsFolder
+from expert_merging.wemoe.seq2seq_losses import AnswerLoss
+from expert_merging.wemoe.sources import Sources, open_sources
 
 SCRIPT = "neighbours/WEMoE_multi_task_merging.py"
 TASKS = ("ag_news", "squad", "xsum")
@@ -99,7 +101,7 @@ def test_mixed_batches_hold_all_tasks_and_are_nothing_to_sample_wise_routing(wor
     from neighbours import WEMoE_multi_task_merging as script
 
     c = read_constants(vars(script), world.words("merged", **SMALL, eval_batch_size=6))
-    sources = experiment.open_sources(c)
+    sources = open_sources(c)
     sources.data = {task: features.load(task, c, sources.tokenizer) for task in TASKS}
     written, batches = {}, []
 
@@ -139,7 +141,7 @@ def test_only_what_routes_by_batch_follows_from_how_many_are_decoded_together(wo
     identities = {}
     for size in (32, 6):
         c = read_constants(vars(script), world.words("merged", **SMALL, eval_batch_size=size))
-        sources = experiment.open_sources(c)
+        sources = open_sources(c)
         sources.data = {task: features.load(task, c, sources.tokenizer) for task in TASKS}
         identities[size] = {m: experiment.identity_of(sources, METHODS[m]) for m in ("wemoe", "wemoe_batch", "ties")}
     changed = {m: results.changes(identities[32][m], identities[6][m]) for m in identities[32]}
@@ -196,7 +198,7 @@ def test_it_goes_on_where_it_was_and_ends_the_same(world, merged, monkeypatch):
         patch.setattr(experiment, "test_once", interrupted)
         with pytest.raises(KeyboardInterrupt):
             call_main(SCRIPT, words)
-    monkeypatch.setattr(experiment.Sources, "wemoe", interrupted)  # it is not made anew
+    monkeypatch.setattr(Sources, "wemoe", interrupted)  # it is not made anew
     call_main(SCRIPT, words)
     again = json.loads((merged / "seed0" / "histories" / "Again-wemoe_[4].json").read_text())
     first = histories(merged)["wemoe"]
@@ -225,11 +227,11 @@ def test_scores_of_a_merged_model_are_not_those_of_another_decoding(world, merge
 
 
 def test_an_adaptation_begun_with_other_constants_is_refused(world, merged, monkeypatch):
-    from expert_merging.wemoe import adaptation, experiment
+    from expert_merging.wemoe import adaptation
 
     monkeypatch.setattr(adaptation, "SAVE_EVERY", 1)
     words = {**SMALL, "methods": "wemoe", "current_case_name": "Begun"}
-    call = experiment.AnswerLoss.__call__
+    call = AnswerLoss.__call__
 
     def interrupted(loss, task, step):
         if step == 1:
@@ -237,7 +239,7 @@ def test_an_adaptation_begun_with_other_constants_is_refused(world, merged, monk
         return call(loss, task, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.AnswerLoss, "__call__", interrupted)
+        patch.setattr(AnswerLoss, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             call_main(SCRIPT, world.words("merged", **words))
     with pytest.raises(
