@@ -5,9 +5,7 @@ A script's own constants stand at its top. `by_scale(paper, night, tiny, real)` 
 
 from expert_merging.core.scales import by_scale
 
-scale = (
-    "paper"  # paper (Switch-Base on a GPU) | night (a laptop, hours) | tiny (minutes) | real (published weights, hours)
-)
+scale = "paper"  # paper (Switch-Base on a GPU) | night (a laptop, hours) | tiny (minutes) | real (published weights)
 seed = 0  # of everything random but the data splits
 reading = "paper"  # paper: Algorithm 1 as printed | released: the authors' code | paper+counts: see docs/audit.md
 device = by_scale(paper="cuda", night="auto", tiny="auto")  # cuda | cpu | auto

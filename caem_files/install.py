@@ -90,6 +90,8 @@ def problem() -> str | None:
 def fingerprint() -> str:
     """The first 12 hexadecimal digits of the SHA-256 of the installed files, by which runs note what they ran with."""
     target = target_folder(find_transformers())
+    if not all((target / name).is_file() for name in FILES):
+        return "not patched"
     return hashlib.sha256(b"".join((target / name).read_bytes() for name in FILES)).hexdigest()[:12]
 
 

@@ -1,6 +1,7 @@
 """The real scripts, as processes, from raw data to the table; killed and resumed; and what they say to bad input."""
 
 import contextlib
+import importlib
 import json
 import math
 import pickle
@@ -17,6 +18,7 @@ from expert_merging.core.files import sha256
 from expert_merging.data.scores import unpack
 from expert_merging.report import folders
 from expert_merging.report.caem_tables import WING
+from expert_merging.run.constants import read_constants
 
 TASKS = ("ag_news", "squad", "xsum")
 SIZES = ("--experts_num", "4", "--larger_experts_num", "6")
@@ -277,6 +279,26 @@ def test_pooled_methods_make_an_ordinary_model(world, done, merging):
     )
 
 
+def test_pooled_methods_look_at_validation_inputs(world, done, monkeypatch):
+    from expert_merging.core.hub import load_tokenizer
+    from expert_merging.data import features
+    from expert_merging.switch import expert_pool
+
+    looked_at, observe = [], expert_pool.observe
+    monkeypatch.setattr(
+        expert_pool, "observe", lambda t, m, inputs, *more: (looked_at.extend(inputs), observe(t, m, inputs, *more))[1]
+    )
+    words = [*world.words(current_case_name="Seen"), "--source_experts_num", "4", "--target_experts_num", "4"]
+    call_main("CAEM_multi_task_finetune.py", [*words, "--merging", "reap", "--merge_only", "--pool_inputs", "5"])
+    script = importlib.import_module("CAEM_multi_task_finetune")
+    c, tokenizer = read_constants(vars(script), words), load_tokenizer(str(world.folder / "base-4"))
+    for task, rows in zip(TASKS, looked_at, strict=True):
+        stored = features.load(task, c, tokenizer)
+        assert list(rows["input_ids"]) == stored["validation"][:5]["input_ids"]
+        apart = list(rows["input_ids"]) != stored["test"][:5]["input_ids"]
+        assert apart or task != "ag_news"  # the others' splits are alike here
+
+
 def calibrated_words(world, case, *words):
     named = [*world.words(current_case_name=case), "--source_experts_num", "4", "--target_experts_num", "4"]
     return [*named, "--calibration", "routers", "--pool_inputs", "5", *words]
@@ -340,6 +362,10 @@ def test_other_shares_than_by_entropy(world, done, shares):
     assert all(sum(layer) == 8 and min(layer) >= 1 for layer in counts)
     if shares == "squad":
         assert all(layer[1] == 4 for layer in counts)  # all that it has
+    if shares == "inverse":
+        entropies = history(done[0], "CAEM_[4|4]")["entropies"]["encoder"]
+        lowest = min(range(3), key=lambda number: entropies[number][0])
+        assert record["allocation"]["encoder"][0][lowest] == max(record["allocation"]["encoder"][0])
     if shares == "random":
         assert record["allocation"]["encoder"] != record["allocation"]["decoder"]  # drawn anew for each layer
     if shares == "tokens":
@@ -560,6 +586,16 @@ def test_usage_counted_afterwards(world, done, copied):
         examples = sum(rows["released", 8]["usage"]["encoder"][0]) / 24  # all positions of all examples
         assert examples == round(examples) and rows["paper", 8]["mean_length"] <= 8
     call_main("CAEM_multi_task_finetune.py", [*words, "--reading", "paper+counts", "--merge_only"])
+    path = folder / "seed0/histories/single_task_[4]/expert_usage_squad.json"
+    content = json.loads(path.read_text())
+    for change in ({"identity": {**content["identity"], "weights": ["0" * 64]}}, {"rows": content["rows"][:2]}):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(
+            UserError, match="usage of squad was counted on other weights or lengths; remove expert_usage_sq"
+        ):
+            call_main("CAEM_multi_task_finetune.py", [*words, "--reading", "paper+counts", "--merge_only"])
+    with pytest.raises(UserError, match="input_lengths is .0,.; it must be 1 or more"):
+        call_main("tools/count_expert_usage.py", [*world.words(folder), "--task_type", "squad", "--input_lengths", "0"])
 
 
 def test_average_is_the_mean_of_the_sources(world, copied):

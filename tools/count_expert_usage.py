@@ -17,9 +17,11 @@ input_lengths = by_scale(paper=(50, 100, 200, 400), night=(16, 32, 64, 128, 256)
 def main(c):
     from pathlib import Path
 
+    from expert_merging.core.errors import at_least
     from expert_merging.switch.models import preflight
 
     preflight(c, [c.task_type])
+    at_least(c, 1, "input_lengths")
 
     from expert_merging.analysis import usage_by_length
     from expert_merging.core.hub import load_tokenizer

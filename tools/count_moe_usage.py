@@ -37,6 +37,7 @@ def main(c):
         raise UserError(found)
     if not c.folder or not c.text or Path(c.out).is_dir() or min(c.max_tokens, c.batch_texts) < 1:
         raise UserError("give a model's folder, --text FILE, --out FILE, max_tokens and batch_texts of at least 1")
+    device = make_accelerator(c).device
     source, out = open_source(Path(c.folder)), Path(c.out)
     routers = moe_usage.routers_of(source)
     texts = moe_usage.token_ids(source, moe_usage.read_texts(Path(c.text), c.field), c.max_tokens)
@@ -45,7 +46,7 @@ def main(c):
         return
 
     try:
-        model = load_model(source.folder, "folder", dtype="auto").eval().to(make_accelerator(c).device)
+        model = load_model(source.folder, "folder", dtype="auto").eval().to(device)
         with bar(desc="texts", total=len(texts)) as moving:
             counts = moe_usage.count(model, texts, c.batch_texts, moving.update)
     except torch.OutOfMemoryError as error:

@@ -36,20 +36,21 @@ def main(c):
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
     from expert_merging.switch.base_model import new_switch
+    from expert_merging.switch.models import require_patch
     from expert_merging.training import checkpoints, pretraining
 
+    require_patch()
     base = Path(c.BASE_MODEL_PATH.format(experts=c.num_expert))
     work = Path(f"{base}.run")
-    if (base / "pretraining.json").exists():
-        print(f"{base} is there already; remove it to pre-train again")
-        checkpoints.release(work)
+    own = [name for name in globals() if hasattr(c, name) and name[0] != "_" and name != "extra_text"]
+    identity = results.identity(c, (*own, "seed", "scale", "precision"))
+    if pretraining.is_done(base, identity, work):
         return
     accelerator = make_accelerator(c)
-    own = [name for name in globals() if hasattr(c, name) and name[0] != "_" and name != "extra_text"]
 
     # Text, tokenizer, and a model with random weights.
     text = pretraining.corpus(c, work / "text")
-    identity = {name: getattr(c, name) for name in (*own, "seed", "scale")} | text.facts
+    identity |= text.facts
     checkpoints.claim(work, identity)
     model = new_switch(c, text.tokenizer)
     accelerator.print(f"{pretraining.said(text)}; {model.num_parameters() / 1e6:.2f}M parameters")

@@ -7,6 +7,8 @@ from typing import Any
 from expert_merging.data.scores import pack
 from expert_merging.training import overall
 
+_AT_ONCE = 256  # test inputs that are compared with all training inputs together
+
 Answers = dict[str, list[str]]  # task: what is given to each test input
 
 
@@ -61,7 +63,10 @@ def nearest(train: list[str], answers: list[str], test: list[str]) -> list[str]:
 
     words = TfidfVectorizer(sublinear_tf=True)
     known = words.fit_transform(train)
-    closest = (words.transform(test) @ known.T).toarray().argmax(1)
+    asked = words.transform(test)
+    closest: list[int] = []
+    for start in range(0, len(test), _AT_ONCE):  # all at once would be test examples times training examples
+        closest += (asked[start : start + _AT_ONCE] @ known.T).toarray().argmax(1).tolist()
     return [answers[i] for i in closest]
 
 

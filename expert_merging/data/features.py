@@ -6,7 +6,9 @@ with, and what it must hold.
 """
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 import shlex
 import tempfile
 import zlib
@@ -19,8 +21,9 @@ import numpy as np
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError, at_least
-from expert_merging.core.files import new_folder, read_json
-from expert_merging.core.hub import first_line
+from expert_merging.core.files import new_folder, read_json, sha256
+from expert_merging.core.hub import first_line, local_folder
+from expert_merging.data.docstring_reader import PACKAGES
 from expert_merging.data.tasks import get_task
 from expert_merging.data.word_cache import WordCache, ranges
 from expert_merging.run import results
@@ -62,7 +65,7 @@ def prepare(task_name: str, constants: SimpleNamespace, tokenizer, raw: dict[str
         features = DatasetDict({split: dataset for split, (dataset, _) in made.items()})
         features.save_to_disk(str(temporary))
         manifest = {
-            "identity": _identity(task_name, constants, tokenizer),
+            "identity": _identity(task_name, constants, tokenizer) | {"content": _content(task_name, constants)},
             "splits": {split: report for split, (_, report) in made.items()},
             "sha256": content_hash(features),
         }
@@ -125,8 +128,11 @@ def is_complete(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[s
     except UserError:
         interrupts.check()
         return None
-    difference = results.changes(results.made_with(manifest), _identity(task_name, constants, tokenizer))
-    return None if difference else manifest
+    made = results.made_with(manifest)
+    wanted = _identity(task_name, constants, tokenizer)
+    if "content" in made:  # which older ones lack
+        wanted["content"] = _content(task_name, constants)
+    return None if results.changes(made, wanted) else manifest
 
 
 def folder_of(task_name: str, constants: SimpleNamespace) -> Path:
@@ -335,6 +341,19 @@ def _identity(task_name: str, constants: SimpleNamespace, tokenizer) -> dict[str
         "max_decoder_length": constants.max_decoder_length,
         **{f"{split}_examples": getattr(constants, f"{split}_examples") for split in SPLITS},
     }
+
+
+def _content(task_name: str, constants: SimpleNamespace) -> dict[str, str] | None:
+    """Of the raw examples in a local folder the SHA-256 of its files, of docstrings the versions of the packages that have
+    them; None of what is on the hub."""
+    if (path := getattr(constants, source_constant(task_name), None)) is None:
+        owners = importlib.metadata.packages_distributions()
+        versions = {name: importlib.metadata.version(owners[name][0]) for name in PACKAGES if name in owners}
+        return {"python": platform.python_version(), **versions}
+    if (folder := local_folder(path, source_constant(task_name))) is None:
+        return None
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -81,10 +81,9 @@ def read(folder: Path) -> TextTask:
     labels = {row.label for row in rows["train"]}
     if len(labels) < 2:
         raise UserError(f"{folder}: all training examples have label {min(labels)}; a task needs two classes or more")
-    if gaps := sorted(set(range(max(labels))) - labels):
-        raise UserError(
-            f"{folder}: no training example has label {gaps[0]}, one has {max(labels)}; count labels from 0"
-        )
+    if max(labels) >= len(labels):
+        gap = next(label for label in range(len(labels)) if label not in labels)
+        raise UserError(f"{folder}: no training example has label {gap}, one has {max(labels)}; count labels from 0")
     for split in ("validation", "test"):
         if beyond := [row.label for row in rows[split] if row.label not in labels]:
             raise UserError(

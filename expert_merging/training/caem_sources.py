@@ -102,7 +102,7 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
         raise UserError(f"{folder} has {there} experts a sparse layer; source_experts_num is {experts}")
     family.check_constants(c, config)
     try:
-        grids = _usage(c, history, task, experts)
+        grids = _usage(c, history, task, experts, digests)
         usage = {stack: torch.tensor(grids[stack]) for stack in family.STACKS}
         ancestor = history["identity"]["ancestor"]
     except (KeyError, TypeError, ValueError) as error:
@@ -125,21 +125,33 @@ def _open_source(c: SimpleNamespace, task: str, experts: int) -> Source:
     return Source(task, folder, config, usage, digests, ancestor)
 
 
-def _usage(c: SimpleNamespace, history: dict[str, Any], task: str, experts: int) -> dict[str, list[list[int]]]:
+def _usage(
+    c: SimpleNamespace, history: dict[str, Any], task: str, experts: int, digests: list[str]
+) -> dict[str, list[list[int]]]:
     """{stack: grid} counted as the reading asks: by the training run, or afterwards by tools/count_expert_usage.py."""
     if deviates(c.reading, "counts") == deviates(history["identity"]["reading"], "counts"):
         return {stack: of_tasks[task] for stack, of_tasks in history["usage"].items()}
     counted = counted_usage(c, task, experts)
     wanted = (of_method(c.reading, "counts"), c.max_input_length)
-    return next(row["usage"] for row in counted["rows"] if (row["counting"], row["input_length"]) == wanted)
+    found = [row["usage"] for row in counted["rows"] if (row["counting"], row["input_length"]) == wanted]
+    if results.made_with(counted)["weights"] != digests or not found:
+        raise UserError(
+            f"the expert usage of {task} was counted on other weights or lengths; remove expert_usage_{task}.json in "
+            f"{c.SOURCE_PICKLE_PATH.format(experts=experts)} and run: {_counting(c, task, experts)}"
+        )
+    return found[0]
 
 
 def counted_usage(c: SimpleNamespace, task: str, experts: int) -> dict[str, Any]:
     """What tools/count_expert_usage.py left for a single-task model. Raises UserError where it did not run."""
     return results.load(
         f"{c.SOURCE_PICKLE_PATH.format(experts=experts)}/expert_usage_{task}.json",
-        lambda: command("tools/count_expert_usage.py", c, task_type=task, num_expert=experts),
+        lambda: _counting(c, task, experts),
     )
+
+
+def _counting(c: SimpleNamespace, task: str, experts: int) -> str:
+    return command("tools/count_expert_usage.py", c, task_type=task, num_expert=experts)
 
 
 def merge_sources(c: SimpleNamespace, accelerator, sources: list[Source], folder: Path) -> dict[str, Any]:

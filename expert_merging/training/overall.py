@@ -45,7 +45,7 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
     for task in tasks:
         history = single_task_history(folder, task, experts, c)
         was = results.made_with(history).get("data", {}).get(task)
-        if was not in (None, noted_sha256(task, c)):
+        if was is not None and was != noted_sha256(task, c):
             raise UserError(
                 f"{folder}/single_task_{task}.json is of other data than {c.DATA_DIR}/{task}; bring those, or remove it and "
                 f"run: {command('single_task_finetune.py', c, task_type=task, num_expert=experts)}"

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json, write_json
 from expert_merging.data import docstring_reader, docstring_splits, documentation
+from expert_merging.run import results
 from expert_merging.switch.base_model import new_tokenizer
 from expert_merging.switch.idle_experts import pass_over_idle
 from expert_merging.switch.span_corruption import corrupt_spans
 from expert_merging.switch.usage import STACKS, layer_entropies, read_usage
-from expert_merging.training import loop
+from expert_merging.training import checkpoints, loop
 
 DECAY = 0.3  # share of the steps at the end in which the rate falls to 0, in a line
 
@@ -31,6 +33,25 @@ class Corpus:
         self.docstrings, self.extra, self.heldout = (parts[name] for name in ("docstrings", "extra", "heldout"))
 
 
+def is_done(base: Path, wanted: dict[str, Any], work: Path) -> bool:
+    """Whether the folder `base` holds what pre-training with these constants gives; then the working folder goes.
+
+    Raises UserError where it holds something else.
+    """
+    record = base / "pretraining.json"
+    if base.exists() and not record.exists():
+        raise UserError(f"BASE_MODEL_PATH: {base} is there, and was not pre-trained here; name another folder")
+    if not record.exists():
+        return False
+    was = results.made_with(read_json(record))
+    noted = {name: was[name] for name in wanted if name in was}
+    asked = {name: value for name, value in wanted.items() if name in was}
+    results.refuse(base, noted, asked, "restore them, or remove it to pre-train again")
+    print(f"{base} is there already; remove it to pre-train again")
+    checkpoints.release(work)
+    return True
+
+
 def corpus(c: SimpleNamespace, folder: Path) -> Corpus:
     """Read and tokenise the text once; it is kept in `folder` for when the run goes on.
 
@@ -40,7 +61,13 @@ def corpus(c: SimpleNamespace, folder: Path) -> Corpus:
     """
     from transformers import AutoTokenizer
 
-    if not (folder / "facts.json").exists():
+    place = str(Path(c.extra_text).absolute()) if c.extra_text else ""
+    if (folder / "facts.json").exists():
+        if (was := read_json(folder / "extra_text.json")) != place:
+            raise UserError(
+                f"extra_text: this run was begun with {was or 'none'}; restore that, or remove {folder.parent}"
+            )
+    else:
         docs = docstring_reader.read_docstrings()
         texts = docstring_splits.pretraining_texts(docs)
         order = np.random.default_rng(c.seed).permutation(len(texts))
@@ -64,6 +91,7 @@ def corpus(c: SimpleNamespace, folder: Path) -> Corpus:
                 np.save(
                     temporary / f"{name}_ends.npy", np.cumsum([len(document) for document in documents], dtype=np.int64)
                 )
+            write_json(temporary / "extra_text.json", place)
             write_json(temporary / "facts.json", facts)
     saved = {}
     for name in ("docstrings", "extra", "heldout"):

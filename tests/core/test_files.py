@@ -1,6 +1,7 @@
 """Writing whole or not at all."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -35,7 +36,16 @@ def test_full_disk_is_a_user_error(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_new_folder_is_whole_or_absent(tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_new_folder_is_whole_or_absent(tmp_path, monkeypatch, exchanges):
+    """In one step where the system can exchange two names; elsewhere the old folder steps aside."""
+    moved = []
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    elif not sys.platform.startswith("linux"):
+        pytest.skip("names are exchanged on Linux only")
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (moved.append(names), replace(*names))[1])
     with pytest.raises(ZeroDivisionError):
         with files.new_folder(tmp_path / "f") as temporary:
             (temporary / "x").write_text("1")
@@ -45,6 +55,31 @@ def test_new_folder_is_whole_or_absent(tmp_path):
         with files.new_folder(tmp_path / "f") as temporary:
             (temporary / "x").write_text(content)
         assert (tmp_path / "f" / "x").read_text() == content and os.listdir(tmp_path) == ["f"]
+    assert len(moved) == (1 if exchanges else 3)
+
+
+def test_two_that_would_make_one_folder_do_not_both_begin(tmp_path):
+    """`is_there` of tools/merge.py and upcycle.py takes the lock where there is nothing yet."""
+    program = (
+        "import sys; from expert_merging.core import files; files.is_there(files.Path(sys.argv[1]), lambda: True); "
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", program + "print(1, flush=True); sys.stdin.read()", tmp_path / "out"], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert first.stdout.readline() == "1\n"
+    second = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], cwd=ROOT, text=True, capture_output=True)
+    first.communicate("")
+    assert second.returncode != 0 and f"{tmp_path / 'out'} is being written by another run" in second.stderr
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked on this file system: start no second run there"):
+        files.hold(tmp_path / "result.json")
 
 
 def test_a_file_where_a_folder_is_wanted(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -155,6 +156,23 @@ def test_another_source_is_made_again_but_may_be_trained_on(data, tmp_path, toke
     features.load("squad", c, tokenizer)
 
 
+def test_raw_examples_that_changed_are_read_again(tmp_path, tokenizer):
+    raw_data.write_xsum(tmp_path / "xsum", train=6, validation=4, test=4)
+    c = raw_data.constants(tmp_path, tmp_path / "data")
+    manifest = features.prepare("xsum", c, tokenizer)
+    assert features.is_complete("xsum", c, tokenizer) == manifest
+    path = next((tmp_path / "xsum").glob("train*"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert features.is_complete("xsum", c, tokenizer) is None
+
+
+def test_of_docstrings_the_packages_versions_are_noted(monkeypatch):
+    noted = features._content("doc_topic", SimpleNamespace())
+    assert {"python", "torch", "sklearn", "numpy"} <= noted.keys()
+    monkeypatch.setattr(features.importlib.metadata, "version", lambda name: "0")
+    assert features._content("doc_topic", SimpleNamespace()) != noted
+
+
 def remove_manifest(folder):
     (folder / "complete.json").unlink()
 
@@ -287,6 +305,17 @@ def test_no_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="^BASE_MODEL_PATH: the folder .* holds no whole tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_cut_short(world, tmp_path):
+    import shutil
+
+    shutil.copytree(world.folder / "base-4", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(UserError, match="^BASE_MODEL_PATH: the folder .* holds no whole tokenizer") as error:
+        load_tokenizer(str(tmp_path / "base"))
+    assert "\n" not in str(error.value)
 
 
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=9)

@@ -195,6 +195,25 @@ def test_fisher_weighs_entries_by_their_information(seed):
     close(dict(fisher(base, models, without)), run("simple_average", base, models))
 
 
+def test_a_model_of_large_gradients_does_not_outweigh_another():
+    """Its information is divided by its norm over the whole model: a hundred times as much everywhere changes nothing."""
+    base, models = world(0)
+    even = [{name: torch.full_like(tensor, size) for name, tensor in base.items()} for size in (1.0, 100.0, 5.0)]
+    close(dict(fisher(base, models, even, floor=0.0)), run("simple_average", base, models))
+
+
+def test_regmeans_default_takes_six_tenths_off_the_diagonal():
+    """By hand, for two inputs of one output."""
+    base, models = (
+        {"a.weight": torch.zeros(1, 2)},
+        [{"a.weight": torch.tensor([[1.0, 0.0]])}, {"a.weight": torch.tensor([[0.0, 1.0]])}],
+    )
+    grams = [{"a": torch.tensor([[2.0, 1.0], [1.0, 1.0]])}, {"a": torch.tensor([[1.0, 0.0], [0.0, 3.0]])}]
+    # sum G W = [[2, 0.6], [0.6, 1]] [1, 0] + [[1, 0], [0, 3]] [0, 1] = [2, 3.6]; sum G = [[3, 0.6], [0.6, 4]].
+    wanted = torch.linalg.solve(torch.tensor([[3.0, 0.6], [0.6, 4.0]]), torch.tensor([2.0, 3.6]))
+    close(dict(regmean(base, models, grams, ridge=0.0)), {"a.weight": wanted[None]})
+
+
 def test_diagonal_fisher_squares_the_gradient_of_a_batch():
     torch.manual_seed(0)
     model = nn.Linear(3, 4)

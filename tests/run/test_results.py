@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import read_json, write_json
+from expert_merging.core.files import read_json, sha256, write_json
 from expert_merging.experiment.steps import Step
 from expert_merging.run import results
 from expert_merging.training import checkpoints
@@ -169,6 +169,45 @@ def test_the_same_run_in_files_and_in_tables():
     for wrong in ("CAEM", "CAEM_8", "../CAEM_[8]", "CAEM_[8|]", "CAEM_[8|8]_merged"):
         with pytest.raises(UserError, match="is not the name of a run"):
             results.run_label(wrong)
+
+
+def test_each_run_of_the_grid_is_what_the_protocol_calls_by_its_name():
+    import reproduce_tables
+    from expert_merging.experiment import grid
+    from expert_merging.run.constants import read_constants
+
+    c = read_constants(vars(reproduce_tables), ["--scale", "night"])
+    own = {name: step.constants for name, step in grid.grid(c).steps.items()}
+    assert own["CAEM-8"]["alpha"] == 1.0 and own["CAEM-8"]["merging"] == "caem"
+    assert own["CAEM-8-Avg"]["alpha"] == own["CAEM-16-Avg"]["alpha"] == 0.0
+    assert own["CAEM-8-Avg"]["merging"] == "caem"
+    merged = {
+        case: own[f"{case}-8"]["merging"] for case in ("Average", "MSMoE", "HCSMoE", "REAP", "MostUsed", "AtRandom")
+    }
+    assert list(merged.values()) == ["average", "m_smoe", "hc_smoe", "reap", "most_used", "at_random"]
+    assert own["Baseline-8-same-compute"]["same_compute"] is True and "same_compute" not in own["Baseline-8"]
+    for shares in ("inverse", "tokens", "random", "doc_topic"):
+        assert own[f"CAEM-8-{shares}"]["shares"] == shares and own[f"CAEM-8-{shares}"]["alpha"] == 1.0
+    for case, merging in (("CAEM", "caem"), ("Average", "average")):
+        calibrated = own[f"{case}-8-calibrated"]
+        assert (calibrated["merging"], calibrated["calibration"]) == (merging, "routers")
+    sizes = [
+        (own[name]["source_experts_num"], own[name]["target_experts_num"])
+        for name in ("CAEM-8", "CAEM-8-to-16", "CAEM-16")
+    ]
+    assert sizes == [(8, 8), (8, 16), (16, 16)]
+    # And the scale is the one that docs/protocol.md fixed.
+    fixed = {
+        "train_sample": 2400, "validation_examples": 240, "test_examples": 0, "num_epochs": 2, "lr": 5e-4, "batch_size": 4,
+        "gradient_accumulation_steps": 1, "num_beams": 3, "parts": ("primary",),
+    }  # fmt: skip
+    assert {name: getattr(c, name) for name in fixed} == fixed
+
+
+def test_a_record_notes_the_protocol_that_it_was_made_under():
+    from expert_merging.run.provenance import PROTOCOL, versions
+
+    assert versions()["protocol"] == sha256(PROTOCOL)[:12]
 
 
 def test_the_grid_calls_runs_as_their_files_are_called():

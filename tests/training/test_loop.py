@@ -266,12 +266,17 @@ def test_a_checkpoint_with_other_tensors_than_the_model(tmp_path, change, said):
         run(tmp_path)
 
 
-def test_other_versions_are_said(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("was", "said"),
+    [({"versions": {"torch": "1.0"}}, "torch was '1.0', is now "), ({"processes": 2}, "processes was 2, is now 1")],
+)
+def test_other_versions_and_processes_are_said(tmp_path, undisturbed, was, said):
     checkpoint = begun(tmp_path)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["versions"]["torch"] = "1.0"
+    for name, value in was.items():
+        manifest[name] = {**manifest[name], **value} if isinstance(value, dict) else value
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.warns(UserWarning, match="torch was '1.0', is now .*may differ in its last digits"):
+    with pytest.warns(UserWarning, match=f"{said}.*may differ in its last digits"):
         assert run(tmp_path)[0] == undisturbed[0]
 
 

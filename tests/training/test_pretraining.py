@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from raw_data import tiny_tokenizer
+from raw_data import sentences, tiny_tokenizer
 
+from expert_merging.core.errors import UserError
+from expert_merging.run import results
 from expert_merging.training import pretraining
 
 
@@ -42,6 +44,29 @@ def test_a_round_is_the_same_again_and_not_another(c, text):
     same = [np.array_equal(a["input_ids"], b["input_ids"]) for (a,), (b,) in zip(first, again, strict=True)]
     assert all(same)
     assert tokens_of(first) != tokens_of(other)
+
+
+def test_a_base_that_is_there_is_not_taken_for_another(tmp_path, capsys):
+    base, work, wanted = tmp_path / "base", tmp_path / "base.run", {"num_rounds": 4, "seed": 0, "precision": "fp32"}
+    assert not pretraining.is_done(base, wanted, work)
+    base.mkdir()
+    with pytest.raises(UserError, match="base is there, and was not pre-trained here; name another folder"):
+        pretraining.is_done(base, wanted, work)
+    results.save(base / "pretraining.json", {"num_rounds": 4, "seed": 0, "text_sha256": "x"}, {})
+    assert pretraining.is_done(base, wanted, work) and "is there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="num_rounds was 4, is now 3"):
+        pretraining.is_done(base, wanted | {"num_rounds": 3}, work)
+
+
+def test_text_that_was_read_is_not_taken_for_another_folders(c, tmp_path, monkeypatch):
+    c.heldout_texts, c.vocab_size, c.extra_text = 2, 200, ""
+    monkeypatch.setattr(pretraining.docstring_reader, "read_docstrings", lambda: [])
+    monkeypatch.setattr(pretraining.docstring_splits, "pretraining_texts", lambda docs: sentences(20))
+    facts = pretraining.corpus(c, tmp_path / "run" / "text").facts
+    assert pretraining.corpus(c, tmp_path / "run" / "text").facts == facts
+    c.extra_text = str(tmp_path)
+    with pytest.raises(UserError, match="extra_text: this run was begun with none; restore that, or remove .*run"):
+        pretraining.corpus(c, tmp_path / "run" / "text")
 
 
 def test_the_rate_rises_stays_and_falls():

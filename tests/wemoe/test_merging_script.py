@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import call_main
+from datasets import Dataset
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.safetensors_folder import SafetensorsFolder
@@ -128,6 +129,24 @@ def test_mixed_batches_hold_all_tasks_and_are_nothing_to_sample_wise_routing(wor
     assert all(len({starts[tuple(ids[:1])] for ids in batch}) == 3 for batch in batches)
     assert {t: dict(enumerate(texts)) for t, texts in written.items()} == alone
     assert any(text for texts in written.values() for text in texts)
+
+
+def test_statistics_are_of_training_examples_and_what_adapts_sees_test_inputs(world):
+    from expert_merging.run.constants import read_constants
+    from neighbours import WEMoE_multi_task_merging as script
+
+    sources = open_sources(read_constants(vars(script), world.words("merged", **SMALL)))
+    sources.data = {
+        task: {
+            split: Dataset.from_dict({"input_ids": [[number, 1]] * 4, "labels": [[number, 1], [number + 10, 1]] * 2})
+            for number, split in enumerate(("train", "validation", "test"), 5)
+        }
+        for task in TASKS
+    }
+    assert next(sources._batches("squad", 1))["input_ids"].tolist() == [[5, 1]]
+    loss = sources._loss(sources.model, lambda: sources.model, ("verbalizer",) * 3)
+    assert {tuple(ids) for task in TASKS for ids in loss.data[task]["input_ids"]} == {(7, 1)}
+    assert all(list(words) == [5, 15] for words in loss.answers.values())
 
 
 def test_only_what_routes_by_batch_follows_from_how_many_are_decoded_together(world, merged):
