@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expert_merging.analysis import crossed_bootstrap as bootstrap
 from expert_merging.core.errors import UserError
 from expert_merging.data.scores import pack, unpack
 from expert_merging.report import evidence
@@ -58,6 +59,29 @@ def test_a_real_gain_held_with_eight_seeds_and_none_did_not():
     assert rows(made(8, gain=-0.4))["CAEM-4 - Baseline-4", "Overall"]["verdict"] == "did not hold"
     nothing = rows(made(8))["CAEM-4 - Baseline-4", "Overall"]
     assert nothing["verdict"].startswith(("cannot tell (", "equivalent")) and "%)" in nothing["told"]
+
+
+def test_each_row_is_judged_as_the_protocol_says(monkeypatch):
+    """p after Holm over the five contrasts of its measure, equivalence within 2% of the single-task score, and what could have
+    been told at Holm's hardest step."""
+    from expert_merging.report import caem_contrasts
+
+    e, margins, verdict = made(8, gain=0.1), [], bootstrap.verdict
+    monkeypatch.setattr(
+        caem_contrasts.bootstrap,
+        "verdict",
+        lambda found, p, margin: (margins.append(margin), verdict(found, p, margin))[1],
+    )
+    found = rows(e)
+    pairs = [tuple(contrast.split(" - ")) for contrast, measure in found if measure == "qa"]
+    single = np.mean([one["test"] for one in _means(e, "single-task-4 qa", "qa")])
+    for measure, unit, digits in (("Overall", 1.0, 4), ("qa", single, 2)):
+        of_pairs = [one for one, _ in compared(e, pairs, (measure,))[measure]]
+        ps = bootstrap.holm([bootstrap.sign_flip_p(one.by_seed) for one in of_pairs])
+        for pair, one, p in zip(pairs, of_pairs, ps, strict=True):
+            row, told = found[" - ".join(pair), measure], bootstrap.detectable(one, 5)
+            assert row["p"] == f"{p:.3f}" and row["told"] == f"{told:.{digits}f} ({told / unit:.1%})"
+    assert margins[:5] == [0.02] * 5 and margins[-5:] == pytest.approx([0.02 * single] * 5)
 
 
 def test_the_rival_is_chosen_over_the_seeds_that_have_run_them_all():
