@@ -15,7 +15,7 @@ seeds = (0,)
 _paper = ("table2", "controls", "pairs", "audit")
 parts = by_scale(
     paper=_paper, night=("primary",), tiny=_paper, real=("comparison", "CAEM-8-Avg", "Average-8")
-)  # also: comparison (Baseline-8, CAEM-8), response, floors, calibration, merging, or the name of a run
+)  # table2, controls, pairs, audit, comparison, primary, response, floors, calibration, merging, or the name of a run
 experts_num = 8
 larger_experts_num = 16
 runs_at_once = by_scale(paper=1, night=2, tiny=2)  # each with its share of the cores: two of one beat one of two

@@ -499,7 +499,7 @@ def spoil(folder, change, task="xsum"):
         ),
         (
             lambda h: h["identity"]["data"].update(xsum="0" * 64),
-            "xsum.json is of other data than .*single_task_finetune.py",
+            "xsum was scored on other data than .*single_task_finetune.py",
         ),
     ],
 )

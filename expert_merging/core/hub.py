@@ -7,6 +7,7 @@ from pathlib import Path
 
 from expert_merging.core import interrupts
 from expert_merging.core.errors import UserError
+from expert_merging.core.files import sha256
 
 
 def local_folder(path: str, constant: str) -> Path | None:
@@ -91,3 +92,10 @@ def load_tokenizer(path: str, constant: str = "BASE_MODEL_PATH"):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def weights_sha256(path: str) -> list[str]:
+    """SHA-256 of each file of weights in a local folder; of a model on the hub its name."""
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [sha256(file) for file in files] or [path]

@@ -46,8 +46,7 @@ class Step:
             return False
         noted = results.made_with(read_json(self.result))
         wanted = results.identity(SimpleNamespace(**{**vars(shared), **self.constants}))
-        both = noted.keys() & wanted.keys()
-        return not results.changes({name: noted[name] for name in both}, {name: wanted[name] for name in both})
+        return not results.changes(*results.shared(noted, wanted))
 
     def words(self, shared: SimpleNamespace) -> list[str]:
         """The command line after `python`."""

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import read_json, sha256
+from expert_merging.core.hub import weights_sha256
 from expert_merging.run import provenance, results
 
 STEPS = ("data", "base", "domains", "scores", "partition", "conversion", "tuning", "measure", "evaluation", "report")
+APART = ("seed", "method", "tune_tasks", "parts_sha256")  # in which the identities of one table's records differ
 BEFORE = "_before"  # what the names of results before tuning end in
 DENSE = ("dense", "dense_tuned")  # the references: as it is, and with the same LoRA and examples as the mixtures
 
@@ -199,12 +201,7 @@ def makes_base(c: SimpleNamespace) -> bool:
     return c.scale in ("tiny", "night")
 
 
-@functools.cache
-def _weights_sha256(path: str) -> list[str]:
-    """SHA-256 of each file of weights in a folder; of a model on the hub its name."""
-    folder = Path(path).expanduser()
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return [sha256(file) for file in files] or [path]
+_weights_sha256 = functools.cache(weights_sha256)  # identities are asked for often
 
 
 @functools.cache
@@ -239,6 +236,4 @@ def load(path: Path, step: str, wanted: dict[str, Any]) -> dict[str, Any]:
 def refuse_beside(c: SimpleNamespace) -> None:
     """Raises UserError where HEMOE_DIR has models that were tuned with other constants: one table would show both."""
     paths = sorted(Path(c.HEMOE_DIR).glob("seed*/*/tuning*.json"))
-    results.refuse_others(
-        paths, identity(c, "tuning"), "HEMOE_DIR", but=("seed", "method", "tune_tasks", "parts_sha256")
-    )
+    results.refuse_others(paths, identity(c, "tuning"), "HEMOE_DIR", but=APART)

@@ -9,7 +9,7 @@ import numpy as np
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import new_folder, read_json
 from expert_merging.hemoe import pipeline, question_gains, record_checks
-from expert_merging.hemoe.pipeline import BEFORE, DENSE, METHODS
+from expert_merging.hemoe.pipeline import APART, BEFORE, DENSE, METHODS
 from expert_merging.report import claims, folders, index, publish
 from expert_merging.report.folders import Wing
 from expert_merging.report.records import Groups, joined, published, read, refuse_unlike, source, write
@@ -68,7 +68,7 @@ def make(c: SimpleNamespace) -> None:
     there = RESULTS / c.scale
     if c.publish:
         found = joined(published(there), found)
-    refuse_unlike(found, "HEMOE_DIR", ("seed", "method", "tune_tasks"))
+    refuse_unlike(found, "HEMOE_DIR", APART)
     record_checks.leave_out_unfinished(found, _PER_TASK)
     with new_folder(folder) as place:
         write(place, found)

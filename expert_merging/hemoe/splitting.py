@@ -105,6 +105,7 @@ def partition(c: SimpleNamespace) -> None:
             continue
         made_as = pipeline.METHODS[method]
         name = made_as.partition
+        hemoe = split_of(c, "HEMoE") if method != "HEMoE" and _there(c, "HEMoE") else None
         found = None
         if name in METHODS and "scores" in METHODS[name][1]:
             found = scores_of(made_as.domains)
@@ -116,7 +117,7 @@ def partition(c: SimpleNamespace) -> None:
         if name == "parts":
             split = _imported(c, gates[0].shape[0])
         else:
-            like = split_of(c, "HEMoE") if name == "random_heterogeneous" else None
+            like = hemoe if name == "random_heterogeneous" else None
             scored: dict[str, Any] = {} if found is None else {
                 "scores": found.values[layers], "domains": found.domains, "among": found.values,
             }  # fmt: skip
@@ -125,9 +126,7 @@ def partition(c: SimpleNamespace) -> None:
         split.export_parts(folder / "parts")
         seconds = time.perf_counter() - started
         record = {"split": split.record(), "left_out": split.left_out().tolist(), "seconds": seconds}
-        record["agreement"] = (
-            _agreement(split, split_of(c, "HEMoE")) if _there(c, "HEMoE") and method != "HEMoE" else None
-        )
+        record["agreement"] = None if hemoe is None else _agreement(split, hemoe)
         pipeline.save(c, folder / "split.json", wanted, record)
         print(f"{method}: sizes {[sorted(sizes) for sizes in split.sizes.tolist()]}")
 

@@ -107,10 +107,9 @@ def pretrain_once(c: SimpleNamespace, accelerator, folder: Path) -> str:
 
     record = folder / "pretraining.json"
     if record.exists():
-        noted, wanted = results.made_with(read_json(record)), _identity(c, c.family)
+        noted = results.made_with(read_json(record))  # says of the text what only reading it tells
         remedy = "restore them, remove the folder, or choose another MEO_DIR"
-        both = noted.keys() & wanted.keys()  # the record says of the text what only reading it tells
-        results.refuse(folder, {name: noted[name] for name in both}, {name: wanted[name] for name in both}, remedy)
+        results.refuse(folder, *results.shared(noted, _identity(c, c.family)), remedy)
     elif not folder.is_dir():
         tokenizer = new_tokenizer(models.base_tokenizer(c, 8))
         texts = docstring_splits.pretraining_texts(docstring_reader.read_docstrings())

@@ -17,7 +17,7 @@ from expert_merging.report.records import Groups
 from expert_merging.run import results
 
 # In the identity of a run what differs from seed to seed, and the base, of which there is a line of its own.
-_OF_SEED = ("seed", "goals", "sources", "usage", "weights", "starts", "ancestor")
+_OF_SEED = ("seed", "goals", "sources", "usage", "weights", "starts", "imported", "ancestor", "base")
 
 
 @dataclass(frozen=True)

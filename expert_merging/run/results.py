@@ -115,6 +115,12 @@ def refuse(place: str | Path, was: dict[str, Any], now: dict[str, Any], remedy: 
         raise UserError(f"{place} was made with other constants ({difference}); {remedy}")
 
 
+def shared(was: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of two identities what both note, where one of them knows more."""
+    both = was.keys() & now.keys()
+    return {name: was[name] for name in both}, {name: now[name] for name in both}
+
+
 def refuse_others(paths: Iterable[Path], wanted: dict[str, Any], elsewhere: str, but: tuple[str, ...] = ()) -> None:
     """Raises UserError where one of the records `paths`, beside which a new one would stand in a table, was made with
     another identity, the entries `but` aside ("recipe.lr" is the entry lr of the entry recipe). `elsewhere` names the constant

@@ -39,16 +39,18 @@ def overall(scores: dict[str, dict[str, float]], goals: dict[str, float] | None)
 def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleNamespace) -> dict[str, dict[str, float]]:
     """What Overall divides by: validation and test scores of the single-task models with `experts` experts.
 
-    Raises UserError, naming the command to run, where one has not been trained, or on other data.
+    Raises UserError, naming the command to run, where one has not been trained, or was scored on other data or otherwise.
     """
     goals: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
     for task in tasks:
         history = single_task_history(folder, task, experts, c)
-        was = results.made_with(history).get("data", {}).get(task)
-        if was is not None and was != noted_sha256(task, c):
+        noted = results.made_with(history)
+        again = f"remove {_place(folder, task)} and run: {_training(c, task, experts)}"
+        asked = results.identity(c, [name for name in SCORED_WITH if name in noted and name != "precision"])
+        results.refuse(_place(folder, task), *results.shared(noted, asked), f"restore them, or {again}")
+        if "data" in noted and noted["data"].get(task) != noted_sha256(task, c):
             raise UserError(
-                f"{folder}/single_task_{task}.json is of other data than {c.DATA_DIR}/{task}; bring those, or remove it and "
-                f"run: {command('single_task_finetune.py', c, task_type=task, num_expert=experts)}"
+                f"single-task {task} was scored on other data than {c.DATA_DIR}/{task}; bring those, or {again}"
             )
         score, best = get_task(task).main_score, history["best_epoch"] - 1
         goals["validation"][task] = history[f"{task}_data"]["validation"][best][score]
@@ -60,20 +62,16 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
 
 
 def single_task_history(folder: str, task: str, experts: int, c: SimpleNamespace) -> dict[str, Any]:
-    """The history that `single_task_finetune.py` left for `task`.
+    """The history that `single_task_finetune.py` left for `task`."""
+    return results.load(_place(folder, task), lambda: _training(c, task, experts))
 
-    Raises UserError where there is none, or its scores are of other examples or another decoding than `c` asks for.
-    """
-    path, again = (
-        f"{folder}/single_task_{task}.json",
-        command("single_task_finetune.py", c, task_type=task, num_expert=experts),
-    )
-    history = results.load(path, again)
-    noted = results.made_with(history)
-    asked = results.identity(c, [name for name in SCORED_WITH if name in noted and name != "precision"])
-    was = {name: noted[name] for name in asked}
-    results.refuse(path, was, asked, f"restore them, or remove it and run: {again}")
-    return history
+
+def _place(folder: str, task: str) -> str:
+    return f"{folder}/single_task_{task}.json"
+
+
+def _training(c: SimpleNamespace, task: str, experts: int) -> str:
+    return command("single_task_finetune.py", c, task_type=task, num_expert=experts)
 
 
 def scores_line(test: dict[str, dict[str, float]], value: float | None) -> str:

@@ -43,10 +43,8 @@ def is_done(base: Path, wanted: dict[str, Any], work: Path) -> bool:
         raise UserError(f"BASE_MODEL_PATH: {base} is there, and was not pre-trained here; name another folder")
     if not record.exists():
         return False
-    was = results.made_with(read_json(record))
-    noted = {name: was[name] for name in wanted if name in was}
-    asked = {name: value for name, value in wanted.items() if name in was}
-    results.refuse(base, noted, asked, "restore them, or remove it to pre-train again")
+    noted = results.without(results.made_with(read_json(record)), ("scale",))  # which says no more than its constants
+    results.refuse(base, *results.shared(noted, wanted), "restore them, or choose another BASE_MODEL_PATH")
     print(f"{base} is there already; remove it to pre-train again")
     checkpoints.release(work)
     return True
@@ -63,7 +61,8 @@ def corpus(c: SimpleNamespace, folder: Path) -> Corpus:
 
     place = str(Path(c.extra_text).absolute()) if c.extra_text else ""
     if (folder / "facts.json").exists():
-        if (was := read_json(folder / "extra_text.json")) != place:
+        noted = folder / "extra_text.json"  # which earlier versions did not write
+        if noted.exists() and (was := read_json(noted)) != place:
             raise UserError(
                 f"extra_text: this run was begun with {was or 'none'}; restore that, or remove {folder.parent}"
             )

@@ -126,7 +126,7 @@ def sweep_of(methods: Iterable[str]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for method in methods:
         if (match := _WEMOE.match(method)) and match["pruned"] and match["percent"]:
-            kind = f"{match['modules'] or ''}{match['depth'] or ''}{match['batch'] or ''}"
+            kind = f"{match['depth'] or ''}{match['modules'] or ''}{match['batch'] or ''}"
             found.setdefault(kind, {})[method] = float(match["percent"][1:])
     return {kind: dict(sorted(own.items(), key=lambda item: item[1])) for kind, own in found.items()}
 

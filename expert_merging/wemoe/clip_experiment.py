@@ -11,8 +11,7 @@ from torch import nn
 
 from expert_merging.core.errors import UserError, at_least
 from expert_merging.core.files import sha256
-from expert_merging.core.hub import local_folder
-from expert_merging.core.safetensors_folder import SafetensorsFolder
+from expert_merging.core.hub import local_folder, weights_sha256
 from expert_merging.run import results
 from expert_merging.wemoe import checkpoints, clip, report
 from expert_merging.wemoe.classification import Settings, changed, check_adaptation, expanded
@@ -98,13 +97,12 @@ def experiment_of(c: SimpleNamespace) -> Experiment:
 
 def _contents(c: SimpleNamespace, merged: Sequence[str]) -> dict[str, Any]:
     """Of what lies in local folders the hashes, in the place of where it lies."""
-
-    def weights(path: str, constant: str) -> Any:
-        folder = local_folder(path, constant)
-        return SafetensorsFolder(folder).sha256() if folder else path
-
-    experts = {task: weights(c.EXPERT_PATH.replace("*", task), "EXPERT_PATH") for task in merged}
-    found: dict[str, Any] = {"CLIP_PATH": weights(c.CLIP_PATH, "CLIP_PATH"), "EXPERT_PATH": experts}
+    paths = {task: c.EXPERT_PATH.replace("*", task) for task in merged}
+    found: dict[str, Any] = {}
+    if local_folder(c.CLIP_PATH, "CLIP_PATH"):
+        found["CLIP_PATH"] = weights_sha256(c.CLIP_PATH)
+    if any([local_folder(path, "EXPERT_PATH") for path in paths.values()]):  # each is looked at
+        found["EXPERT_PATH"] = {task: weights_sha256(path) for task, path in paths.items()}
     if c.CLASS_NAMES_PATH:
         names = sorted(Path(c.CLASS_NAMES_PATH).expanduser().glob("*.json"))
         found["CLASS_NAMES_PATH"] = {path.stem: sha256(path) for path in names}

@@ -188,7 +188,7 @@ def test_records_of_several_protocols_or_bases_are_refused_by_name(tmp_path: Pat
     [
         ({"lr": 2}, "lr was 1, is now 2"),
         ({"data": {"qa": "d"}}, "data.qa was 'c', is now 'd'"),
-        ({"goals": 1, "seed": 1}, ""),
+        ({"goals": 1, "seed": 1, "imported": 3}, ""),
     ],
 )
 def test_records_of_other_constants_or_data_are_refused_by_name(tmp_path: Path, change, said):

@@ -52,8 +52,10 @@ def test_a_base_that_is_there_is_not_taken_for_another(tmp_path, capsys):
     base.mkdir()
     with pytest.raises(UserError, match="base is there, and was not pre-trained here; name another folder"):
         pretraining.is_done(base, wanted, work)
-    results.save(base / "pretraining.json", {"num_rounds": 4, "seed": 0, "text_sha256": "x"}, {})
-    assert pretraining.is_done(base, wanted, work) and "is there already" in capsys.readouterr().out
+    results.save(base / "pretraining.json", {"num_rounds": 4, "seed": 0, "text_sha256": "x", "scale": "tiny"}, {})
+    assert (
+        pretraining.is_done(base, wanted | {"scale": "night"}, work) and "is there already" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="num_rounds was 4, is now 3"):
         pretraining.is_done(base, wanted | {"num_rounds": 3}, work)
 

@@ -67,6 +67,16 @@ def test_multi_task_with_every_kind_of_method(place, tmp_path):
     assert set(both["routing_weights"]) == {f"vision_model.encoder.layers.1.{part}" for part in ("mlp", "self_attn")}
 
 
+def test_a_clip_as_the_hub_has_it_without_safetensors(place, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    torch.save(load_file(tmp_path / "base" / "model.safetensors"), tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="average", CLIP_PATH=tmp_path / "base"))
+    assert "CLIP_PATH" in read_json(tmp_path / "r" / "records" / "seed0" / "average.json")["identity"]
+
+
 def test_each_ewemoe_keeps_its_own_routers(place, tmp_path):
     call_main("neighbours/WEMoE_clip.py", words(place, tmp_path / "r", methods="ewemoe", prune_ratios="0.99 0.999"))
     kept = {path.name for path in (tmp_path / "r" / "models").iterdir()}
