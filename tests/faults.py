@@ -86,7 +86,7 @@ CASES = {
         "neighbours/WEMoE_multi_task_merging.py",
         ["--experts_num", "4", "--methods", "average", "dare", "fisher", "regmean", "adamerging_layer", "wemoe",
          "--adapt_steps", "3", "--adapt_batch_size", "2", "--adapt_tokens", "3", "--statistics_examples", "3",
-         "--adapt_losses", "verbalizer", "self_generated", "first_token", "--num_beams", "2"],
+         "--adapt_losses", "verbalizer", "self_generated", "first_token"],
         needs=SINGLE,
     ),
     "folders": Case(

@@ -23,7 +23,6 @@ def main(c):
 
     import torch
 
-    from caem_files import install
     from expert_merging.analysis import moe_usage
     from expert_merging.causal.models import load_model
     from expert_merging.core.bars import bar
@@ -32,9 +31,9 @@ def main(c):
     from expert_merging.report.figures import shares_of_experts
     from expert_merging.run import results
     from expert_merging.run.devices import make_accelerator
+    from expert_merging.switch.models import require_patch
 
-    if found := install.problem():
-        raise UserError(found)
+    require_patch()
     if not c.folder or not c.text or Path(c.out).is_dir() or min(c.max_tokens, c.batch_texts) < 1:
         raise UserError("give a model's folder, --text FILE, --out FILE, max_tokens and batch_texts of at least 1")
     device = make_accelerator(c).device

@@ -50,8 +50,7 @@ def main(c):
 
     # Text, tokenizer, and a model with random weights.
     text = pretraining.corpus(c, work / "text")
-    identity |= text.facts
-    checkpoints.claim(work, identity)
+    checkpoints.claim(work, identity | text.facts)
     model = new_switch(c, text.tokenizer)
     accelerator.print(f"{pretraining.said(text)}; {model.num_parameters() / 1e6:.2f}M parameters")
 
@@ -65,7 +64,7 @@ def main(c):
             tokens = c.steps_per_round * c.batch_chunks * c.chunk_tokens  # a round
             figures.pretraining_curve(history, folder / "pretraining.png", tokens)
             record = {"date": started, "parameters": model.num_parameters(), "history": history}
-            results.save(folder / "pretraining.json", identity, record)
+            results.save(folder / "pretraining.json", identity | text.facts, record)
         checkpoints.release(work)
         print(f"wrote {base}")
 
