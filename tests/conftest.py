@@ -86,9 +86,17 @@ def run_script(script: str, words: list[str]) -> subprocess.CompletedProcess:
 
 def call_main(script: str, words: list[str]) -> None:
     """Run a script's main() inside this process: quicker than `run_script`, for what fails early."""
-    import importlib
+    _module(script).main(constants_of(script, words))
 
+
+def constants_of(script: str, words: list[str]):
+    """The constants that a script has with these words on its command line."""
     from expert_merging.run.constants import read_constants
 
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    module.main(read_constants(vars(module), words))
+    return read_constants(vars(_module(script)), words)
+
+
+def _module(script: str):
+    import importlib
+
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))

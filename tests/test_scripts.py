@@ -1,7 +1,6 @@
 """The real scripts, as processes, from raw data to the table; killed and resumed; and what they say to bad input."""
 
 import contextlib
-import importlib
 import json
 import math
 import pickle
@@ -11,14 +10,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call_main, run_script, start
+from conftest import ROOT, call_main, constants_of, run_script, start
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import sha256
 from expert_merging.data.scores import unpack
 from expert_merging.report import folders
 from expert_merging.report.caem_tables import WING
-from expert_merging.run.constants import read_constants
 
 TASKS = ("ag_news", "squad", "xsum")
 SIZES = ("--experts_num", "4", "--larger_experts_num", "6")
@@ -290,8 +288,7 @@ def test_pooled_methods_look_at_validation_inputs(world, done, monkeypatch):
     )
     words = [*world.words(current_case_name="Seen"), "--source_experts_num", "4", "--target_experts_num", "4"]
     call_main("CAEM_multi_task_finetune.py", [*words, "--merging", "reap", "--merge_only", "--pool_inputs", "5"])
-    script = importlib.import_module("CAEM_multi_task_finetune")
-    c, tokenizer = read_constants(vars(script), words), load_tokenizer(str(world.folder / "base-4"))
+    c, tokenizer = constants_of("CAEM_multi_task_finetune.py", words), load_tokenizer(str(world.folder / "base-4"))
     for task, rows in zip(TASKS, looked_at, strict=True):
         stored = features.load(task, c, tokenizer)
         assert list(rows["input_ids"]) == stored["validation"][:5]["input_ids"]

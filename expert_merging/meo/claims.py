@@ -126,9 +126,9 @@ def _p(claim: Claim, found: bootstrap.Contrast) -> float:
 def _verdict(claim: Claim, found: bootstrap.Contrast, p: float, alike: float, family: int) -> str:
     """`p` is adjusted for so many claims; `alike` is that of being equivalent, of a claim that is another one."""
     if claim.claim != EQUAL:
-        said = bootstrap.verdict(found, p, MARGIN, alike=alike)
-        seeds = bootstrap.seeds_needed(found, family, flips=False)
-        return bootstrap.undecided(seeds, len(found.by_seed)) if said == bootstrap.UNKNOWN else said
+        if (said := bootstrap.verdict(found, p, MARGIN, alike=alike)) != bootstrap.UNKNOWN:
+            return said
+        return bootstrap.undecided(bootstrap.seeds_needed(found, family, flips=False), len(found.by_seed))
     if p < 0.05:
         return bootstrap.EQUIVALENT
     low, high = bootstrap.interval(found)

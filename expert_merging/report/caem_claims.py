@@ -19,10 +19,10 @@ def claimed(e: Evidence) -> Table:
         table.rows.append({"claim": claim, "verdict": verdict, "numbers": numbers, "from": e.source(*names)})
 
     def overall_above(better: str, worse: str, claim: str) -> None:
+        if seeds_of(e, better, worse):
+            return  # it stands in contrasts or secondary, and better judged
         differences = [a["overall"]["test"] - b["overall"]["test"] for a, b in e.get(better, worse)]
-        if differences and not seeds_of(
-            e, better, worse
-        ):  # else it stands in contrasts or secondary, and better judged
+        if differences:
             add(claim, claims.above(differences), f"{better} - {worse}: {claims.shown(differences)}", better, worse)
 
     overall_above(f"CAEM-{n}", f"Baseline-{n}", "CAEM above Baseline on Overall")

@@ -18,13 +18,13 @@ from expert_merging.core.files import new_folder
 from expert_merging.core.hub import load_tokenizer
 from expert_merging.core.safetensors_folder import SafetensorsFolder, write_tensors
 from expert_merging.data.docstring_reader import corpus_hash
-from expert_merging.data.features import noted_sha256
 from expert_merging.merging.average import average_lazily
 from expert_merging.merging.registry import CALIBRATIONS, POOLED, SHARES
 from expert_merging.run import results
 from expert_merging.run.constants import command
 from expert_merging.run.deviations import deviates, of_method
 from expert_merging.training.families import config_lines, family_of
+from expert_merging.training.finetuning import data_hashes
 from expert_merging.training.overall import single_task_history
 
 
@@ -212,7 +212,7 @@ def merging_identity(c: SimpleNamespace, sources: list[Source]) -> dict[str, Any
     if c.merging in POOLED or c.calibration != "none":
         inputs = ("pool_inputs", "validation_examples", "max_input_length", "max_decoder_length", "seed")
         identity |= {name: getattr(c, name) for name in inputs} | {
-            "data": {one.task: noted_sha256(one.task, c) for one in sources}
+            "data": data_hashes(c, [one.task for one in sources])
         }
     return identity if c.shares == "entropy" else identity | {"shares": c.shares, "seed": c.seed}
 

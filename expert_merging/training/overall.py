@@ -46,7 +46,7 @@ def single_task_goals(folder: str, tasks: list[str], experts: int, c: SimpleName
         history = single_task_history(folder, task, experts, c)
         noted = results.made_with(history)
         again = f"remove {_place(folder, task)} and run: {_training(c, task, experts)}"
-        asked = results.identity(c, [name for name in SCORED_WITH if name in noted and name != "precision"])
+        asked = results.identity(c, [name for name in SCORED_WITH if name != "precision"])
         results.refuse(_place(folder, task), *results.shared(noted, asked), f"restore them, or {again}")
         if "data" in noted and noted["data"].get(task) != noted_sha256(task, c):
             raise UserError(

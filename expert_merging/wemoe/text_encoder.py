@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from expert_merging.core.errors import UserError
-from expert_merging.core.files import sha256
 from expert_merging.core.hub import first_line, local_folder
 from expert_merging.data.text_tasks import Row
 from expert_merging.wemoe.ffn import ensembles
@@ -146,12 +145,6 @@ def load_tokenizer(path: str, constant: str = "ENCODER"):
         raise UserError(
             f"{constant}: {path} has no whole tokenizer ({first_line(error)}); copy its files into that folder"
         ) from error
-
-
-def weights_sha256(path: str | Path) -> list[str]:
-    """SHA-256 of each file of weights in a folder."""
-    folder = Path(path).expanduser()
-    return [sha256(file) for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))]
 
 
 def tokens(tokenizer, rows: Sequence[Row], most: int) -> list[torch.Tensor]:

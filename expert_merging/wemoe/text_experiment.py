@@ -13,6 +13,7 @@ from torch import nn
 
 from expert_merging.core.bars import bar as progress_bar
 from expert_merging.core.errors import UserError
+from expert_merging.core.hub import weights_sha256
 from expert_merging.data import text_tasks
 from expert_merging.data.docstring_reader import corpus_hash
 from expert_merging.data.text_tasks import Row, TextTask
@@ -291,7 +292,7 @@ def inputs_of(c: SimpleNamespace) -> tuple[dict[str, TextTask], tuple[str, ...],
     places = text_encoder.load(c.ENCODER).config.max_position_embeddings
     if c.max_tokens > places:
         raise UserError(f"max_tokens is {c.max_tokens}; {c.ENCODER} reads {places} at most")
-    c.encoder_sha256 = text_encoder.weights_sha256(c.ENCODER)
+    c.encoder_sha256 = weights_sha256(c.ENCODER)
     if not folders:
         from expert_merging.wemoe import text_docs
 

@@ -1,6 +1,5 @@
 """neighbours/HEMoE_moe_construction.py from end to end on a model of some thousand weights, and what it says about mistakes."""
 
-import importlib
 import json
 import os
 import random
@@ -11,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call_main, run_script
+from conftest import call_main, constants_of, run_script
 
 from expert_merging.core.errors import UserError
 from expert_merging.core.files import read_json
 from expert_merging.data.scores import unpack
-from expert_merging.run.constants import read_constants
 
 SCRIPT = "neighbours/HEMoE_moe_construction.py"
 METHODS = ("HEMoE", "HEMoE_start", "random_heterogeneous", "EMoE")
@@ -102,8 +100,7 @@ def test_before_tuning_all_experts_are_the_dense_model(place, done):
 
     ids = torch.tensor([[1, 70, 80, 90, 100]])
     dense = AutoModelForCausalLM.from_pretrained(place / "base").eval()
-    module = importlib.import_module(SCRIPT.removesuffix(".py").replace("/", "."))
-    c = read_constants(vars(module), words(place))
+    c = constants_of(SCRIPT, words(place))
     for method in ("HEMoE", "random_heterogeneous", "EMoE"):
         moe = load_converted(c, method).eval()
         moe.config.k = 2

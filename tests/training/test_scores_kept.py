@@ -1,13 +1,13 @@
 """What becomes of scores on the way from decoded answers to a history: what is kept of each example, which epoch is best, what
 Overall divides by. The models of the other tests score nothing, whose scores would be 0 whatever became of them."""
 
-import importlib
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import call_main
+import torch
+from conftest import call_main, constants_of
 
 from expert_merging.data.scores import unpack
 from expert_merging.training import evaluate, finetuning, histories, overall
@@ -41,7 +41,7 @@ def test_an_epoch_is_chosen_by_overall_on_its_split(monkeypatch, reading, wanted
     family = SimpleNamespace(
         check_tokenizer=lambda tokenizer: None, count_usage=lambda *_: None, pass_over_idle=lambda *_: None
     )
-    model = importlib.import_module("torch").nn.Linear(1, 1)
+    model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(vocab_size=9)
     for name, value in {
         "on_split": on_split, "_lengths": lambda _: None, "families": SimpleNamespace(family_of=lambda _: family),
@@ -95,8 +95,9 @@ def test_overall_divides_by_the_best_epochs_validation_and_its_own_test_score(tm
     }
     for task in ("squad", "xsum"):
         (tmp_path / f"single_task_{task}.json").write_text(json.dumps(history))
+    asked = SimpleNamespace(**dict.fromkeys(overall.SCORED_WITH))
     with pytest.warns(UserWarning, match="Overall on test leaves out xsum: the single-task score is 0"):
-        found = overall.single_task_goals(str(tmp_path), ["squad", "xsum"], 8, SimpleNamespace())
+        found = overall.single_task_goals(str(tmp_path), ["squad", "xsum"], 8, asked)
     assert found == {"validation": {"squad": 40.0, "xsum": 3.0}, "test": {"squad": 36.0, "xsum": 0.0}}
 
 
@@ -122,6 +123,7 @@ def test_the_same_compute_is_as_many_examples_as_the_sources_saw(sizes, epochs, 
 
 
 def test_the_baseline_of_the_same_compute_trains_for_both(world, monkeypatch):
+    from expert_merging.core.hub import load_tokenizer
     from expert_merging.data import features
 
     trained = []
@@ -131,20 +133,6 @@ def test_the_baseline_of_the_same_compute_trains_for_both(world, monkeypatch):
     call_main("datasets_preprocessing.py", [*words[:-2], "--num_expert", "4"])
     for more in ([], ["--same_compute"]):
         call_main("Baseline_multi_task_finetune.py", [*words, *more])
-    sizes = [
-        len(features.load(task, constants(words), tokenizer(world))["train"]) for task in ("ag_news", "squad", "xsum")
-    ]
+    c, tokenizer = constants_of("Baseline_multi_task_finetune.py", words), load_tokenizer(str(world.folder / "base-4"))
+    sizes = [len(features.load(task, c, tokenizer)["train"]) for task in c.task_types]
     assert trained == [2, 2 + round(2 * sum(sizes) / (3 * min(sizes)))]
-
-
-def constants(words):
-    import Baseline_multi_task_finetune as script
-    from expert_merging.run.constants import read_constants
-
-    return read_constants(vars(script), words)
-
-
-def tokenizer(world):
-    from expert_merging.core.hub import load_tokenizer
-
-    return load_tokenizer(str(world.folder / "base-4"))
